@@ -1,0 +1,50 @@
+"""Training runs as subprocesses: resumable, some at a time, their results read from `metrics.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def train(folder: Path, flags: list[str], threads: int) -> dict:
+    """Runs `train_rdm_lora.py` into `folder` unless its result is there; its `metrics.json`."""
+    result = folder / "metrics.json"
+    if not result.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        resume = ["--resume_from_checkpoint", "latest"] if any(folder.glob("checkpoint-*")) else []
+        command = [sys.executable, str(ROOT / "train_rdm_lora.py"), "--output_dir", str(folder), *flags, *resume]
+        with open(folder / "log.txt", "a") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    return json.loads(result.read_text())
+
+
+def train_all(runs: dict[str, list[str]], folder: Path, jobs: int, threads: int) -> dict[str, dict]:
+    """Every named run's `metrics.json`, `jobs` runs at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        results = pool.map(lambda name: train(folder / name, runs[name], threads), runs)
+        return dict(zip(runs, results, strict=True))
+
+
+def write_result(name: str, record: dict) -> Path:
+    """Writes `results/<name>.json` with the command and the machine."""
+    RESULTS.mkdir(exist_ok=True)
+    record = {"command": " ".join(["python", *sys.argv]), "cpus": os.cpu_count(), "cpu": cpu_name(), **record}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(path.read_text())
+    return path
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,27 @@
+"""Few-step students of diffusers' text-to-image models, distilled by matching distributions as a reward (R_dm).
+
+Names are imported when they are first used, so that `import rdm_diffusers` costs next to nothing.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "RdmDistillationPipeline": ".pipelines",
+    "RdmStableDiffusionPipeline": ".pipelines",
+    "RdmScheduler": ".schedulers",
+    "SeparateNetworks": ".networks",
+    "SharedBase": ".networks",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,85 @@
+"""R_dm: distribution matching as a reward on the student's prediction, estimated at a re-noised copy of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..networks import FAKE_SCORE, TEACHER, Networks
+from ..prediction import NoiseSchedule, expand
+from .rollout import Samples
+
+TAU_RANGE = (0.02, 0.98)  # of the training timesteps, as in DMD2
+
+
+@dataclass(frozen=True)
+class RewardEstimate:
+    """R_dm for M samples; everything float32 and detached.
+
+    Args:
+        x0: the student's predictions x̂ `[M, C, H, W]`.
+        teacher_x0: the guided teacher's x0 at the re-noised x̂, same shape.
+        fake_x0: the fake score's, same shape.
+        sigma: the noise scale s_tau of each sample `[M]`.
+    """
+
+    x0: Tensor
+    teacher_x0: Tensor
+    fake_x0: Tensor
+    sigma: Tensor
+
+    @property
+    def reward(self) -> Tensor:
+        """R = teacher x0 - fake x0 `[M, C, H, W]`: where the teacher would rather have the sample (DMD2)."""
+        return self.teacher_x0 - self.fake_x0
+
+    @property
+    def residual(self) -> Tensor:
+        """d = (fake x0 - x̂) / s_tau `[M, C, H, W]`, the fake score's residual in noise units."""
+        return (self.fake_x0 - self.x0) / expand(self.sigma, self.x0)
+
+    @property
+    def distance(self) -> Tensor:
+        """n = mean |x̂ - teacher x0| of each sample `[M]`, DMD's normaliser."""
+        return (self.x0 - self.teacher_x0).abs().flatten(1).mean(1)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """|x̂ - fake x0|^2 - |x̂ - teacher x0|^2, mean over dimensions, `[M]`: R_dm as a scalar.
+
+        Grows with log p_teacher - log p_student; for logging, our reading, not a training signal.
+        """
+        to_fake, to_teacher = (self.x0 - self.fake_x0) ** 2, (self.x0 - self.teacher_x0) ** 2
+        return (to_fake - to_teacher).flatten(1).mean(1)
+
+
+def renoising_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """tau from uniform numbers in [0, 1): uniform over `TAU_RANGE` of the range, whole unless the schedule is flow."""
+    low, high = (bound * schedule.num_train_timesteps for bound in TAU_RANGE)
+    tau = low + uniform * (high - low)
+    return tau if schedule.is_flow else tau.long()
+
+
+@torch.no_grad()
+def estimate_reward(
+    networks: Networks, samples: Samples, tau: Tensor, noise: Tensor, micro_batch_size: int | None = None
+) -> RewardEstimate:
+    """Evaluates teacher and fake score at x_tau = alpha x̂ + sigma noise. No gradients.
+
+    Args:
+        networks: the roles.
+        samples: M samples.
+        tau: re-noising times `[M]`.
+        noise: `[M, C, H, W]`.
+        micro_batch_size: how many samples go through a network at once; all by default.
+    """
+    x_tau = networks.schedule.add_noise(samples.x0, noise, tau)
+    x0: dict[str, list[Tensor]] = {TEACHER: [], FAKE_SCORE: []}
+    for part in samples.micro_batches(micro_batch_size or len(samples)):
+        for role, predictions in x0.items():
+            predictions.append(networks.predict(role, x_tau[part], tau[part], samples.conditioning[part]))
+    return RewardEstimate(
+        samples.x0, torch.cat(x0[TEACHER]), torch.cat(x0[FAKE_SCORE]), networks.schedule.sigma(tau).to(x_tau.device)
+    )

@@ -1,0 +1,50 @@
+"""Randomness without hidden state: every draw is keyed by the seed, its purpose and the group that it serves.
+
+So a group's numbers do not depend on the batch, the process or the restart that computes them, and the only state a
+checkpoint needs is how many updates are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Named random numbers for groups of samples.
+
+    Args:
+        seed: the run's seed.
+        group_size: G, the number of samples in a group.
+        device: where the numbers are put; they are drawn on the CPU, so that every device gets the same.
+    """
+
+    seed: int
+    group_size: int
+    device: torch.device | str = "cpu"
+
+    def generator(self, purpose: str, index: int) -> torch.Generator:
+        """The generator of one purpose and group (or epoch, or whatever `index` counts)."""
+        digest = hashlib.blake2b(f"{self.seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def normal(self, purpose: str, groups: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers `[len(groups) * G, *shape]`, float32, group after group."""
+        size = (self.group_size, *shape)
+        parts = [torch.randn(size, generator=self.generator(purpose, group)) for group in groups]
+        return torch.cat(parts).to(self.device)
+
+    def uniform(self, purpose: str, groups: Sequence[int]) -> Tensor:
+        """Uniform numbers in [0, 1) `[len(groups) * G]`, float32."""
+        parts = [torch.rand(self.group_size, generator=self.generator(purpose, group)) for group in groups]
+        return torch.cat(parts).to(self.device)
+
+    def subset(self, purpose: str, group: int, count: int, of: int) -> list[int]:
+        """`count` different whole numbers below `of`, ascending, one choice per group."""
+        chosen = torch.randperm(of, generator=self.generator(purpose, group))[:count]
+        return sorted(chosen.tolist())

@@ -1,0 +1,122 @@
+"""Backward simulation (DMD2, arXiv 2405.14867): the student samples, and we keep the states it passed through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..families import Conditioning
+from ..schedulers import RdmScheduler
+
+PredictX0 = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the student did, one entry per step k of K for each of B samples.
+
+    Args:
+        x_t: the states `[K, B, C, H, W]`, float32.
+        t: their times `[K]`.
+        x0: the student's predictions there `[K, B, C, H, W]`, float32, detached.
+        mean, std: the transitions' means `[K, B, C, H, W]` and standard deviations `[K]`.
+        next: the samples drawn from them `[K, B, C, H, W]`; the last is the picture.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    mean: Tensor
+    std: Tensor
+    next: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The states that are trained on: M samples, group after group, the G members of a group side by side.
+
+    A group is G samples of one prompt at the same executed step, each with its own noise.
+
+    Args:
+        x_t: `[M, C, H, W]`.
+        t: times `[M]`.
+        x0: the student's detached prediction `[M, C, H, W]`.
+        step: which of the student's steps each is, `[M]`, 0 the noisiest.
+        conditioning: of length M.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    step: Tensor
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.x_t)
+
+    def __getitem__(self, index: Tensor | slice) -> Samples:
+        """The chosen samples."""
+        return Samples(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def micro_batches(self, size: int) -> Iterator[slice]:
+        """Slices of at most `size` samples that cover all."""
+        return (slice(start, start + size) for start in range(0, len(self), size))
+
+
+@torch.no_grad()
+def rollout(
+    predict: PredictX0,
+    scheduler: RdmScheduler,
+    noise: Sequence[Tensor],
+    conditioning: Conditioning,
+    num_steps: int | None = None,
+    micro_batch_size: int | None = None,
+) -> Trajectory:
+    """Samples with the student on the scheduler's grid. No gradients.
+
+    Args:
+        predict: `predict(x_t, t, conditioning) -> x0`, the student.
+        scheduler: its grid and stochasticity.
+        noise: the initial noise and then one tensor per stochastic transition, each `[B, C, H, W]`.
+        conditioning: of length B.
+        num_steps: stop after so many steps; all by default.
+        micro_batch_size: how many samples go through the student at once; all by default.
+    """
+    grid = scheduler.timesteps[:num_steps].to(noise[0].device)
+    size = micro_batch_size or len(noise[0])
+    state, steps = noise[0], []
+    for k, t in enumerate(grid):
+        starts = range(0, len(state), size)
+        x0 = torch.cat(
+            [
+                predict(state[i : i + size], t.expand(len(state[i : i + size])), conditioning[i : i + size])
+                for i in starts
+            ]
+        )
+        mean, std = scheduler.transition(x0, state, t, scheduler.previous_timestep(t).to(t.device))
+        following = mean + std * noise[k + 1] if std > 0 else mean
+        steps.append((state, t, x0, mean, std, following))
+        state = following
+    return Trajectory(*(torch.stack(column) for column in zip(*steps, strict=True)))
+
+
+def executed_samples(
+    trajectory: Trajectory, steps: Sequence[Sequence[int]], group_size: int, conditioning: Conditioning
+) -> Samples:
+    """Picks the states to train on: of the i-th group's G samples, those at the steps `steps[i]`.
+
+    Returns:
+        `sum(len(s) for s in steps) * G` samples, laid out as `Samples` says.
+    """
+    device = trajectory.x_t.device
+    k = torch.tensor([step for group in steps for step in group], device=device).repeat_interleave(group_size)
+    members = [
+        torch.arange(i * group_size, (i + 1) * group_size, device=device)
+        for i, group in enumerate(steps)
+        for _ in group
+    ]
+    b = torch.cat(members)
+    return Samples(trajectory.x_t[k, b], trajectory.t[k], trajectory.x0[k, b], k, conditioning[b])

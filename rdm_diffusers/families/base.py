@@ -1,0 +1,91 @@
+"""What differs between teachers: the protocol that every family file fills in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a family's denoiser needs besides x_t and t: named tensors, each `[B, ...]` along the same batch."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        """The chosen samples, as a `Conditioning`."""
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def expand(self, batch: int) -> Conditioning:
+        """A conditioning of length 1, repeated `batch` times without copying."""
+        return Conditioning({name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
+        """On another device, with the floating-point tensors in `dtype`."""
+        return Conditioning(
+            {
+                name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in self.tensors.items()
+            }
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Joined along the batch; all parts must name the same tensors."""
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+class Family(ABC):
+    """One kind of teacher.
+
+    Attributes:
+        pipeline_class: the stock diffusers pipeline.
+        denoiser_name: the pipeline's component that is distilled, `unet` or `transformer`.
+        lora_target_modules: where a student's LoRA goes by default.
+        load_options: what `from_pretrained` is told beyond the usual.
+    """
+
+    pipeline_class: type[DiffusionPipeline]
+    denoiser_name: str
+    lora_target_modules: tuple[str, ...]
+    load_options: dict[str, Any] = {}
+
+    def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
+        """The network that is distilled."""
+        return getattr(pipeline, self.denoiser_name)
+
+    @abstractmethod
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
+        """Prompts (length B) -> conditioning of length B, on the pipeline's device. No gradients."""
+
+    @abstractmethod
+    def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Calls the denoiser on x_t `[B, C, H, W]` at times `[B]`; its raw output `[B, C, H, W]`.
+
+        Gradients flow to x_t and the denoiser's parameters.
+        """
+
+    @abstractmethod
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+        """`(C, H, W)` of the latents of square images of `resolution` pixels, by default the teacher's own.
+
+        Raises:
+            ValueError: if the resolution is not a multiple of the autoencoder's factor.
+        """
+
+    @abstractmethod
+    def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """Latents `[B, C, H, W]` -> images `[B, 3, H', W']` in [0, 1], float32. Gradients flow to the latents."""
+
+    @abstractmethod
+    def stock_scheduler(self, teacher_scheduler: SchedulerMixin, num_student_steps: int) -> SchedulerMixin:
+        """A scheduler of diffusers itself whose saved configuration samples the student, with no call-time argument."""

@@ -1,0 +1,55 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net on VAE latents, conditioned on one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from torch import Tensor
+
+from .base import Conditioning, Family
+
+
+class StableDiffusionFamily(Family):
+    """Teachers that `StableDiffusionPipeline` loads."""
+
+    pipeline_class = StableDiffusionPipeline
+    denoiser_name = "unet"
+    load_options = {"safety_checker": None, "requires_safety_checker": False}
+    lora_target_modules = (
+        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+        "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
+        embeds, _ = pipeline.encode_prompt(
+            list(prompts), pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return Conditioning({"prompt_embeds": embeds})
+
+    def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        embeds = conditioning.tensors["prompt_embeds"]
+        return denoiser(x_t.to(embeds.dtype), t, embeds, return_dict=False)[0]
+
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+        factor = pipeline.vae_scale_factor
+        resolution = resolution or pipeline.unet.config.sample_size * factor
+        if resolution % factor:
+            raise ValueError(f"--resolution is {resolution}; this teacher needs a multiple of {factor}.")
+        return pipeline.unet.config.in_channels, resolution // factor, resolution // factor
+
+    def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        vae = pipeline.vae
+        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def stock_scheduler(self, teacher_scheduler: SchedulerMixin, num_student_steps: int) -> SchedulerMixin:
+        return LCMScheduler.from_config(
+            teacher_scheduler.config,
+            original_inference_steps=num_student_steps,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            thresholding=False,
+        )

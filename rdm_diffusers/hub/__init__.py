@@ -1,0 +1,6 @@
+"""Students as files that others load."""
+
+from .card import write_card
+from .export import export_lora
+
+__all__ = ["export_lora", "write_card"]

@@ -1,0 +1,41 @@
+"""Writes a student in files that stock diffusers loads, and that our pipeline upgrades."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers.training_utils import _collate_lora_metadata
+from peft.utils import get_peft_model_state_dict
+
+from ..families import Teacher
+from ..networks import ADAPTERS, STUDENT, SharedBase
+from ..pipelines import StudentConfig
+from ..schedulers import RdmScheduler
+
+
+def export_lora(folder: Path, teacher: Teacher, networks: SharedBase, scheduler: RdmScheduler, **origin) -> None:
+    """Writes `pytorch_lora_weights.safetensors`, `scheduler/` and `rdm_config.json`.
+
+    Args:
+        folder: an existing folder.
+        teacher: the teacher that the LoRA belongs to.
+        networks: the roles; the student's current weights are exported, in float32.
+        scheduler: the student's sampler with its trained grid.
+        origin: `revision` and `variant` of the teacher, if any.
+    """
+    denoiser, component = networks.denoiser, teacher.family.denoiser_name
+    weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTERS[STUDENT])
+    teacher.family.pipeline_class.save_lora_weights(
+        folder,
+        **{f"{component}_lora_layers": {name: tensor.detach().float().cpu() for name, tensor in weights.items()}},
+        **_collate_lora_metadata({component: denoiser}),
+    )
+    steps = len(scheduler.timesteps)
+    teacher.family.stock_scheduler(teacher.pipeline.scheduler, steps).save_pretrained(folder / "scheduler")
+    StudentConfig(
+        base_model_name_or_path=teacher.name,
+        pipeline_class=teacher.family.pipeline_class.__name__,
+        scheduler=dict(scheduler.config),
+        num_inference_steps=steps,
+        **origin,
+    ).save(folder)

@@ -1,0 +1,119 @@
+"""`RdmDistillationPipeline`: loads any student and samples it. Imports nothing of training."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+from ..families import FAMILIES
+from ..schedulers import RdmScheduler
+from ..tiny import resolve_teacher
+from .student_config import StudentConfig
+
+CLASSES: dict[str, type[RdmDistillationPipeline]] = {}
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+class RdmDistillationPipeline(DiffusionPipeline):
+    """A few-step student, behaving as its stock pipeline but with the trained number of steps and guidance off.
+
+    This class dispatches: `from_pretrained` gives `RdmStableDiffusionPipeline` and the like, each also an instance of
+    its stock pipeline. Saved folders name stock classes only, so stock diffusers loads them too.
+    """
+
+    student: StudentConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> RdmDistillationPipeline:
+        """Loads a student from a folder or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: a LoRA student, whose teacher is found by itself, or a full one.
+            kwargs: as in diffusers; `dtype` or `torch_dtype`, `revision`, `token`, and so on.
+
+        Raises:
+            ValueError: if it is no student, or of a family that is not supported.
+        """
+        name = str(pretrained_model_name_or_path)
+        student = StudentConfig.load(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        if student.pipeline_class not in CLASSES:
+            raise ValueError(
+                f"Students of {student.pipeline_class} are not supported; supported: {', '.join(CLASSES)}."
+            )
+        pipeline = CLASSES[student.pipeline_class]._load(name, student, kwargs)
+        pipeline.scheduler = RdmScheduler.from_config(student.scheduler)
+        pipeline.student = student
+        return pipeline
+
+    @classmethod
+    def _load(cls, name: str, student: StudentConfig, kwargs: dict[str, Any]) -> RdmDistillationPipeline:
+        load = super().from_pretrained  # diffusers' own
+        options = {"use_safetensors": True, **FAMILIES[student.pipeline_class].load_options, **kwargs}
+        if student.base_model_name_or_path is None:
+            return load(name, **options)
+        hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+        base_options = {**hub, "revision": student.revision, "variant": student.variant, **options}
+        pipeline = load(resolve_teacher(student.base_model_name_or_path), **base_options)
+        pipeline.load_lora_weights(name, use_safetensors=True, **hub)
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Saves a full student as a stock folder with an `rdm_config.json`; an adapter is fused into the copy.
+
+        Args:
+            save_directory: where to.
+            kwargs: as in diffusers.
+        """
+        family = FAMILIES[self.student.pipeline_class]
+        denoiser = copy.deepcopy(family.denoiser(self))
+        if getattr(denoiser, "peft_config", None):
+            denoiser.fuse_lora()
+            denoiser.unload_lora()
+        scheduler = family.stock_scheduler(self.scheduler, self.student.num_inference_steps)
+        _, flags = self._get_signature_keys(self)
+        stock = family.pipeline_class(
+            **{**self.components, family.denoiser_name: denoiser, "scheduler": scheduler},
+            **{name: self.config[name] for name in flags if name in self.config},
+        )
+        stock.save_pretrained(save_directory, **kwargs)
+        replace(self.student, base_model_name_or_path=None, revision=None, variant=None).save(Path(save_directory))
+
+
+def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
+    """The stock pipeline's `__call__`, with the student's number of steps and guidance where none is given."""
+    signature = inspect.signature(stock.__call__)
+
+    @wraps(stock.__call__)
+    def __call__(self, *args, **kwargs):  # noqa: N807 - becomes the class's
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        kwargs.update(
+            {
+                name: getattr(self.student, name)
+                for name in ("num_inference_steps", "guidance_scale")
+                if given.get(name) is None
+            }
+        )
+        return stock.__call__(self, *args, **kwargs)
+
+    defaults = [
+        parameter.replace(default=None) if name in ("num_inference_steps", "guidance_scale") else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    setattr(__call__, "__signature__", signature.replace(parameters=defaults))  # noqa: B010 - functions have no such field
+    return __call__
+
+
+class RdmStableDiffusionPipeline(RdmDistillationPipeline, StableDiffusionPipeline):
+    """A few-step student of a Stable Diffusion teacher."""
+
+    __call__ = few_step_call(StableDiffusionPipeline)
+
+
+CLASSES["StableDiffusionPipeline"] = RdmStableDiffusionPipeline

@@ -1,0 +1,62 @@
+"""What the tiny teacher can draw: a digit, an ink colour and a background colour, named in one caption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+INKS: dict[str, tuple[float, float, float]] = {
+    "black": (0.05, 0.05, 0.07),
+    "white": (0.97, 0.97, 0.97),
+    "red": (0.80, 0.10, 0.12),
+    "green": (0.08, 0.50, 0.20),
+    "yellow": (0.98, 0.85, 0.15),
+    "purple": (0.40, 0.05, 0.50),
+}
+
+BACKGROUNDS: dict[str, tuple[float, float, float]] = {
+    "blue": (0.20, 0.40, 0.85),
+    "grey": (0.60, 0.60, 0.62),
+    "pink": (0.98, 0.70, 0.75),
+    "cyan": (0.45, 0.85, 0.88),
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One of the 240 drawings; every field is an index: digit 0-9, ink 0-5, background 0-3."""
+
+    digit: int
+    ink: int
+    background: int
+
+    @property
+    def caption(self) -> str:
+        """For example ``"a red seven on a blue background"``."""
+        ink, background = list(INKS)[self.ink], list(BACKGROUNDS)[self.background]
+        return f"a {ink} {DIGITS[self.digit]} on a {background} background"
+
+    @property
+    def held_out(self) -> bool:
+        """True for the 24 drawings that the teacher never saw: every colour pair misses one digit."""
+        return (self.digit - 4 * self.ink - self.background) % 10 == 0
+
+
+DRAWINGS = tuple(Drawing(*index) for index in product(range(len(DIGITS)), range(len(INKS)), range(len(BACKGROUNDS))))
+CAPTIONS = tuple(drawing.caption for drawing in DRAWINGS)
+
+
+def parse_caption(caption: str) -> Drawing:
+    """The drawing that a caption names.
+
+    Raises:
+        ValueError: if the caption is not one of `CAPTIONS`.
+    """
+    try:
+        return DRAWINGS[CAPTIONS.index(caption)]
+    except ValueError:
+        raise ValueError(
+            f"The tiny teacher does not know the caption {caption!r}; write it like {CAPTIONS[0]!r}."
+        ) from None

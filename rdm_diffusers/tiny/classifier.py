@@ -1,0 +1,67 @@
+"""The tiny feature net: reads digit, ink and background off a picture, and gives features for Fréchet distances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .captions import BACKGROUNDS, DIGITS, INKS, Drawing
+
+FEATURE_DIM = 64
+
+
+class DrawingClassifier(nn.Module):
+    """A small convolutional net with a 64-dimensional feature layer and one head each for digit, ink, background."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 64),
+            nn.GELU(),
+            nn.Conv2d(64, 64, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 64),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(64 * 16, FEATURE_DIM),
+            nn.GELU(),
+        )
+        self.heads = nn.ModuleDict(
+            {
+                "digit": nn.Linear(FEATURE_DIM, len(DIGITS)),
+                "ink": nn.Linear(FEATURE_DIM, len(INKS)),
+                "background": nn.Linear(FEATURE_DIM, len(BACKGROUNDS)),
+            }
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, 32, 32]` in [0, 1] -> features `[B, 64]`. Gradients flow to the images."""
+        return self.body(images * 2 - 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits per head, `{"digit": [B, 10], "ink": [B, 6], "background": [B, 4]}`."""
+        features = self.features(images)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def correct(self, images: Tensor, drawings: list[Drawing]) -> dict[str, Tensor]:
+        """Whether each picture shows what it should, as `{"digit", "ink", "background", "all"}` of bool `[B]`."""
+        logits = self(images)
+        right = {
+            name: logits[name].argmax(-1).cpu() == torch.tensor([getattr(drawing, name) for drawing in drawings])
+            for name in self.heads
+        }
+        right["all"] = torch.stack(list(right.values())).all(0)
+        return right
+
+
+def load_classifier(folder: str | Path | None = None) -> DrawingClassifier:
+    """The trained classifier from `folder` (by default the one shipped with the package), in evaluation mode."""
+    path = Path(folder or Path(__file__).parent) / "classifier.safetensors"
+    classifier = DrawingClassifier()
+    classifier.load_state_dict(load_file(path))
+    return classifier.eval().requires_grad_(False)

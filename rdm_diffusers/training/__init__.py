@@ -1,0 +1,1 @@
+"""Arguments, prompts, the loop, checkpoints and validation."""

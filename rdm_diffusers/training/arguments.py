@@ -1,0 +1,216 @@
+"""The arguments of a run, in the names of the diffusers example scripts, and the checks that need no network.
+
+`TINY_DEFAULTS` is what changes when the embedded tiny teacher is distilled, on two CPU cores in about ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..distillation import DMD, GNDM, NORMALIZATIONS
+from ..tiny import TINY_NAME
+
+ALGORITHMS = ("dmd", "gndm")
+
+TINY_DEFAULTS = dict(
+    guidance_scale=2.0,
+    steps_per_rollout=4,
+    train_batch_size=64,
+    max_train_steps=1200,
+    learning_rate=1e-3,
+    rank=16,
+    fold_adapters=True,
+    num_eval_images=5000,
+)
+
+# A resumed run may change these; everything else must be as it was.
+FREE_ON_RESUME = {
+    "output_dir", "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps", "num_eval_images",
+    "max_train_steps", "learning_rate", "fake_learning_rate", "max_grad_norm", "cache_dir", "gradient_checkpointing",
+    "allow_tf32",
+}  # fmt: skip
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `train_rdm_lora.py`; every help text names the unit and the default."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    _add_teacher(parser.add_argument_group("teacher and prompts").add_argument)
+    _add_method(parser.add_argument_group("method").add_argument)
+    _add_optimisation(parser.add_argument_group("optimisation").add_argument)
+    _add_output(parser.add_argument_group("output").add_argument)
+    return parser
+
+
+# fmt: off
+def _add_teacher(add) -> None:
+    add("--pretrained_model_name_or_path", "--pretrained_model", "--pretrained_teacher_model", default=TINY_NAME,
+        help="teacher: a folder, a Hub id, or `tiny` for the embedded one")
+    add("--revision", help="the teacher's Hub revision")
+    add("--variant", help="the teacher's weight variant, for example fp16")
+    add("--prompts_file", help="text file with one prompt a line")
+    add("--dataset_name", help="dataset whose captions are the prompts; its images are not used")
+    add("--dataset_config_name", help="the dataset's configuration")
+    add("--caption_column", default="text", help="the dataset's column of captions")
+    add("--max_train_samples", type=int, help="use only so many prompts")
+    add("--cache_dir", help="where prompt embeddings are cached; by default beside the datasets' cache")
+    add("--resolution", type=int, help="pixels per side; the teacher's own by default")
+
+
+def _add_method(add) -> None:
+    add("--algorithm", default="gndm", choices=ALGORITHMS, help="dmd: DMD2's objective; gndm: group-normalised R_dm")
+    add("--num_student_steps", type=int, default=4, help="network calls of the student, 1 to 8 recommended")
+    add("--eta", type=float, default=1.0, help="the student's stochasticity: 1 re-noises, 0 is deterministic")
+    add("--guidance_scale", type=float, default=7.5, help="the teacher's w in u + w (c - u); 1 is off")
+    add("--group_size", type=int, default=4, help="G, samples of one prompt that share statistics")
+    add("--gndm_lambda", type=float, default=0.5, help="strength of GNDM's bias correction; 0 turns it off")
+    add("--advantage_normalization", choices=NORMALIZATIONS,
+        help="what R_dm is divided by; group for gndm, else sample")
+    add("--fake_updates_per_step", type=int, help="fake-score updates per student update; 2, or 5 without correction")
+    add("--steps_per_rollout", type=int, default=1,
+        help="how many states of each rollout are trained on, chosen at random")
+    add("--rank", "--lora_rank", type=int, default=64, help="rank of both LoRAs")
+    add("--lora_alpha", type=int, help="LoRA alpha; the rank by default")
+    add("--lora_layers", help="comma-separated module names for the LoRAs; a wide set by default")
+    add("--fold_adapters", action=argparse.BooleanOptionalAction, default=False,
+        help="run with W + scale B A instead of separate adapter layers: faster where memory allows")
+
+
+def _add_optimisation(add) -> None:
+    add("--train_batch_size", type=int, default=4, help="samples per device in one forward and backward")
+    add("--gradient_accumulation_steps", type=int, default=1, help="such batches per update; groups may span them")
+    add("--max_train_steps", type=int, default=5000, help="student updates")
+    add("--learning_rate", type=float, default=1e-4, help="the student's")
+    add("--fake_learning_rate", type=float, help="the fake score's; the student's by default")
+    add("--lr_scheduler", default="constant", help="as in diffusers: constant, cosine, linear, ...")
+    add("--lr_warmup_steps", type=int, default=0, help="updates of warm-up")
+    add("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW for both roles")
+    add("--adam_beta1", type=float, default=0.9, help="of both optimisers")
+    add("--adam_beta2", type=float, default=0.999, help="of both optimisers")
+    add("--adam_weight_decay", type=float, default=1e-2, help="of both optimisers")
+    add("--adam_epsilon", type=float, default=1e-8, help="of both optimisers")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm, each role by itself")
+    add("--gradient_checkpointing", action="store_true", help="less memory for more time")
+    add("--mixed_precision", default="no", choices=("no", "bf16"), help="the base's dtype; LoRAs stay float32")
+    add("--allow_tf32", action="store_true", help="faster float32 on Ampere and later")
+    add("--use_ema", action=argparse.BooleanOptionalAction, default=True, help="export the moving average of the LoRA")
+    add("--ema_decay", type=float, default=0.99, help="per update")
+    add("--seed", type=int, default=0, help="decides every random number of the run")
+
+
+def _add_output(add) -> None:
+    add("--output_dir", default="rdm-student", help="where the student, its card and the checkpoints go")
+    add("--logging_dir", default="logs", help="trackers' folder inside the output folder")
+    add("--report_to", default="tensorboard", help="a tracker that accelerate knows, all, or none")
+    add("--tracker_project_name", default="rdm-lora", help="the trackers' name of the project")
+    add("--checkpointing_steps", type=int, default=500, help="updates between checkpoints")
+    add("--checkpoints_total_limit", type=int, help="keep at most so many checkpoints")
+    add("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
+    add("--validation_prompt", action="append", help="prompt of the picture grid, repeatable; some of the prompts else")
+    add("--num_validation_images", type=int, default=8, help="pictures in each row")
+    add("--validation_steps", type=int, default=200, help="updates between picture grids")
+    add("--num_eval_images", type=int, default=0, help="pictures that metrics.json measures; 0 measures none")
+# fmt: on
+
+
+def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Parses and checks; wrong arguments end the program with one sentence, before any long work."""
+    parser = build_parser(description)
+    if parser.parse_known_args(argv)[0].pretrained_model_name_or_path == TINY_NAME:
+        parser.set_defaults(**TINY_DEFAULTS)
+    args = parser.parse_args(argv)
+    try:
+        return check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in the defaults that depend on others, and checks the batch arithmetic.
+
+    Raises:
+        ValueError: one sentence on what is wrong and what to do.
+    """
+    _check_positive(args)
+    corrected = args.algorithm == "gndm" and args.gndm_lambda > 0
+    args.advantage_normalization = args.advantage_normalization or ("group" if args.algorithm == "gndm" else "sample")
+    args.fake_updates_per_step = args.fake_updates_per_step or (2 if corrected else 5)
+    args.fake_learning_rate = args.fake_learning_rate or args.learning_rate
+    args.lora_alpha = args.lora_alpha or args.rank
+    if corrected and args.group_size == 1:
+        raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta is {args.eta}; it must lie in [0, 1].")
+    if args.steps_per_rollout > args.num_student_steps:
+        raise ValueError(
+            f"--steps_per_rollout {args.steps_per_rollout} is more than the {args.num_student_steps} steps of a "
+            "rollout; lower it."
+        )
+    samples, unit = args.train_batch_size * args.gradient_accumulation_steps, args.group_size * args.steps_per_rollout
+    if samples % unit:
+        raise ValueError(
+            f"An update has {samples} samples (--train_batch_size x --gradient_accumulation_steps), which is not a "
+            f"multiple of {unit} (--group_size x --steps_per_rollout); change one of these four."
+        )
+    return args
+
+
+def _check_positive(args: argparse.Namespace) -> None:
+    for name in ("num_student_steps", "group_size", "steps_per_rollout", "rank", "train_batch_size",
+                 "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
+                 "learning_rate"):  # fmt: skip
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1 (a rate above 0).")
+
+
+def groups_per_update(args: argparse.Namespace) -> int:
+    """Rollouts per update and process, in groups."""
+    samples = args.train_batch_size * args.gradient_accumulation_steps
+    return samples // (args.group_size * args.steps_per_rollout)
+
+
+def make_objective(args: argparse.Namespace) -> GNDM:
+    """The objective that the arguments name."""
+    if args.algorithm == "dmd":
+        return DMD(args.group_size)
+    return GNDM(args.group_size, args.gndm_lambda, args.advantage_normalization)
+
+
+def prepare_output(args: argparse.Namespace) -> Path:
+    """Makes the output folder.
+
+    Raises:
+        ValueError: if it cannot be written, or holds another run and nothing says to resume.
+    """
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
+    if args.resume_from_checkpoint is None and any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"--output_dir {folder} holds checkpoints of another run; add --resume_from_checkpoint latest, or choose "
+            "another folder."
+        )
+    return folder
+
+
+def check_resumable(args: argparse.Namespace, saved: dict) -> None:
+    """Refuses to resume with arguments that would make another run of it.
+
+    Raises:
+        ValueError: naming the flags that differ.
+    """
+    now = json.loads(json.dumps(vars(args)))
+    changed = [name for name in saved if name not in FREE_ON_RESUME and now.get(name) != saved[name]]
+    if changed:
+        flags = ", ".join(f"--{name} (was {saved[name]}, is {now.get(name)})" for name in changed)
+        raise ValueError(f"The checkpoint was made with other arguments: {flags}; set them back or start a new run.")

@@ -1,0 +1,112 @@
+"""The training loop: one rollout, the student's update, the fake score's updates; read it top to bottom."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..networks import FAKE_SCORE, STUDENT
+from .checkpoints import TrainState, save_checkpoint
+from .updates import Distillation, collect, fake_score_update, student_update
+
+
+def train(
+    run: Distillation,
+    state: TrainState,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    validate: Callable[[int], None],
+) -> bool:
+    """Trains from `state.update` to `args.max_train_steps`.
+
+    Args:
+        run: what stays the same.
+        state: what changes; updated in place.
+        args: the arguments.
+        accelerator: logs, and says which process writes.
+        validate: called with the number of updates done, every `--validation_steps`.
+
+    Returns:
+        True at the end; False if Ctrl-C ended it early, in which case a checkpoint has been written.
+    """
+    started, first = time.time(), state.update
+    bar = tqdm(total=args.max_train_steps, initial=first, desc="distil", disable=not accelerator.is_main_process)
+    with interruptible() as interrupted:
+        while state.update < args.max_train_steps and not interrupted.is_set():
+            batch = collect(run, state.update)
+            health = student_update(run, batch)
+            health["student_grad_norm"] = step(state, STUDENT)
+            for repeat in range(args.fake_updates_per_step):
+                health |= fake_score_update(run, batch, repeat)
+                health["fake_grad_norm"] = step(state, FAKE_SCORE)
+            state.update += 1
+
+            bar.update()
+            if state.update % 10 == 0:
+                report(health, state, accelerator, bar, (time.time() - started) / (state.update - first))
+            if state.update % args.validation_steps == 0 and accelerator.is_main_process:
+                validate(state.update)
+            if state.update % args.checkpointing_steps == 0 and accelerator.is_main_process:
+                checkpoint(state, args)
+    bar.close()
+    if interrupted.is_set() and accelerator.is_main_process:
+        path = checkpoint(state, args)
+        print(
+            f"\nInterrupted after {state.update} updates; saved {path}. Continue with --resume_from_checkpoint latest."
+        )
+    return not interrupted.is_set()
+
+
+def step(state: TrainState, role: str) -> Tensor:
+    """Moves one role, and the student's average with it; the gradient's norm before clipping."""
+    role_optimizer = state.optimizers[role]
+    role_optimizer.set_update(state.update)
+    norm = role_optimizer.step()
+    if role == STUDENT and state.ema is not None:
+        state.ema.step(role_optimizer.parameters)
+    return norm
+
+
+def report(health: dict[str, Tensor], state: TrainState, accelerator: Accelerator, bar: tqdm, seconds: float) -> None:
+    """Sends the health numbers to the trackers, and the telling ones to the progress bar."""
+    numbers = {name: value.item() for name, value in health.items()} | {"seconds_per_update": seconds}
+    if torch.cuda.is_available():
+        numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    accelerator.log(numbers, step=state.update)
+    bar.set_postfix({name: f"{numbers[name]:.3g}" for name in ("reward_over_distance", "fake_loss", "log_ratio")})
+
+
+def checkpoint(state: TrainState, args: argparse.Namespace) -> Path:
+    """Writes a checkpoint into the output folder."""
+    return save_checkpoint(Path(args.output_dir), state, vars(args), args.checkpoints_total_limit)
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Lets Ctrl-C (or a scheduler's SIGTERM) finish the update at hand; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number, frame):
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,74 @@
+"""One optimiser a role: AdamW or its 8-bit form, clipping, the learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+
+@dataclass
+class RoleOptimizer:
+    """A role's trainable parameters with what moves them. The schedule is a function of the update alone."""
+
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    max_grad_norm: float
+
+    def step(self) -> Tensor:
+        """Averages over processes, clips, steps and clears the gradients; the norm before clipping, a scalar."""
+        average_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def set_update(self, update: int) -> None:
+        """Gives every parameter group its learning rate at an update."""
+        groups = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, base, factor in groups:
+            group["lr"] = base * factor(update)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Averages the gradients over all processes in one flat all-reduce; nothing to do on one process."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, args) -> RoleOptimizer:
+    """AdamW, or bitsandbytes' with `--use_8bit_adam`, as the arguments say.
+
+    Raises:
+        ImportError: if bitsandbytes is asked for and not installed.
+        ValueError: for an unknown learning-rate schedule.
+    """
+    optimizer = _adamw_class(args.use_8bit_adam)(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    schedule = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    return RoleOptimizer(parameters, optimizer, schedule, args.max_grad_norm)
+
+
+def _adamw_class(eight_bit: bool) -> Callable[..., torch.optim.Optimizer]:
+    if not eight_bit:
+        return torch.optim.AdamW
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError("--use_8bit_adam needs bitsandbytes: pip install 'rdm-diffusers[8bit]'.") from error
+    return bitsandbytes.optim.AdamW8bit

@@ -1,0 +1,65 @@
+"""Packaging; the settings of the tools are in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "rdm_diffusers/__init__.py").read_text("utf-8"), re.M)[1]
+TRANSFORMERS = "transformers>=4.57,<6"
+
+INSTALL_REQUIRES = [
+    "accelerate>=1.10,<2",
+    "datasets>=3,<6",
+    "diffusers>=0.36,<0.44",
+    "huggingface_hub>=0.34,<3",
+    "numpy",
+    "peft>=0.17,<1",
+    "pillow>=10",
+    "safetensors>=0.4.5",
+    "tensorboard",
+    "torch>=2.6",
+    "tqdm",
+    TRANSFORMERS,
+]
+
+# Only `eval` may pull torchvision in: where torch is a CPU build, a CUDA torchvision breaks `import peft` and more.
+EXTRAS = {
+    "8bit": ["bitsandbytes>=0.46"],
+    "benchmark": ["matplotlib", "scikit-learn"],
+    "eval": ["clean-fid", "lpips", "torchmetrics[image]"],
+    "reward": [TRANSFORMERS],  # its CLIP and BLIP classes are enough; the reward models' own packages pin old versions
+    "test": ["bitsandbytes>=0.46", "mypy", "pytest", "pytest-timeout", "ruff", "scikit-learn", "scipy"],
+    "tiny": ["scikit-learn"],  # the digit scans that the embedded teacher is built from
+    "track": ["tensorboard", "trackio", "wandb"],
+    "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
+}
+EXTRAS["dev"] = [*EXTRAS["test"], "pre-commit"]
+
+setup(
+    name="rdm-diffusers",
+    version=VERSION,
+    description="Few-step distillation of diffusers' text-to-image models by matching distributions as a reward, R_dm "
+    "(arXiv 2603.28460)",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="The rdm_diffusers authors",
+    license="Apache-2.0",
+    keywords="diffusion diffusers distillation few-step LoRA text-to-image DMD R_dm",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rdm_diffusers", "rdm_diffusers.*"]),
+    package_data={"rdm_diffusers.tiny": ["**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"]},
+    py_modules=["train_rdm_lora"],
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
