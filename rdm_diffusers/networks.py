@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from diffusers import ModelMixin
@@ -153,18 +154,18 @@ class SharedBase(Networks):
         for adapter in ADAPTERS.values():
             denoiser.add_adapter(lora_config, adapter)
         self.layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
-        for role in ADAPTERS:
-            for parameter in self.parameters(role):
-                parameter.requires_grad_(True)
-                parameter.data = parameter.data.float()
-        self._folded: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {}
+        self._trainable = {role: self._adapter_parameters(adapter) for role, adapter in ADAPTERS.items()}
+        for parameter in chain(*self._trainable.values()):
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+        self._folded: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
         self._wear(None)
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        if role == TEACHER:
-            return []
-        marker = f".{ADAPTERS[role]}."
-        return [p for name, p in self.denoiser.named_parameters() if "lora_" in name and marker in name]
+        return self._trainable.get(role, [])
+
+    def _adapter_parameters(self, adapter: str) -> list[nn.Parameter]:
+        return [p for name, p in self.denoiser.named_parameters() if "lora_" in name and f".{adapter}." in name]
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
@@ -188,15 +189,18 @@ class SharedBase(Networks):
         if not self.fold_adapters or role == TEACHER:
             return self.denoiser
         weights = self._weights(role)
-        return lambda *args, **kwargs: functional_call(self.denoiser, weights, args, kwargs)
+        return lambda *args, **kwargs: functional_call(self.denoiser, weights, args, kwargs, tie_weights=False)
 
     def _weights(self, role: str) -> dict[str, Tensor]:
-        """The base's weights with the role's adapter folded in; kept until the adapter changes where no graph is."""
+        """The base's weights with the role's adapter folded in; without a graph they are kept until it changes.
+
+        The adapter's numbers are compared, not their version counters, which moving averages and checkpoints bypass.
+        """
         if torch.is_grad_enabled():
             return self._fold(role)
-        version = tuple(parameter._version for parameter in self.parameters(role))
-        if self._folded.get(role, (None,))[0] != version:
-            self._folded[role] = version, self._fold(role)
+        adapter = torch.cat([parameter.detach().flatten() for parameter in self.parameters(role)])
+        if role not in self._folded or not torch.equal(self._folded[role][0], adapter):
+            self._folded[role] = adapter, self._fold(role)
         return self._folded[role][1]
 
     def _fold(self, role: str) -> dict[str, Tensor]:
