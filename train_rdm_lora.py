@@ -8,7 +8,7 @@
 What it does, and the flags that steer it:
 - the objective: --algorithm gndm (group-normalised R_dm, the default) or dmd (DMD2's)
 - the student: --num_student_steps, --eta, --rank, --lora_alpha, --lora_layers
-- the teacher's guidance: --guidance_scale (u + w (c - u), 1 is off)
+- the teacher's guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
 - groups: --group_size, --gndm_lambda, --advantage_normalization, --steps_per_rollout
 - the fake score: --fake_updates_per_step, --fake_learning_rate
 - memory and speed: --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision, --use_8bit_adam,
@@ -30,6 +30,7 @@ from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.training.arguments import check_resumable, parse_args, prepare_output
 from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint, read_arguments
 from rdm_diffusers.training.loop import train
+from rdm_diffusers.training.optimizers import NonFiniteError
 from rdm_diffusers.training.prompts import load_prompts
 from rdm_diffusers.training.setup import (
     DTYPES,
@@ -84,9 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     for pipeline in (stock.pipeline, student):
         pipeline.to(accelerator.device)
     examples = spread(args.validation_prompt or prompts, args.num_validation_images)
-    metrics = save_samples(output_dir / "samples.png", stock.pipeline, student, args.guidance_scale, examples)
+    metrics = save_samples(output_dir / "samples.png", stock.pipeline, student, args.sample_guidance_scale, examples)
     if args.pretrained_model_name_or_path == TINY_NAME and args.num_eval_images:
-        metrics = tiny_metrics(stock.pipeline, student, args.guidance_scale, args.num_eval_images)
+        metrics = tiny_metrics(stock.pipeline, student, args.sample_guidance_scale, args.num_eval_images)
     write_metrics(output_dir / "metrics.json", metrics, vars(args))
     table = as_table(metrics)
     write_card(output_dir, teacher.family.pipeline_class.__name__, table, examples[0], args)
@@ -96,5 +97,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, NonFiniteError) as error:
         sys.exit(f"error: {error}")

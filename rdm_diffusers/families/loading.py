@@ -57,6 +57,8 @@ def pipeline_class_name(name_or_path: str, **hub_options) -> str:
     try:
         config = DiffusionPipeline.load_config(resolve_teacher(name_or_path), **hub_options)
     except OSError as error:
+        if folder.is_dir():
+            raise ValueError(f"{folder}/model_index.json is damaged; save or download the teacher again.") from error
         raise ValueError(
             f"The teacher {name_or_path!r} is no local folder and could not be had from the Hub; check its name and "
             "your connection, and log in with `hf auth login` if it is gated."

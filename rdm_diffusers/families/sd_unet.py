@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,8 +47,9 @@ class StableDiffusionFamily(Family):
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def stock_scheduler(self, teacher_scheduler: SchedulerMixin, num_student_steps: int) -> SchedulerMixin:
+        known = inspect.signature(LCMScheduler.__init__).parameters
         return LCMScheduler.from_config(
-            teacher_scheduler.config,
+            {name: value for name, value in teacher_scheduler.config.items() if name in known},
             original_inference_steps=num_student_steps,
             timestep_spacing="trailing",
             clip_sample=False,

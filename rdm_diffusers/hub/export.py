@@ -32,10 +32,11 @@ def export_lora(folder: Path, teacher: Teacher, networks: SharedBase, scheduler:
     )
     steps = len(scheduler.timesteps)
     teacher.family.stock_scheduler(teacher.pipeline.scheduler, steps).save_pretrained(folder / "scheduler")
+    is_folder = Path(teacher.name).is_dir()
     StudentConfig(
-        base_model_name_or_path=teacher.name,
+        base_model_name_or_path=str(Path(teacher.name).resolve()) if is_folder else teacher.name,
         pipeline_class=teacher.family.pipeline_class.__name__,
-        scheduler=dict(scheduler.config),
+        scheduler={name: value for name, value in scheduler.config.items() if not name.startswith("_")},
         num_inference_steps=steps,
         **origin,
     ).save(folder)

@@ -58,5 +58,5 @@ class StudentConfig:
             )
         try:
             return cls(**json.loads(path.read_text()))
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); download or export the student again.") from error

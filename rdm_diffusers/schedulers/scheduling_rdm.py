@@ -235,7 +235,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         timestep: Tensor | float,
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        eta: float | None = None,
+        stochasticity: float | None = None,
         return_log_prob: bool = False,
         return_dict: bool = True,
     ) -> RdmSchedulerOutput | tuple:
@@ -246,7 +246,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             timestep: its time, a scalar or one per sample `[B]`; on the grid.
             sample: the noisy sample `[B, ...]`.
             generator: draws the noise; a list of one per sample makes each sample independent of its batch.
-            eta: overrides the configured stochasticity.
+            stochasticity: overrides the configured stochasticity.
             return_log_prob: whether to state the log-density of the draw.
             return_dict: False gives the tuple `(prev_sample, pred_original_sample)`.
 
@@ -255,7 +255,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         """
         times = torch.as_tensor(timestep, device=sample.device)
         x0 = self.pred_original_sample(model_output, times, sample)
-        mean, std = self.transition(x0, sample, times, self.previous_timestep(times).to(sample.device), eta)
+        mean, std = self.transition(x0, sample, times, self.previous_timestep(times).to(sample.device), stochasticity)
         prev_sample = mean
         if (std > 0).any():
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=model_output.dtype)
@@ -279,7 +279,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         timestep: Tensor | float,
         sample: Tensor,
         prev_sample: Tensor,
-        eta: float | None = None,
+        stochasticity: float | None = None,
     ) -> Tensor:
         """Log-density that a network with this output would give a stored transition from `sample` to `prev_sample`.
 
@@ -289,7 +289,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         """
         times = torch.as_tensor(timestep, device=sample.device)
         x0 = self.pred_original_sample(model_output, times, sample)
-        mean, std = self.transition(x0, sample, times, self.previous_timestep(times).to(sample.device), eta)
+        mean, std = self.transition(x0, sample, times, self.previous_timestep(times).to(sample.device), stochasticity)
         return gaussian_log_prob(prev_sample, mean, std)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

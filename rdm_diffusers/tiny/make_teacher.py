@@ -217,6 +217,7 @@ def make_teacher(folder: Path, steps: dict[str, int]) -> None:
     if not (pipeline_folder / "model_index.json").exists():
         torch.manual_seed(SEED + 2)
         vae = AutoencoderKL.from_pretrained(pipeline_folder / "vae")
+        vae.register_to_config(_name_or_path="vae")  # not this machine's path
         tokenizer = make_tokenizer()
         unet, text_encoder = make_denoiser(vae, tokenizer, steps["denoiser"])
         StableDiffusionPipeline(

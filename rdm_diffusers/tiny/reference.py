@@ -17,7 +17,7 @@ from .handwriting import Handwriting
 
 STATISTICS = "reference.safetensors"
 QUALITY = "quality.json"
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 4.0
 STEPS = 50
 IMAGES = 5000
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
@@ -12,10 +14,22 @@ SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Trains byte-pair merges on the captions; any other text still has tokens, letter by letter."""
+    """Byte-pair merges for the captions' words, always the same; any other text has tokens letter by letter."""
     alphabet = sorted(ByteLevel.alphabet())
-    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *SPECIAL_TOKENS]
-    untrained = CLIPTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
-    trained = untrained.train_new_from_iterator(CAPTIONS, vocab_size=len(symbols) + 200)
-    trained.model_max_length = MAX_TOKENS
-    return trained
+    merges: list[tuple[str, str]] = []
+    for word in sorted({word for caption in CAPTIONS for word in caption.split()}):
+        first, *rest = _apply(merges, [*word[:-1], f"{word[-1]}</w>"])
+        for piece in rest:
+            merges.append((first, piece))
+            first += piece
+    symbols = [*SPECIAL_TOKENS, *alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges)]
+    vocabulary = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
+    """Byte-pair encoding: the earliest merge that fits, again and again."""
+    while fitting := [pair for pair in merges if pair in pairwise(pieces)]:
+        at = list(pairwise(pieces)).index(fitting[0])
+        pieces[at : at + 2] = ["".join(fitting[0])]
+    return pieces

@@ -16,7 +16,8 @@ from ..tiny import TINY_NAME
 ALGORITHMS = ("dmd", "gndm")
 
 TINY_DEFAULTS = dict(
-    guidance_scale=2.0,
+    guidance_scale=2.5,
+    sample_guidance_scale=4.0,
     steps_per_rollout=4,
     train_batch_size=64,
     max_train_steps=1200,
@@ -30,8 +31,8 @@ TINY_DEFAULTS = dict(
 FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps", "num_eval_images",
-    "max_train_steps", "learning_rate", "fake_learning_rate", "max_grad_norm", "cache_dir", "gradient_checkpointing",
-    "allow_tf32",
+    "sample_guidance_scale", "max_train_steps", "learning_rate", "fake_learning_rate", "max_grad_norm", "cache_dir",
+    "gradient_checkpointing", "allow_tf32",
 }  # fmt: skip
 
 
@@ -66,7 +67,9 @@ def _add_method(add) -> None:
     add("--algorithm", default="gndm", choices=ALGORITHMS, help="dmd: DMD2's objective; gndm: group-normalised R_dm")
     add("--num_student_steps", type=int, default=4, help="network calls of the student, 1 to 8 recommended")
     add("--eta", type=float, default=1.0, help="the student's stochasticity: 1 re-noises, 0 is deterministic")
-    add("--guidance_scale", type=float, default=7.5, help="the teacher's w in u + w (c - u); 1 is off")
+    add("--guidance_scale", type=float, default=7.5, help="the teacher's w in R_dm: u + w (c - u); 1 is off")
+    add("--sample_guidance_scale", type=float,
+        help="the teacher's w where it is sampled for samples.png and metrics.json; --guidance_scale by default")
     add("--group_size", type=int, default=4, help="G, samples of one prompt that share statistics")
     add("--gndm_lambda", type=float, default=0.5, help="strength of GNDM's bias correction; 0 turns it off")
     add("--advantage_normalization", choices=NORMALIZATIONS,
@@ -142,6 +145,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     args.fake_updates_per_step = args.fake_updates_per_step or (2 if corrected else 5)
     args.fake_learning_rate = args.fake_learning_rate or args.learning_rate
     args.lora_alpha = args.lora_alpha or args.rank
+    if args.sample_guidance_scale is None:
+        args.sample_guidance_scale = args.guidance_scale
     if corrected and args.group_size == 1:
         raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
     if not 0 <= args.eta <= 1:
@@ -163,8 +168,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
 def _check_positive(args: argparse.Namespace) -> None:
     for name in ("num_student_steps", "group_size", "steps_per_rollout", "rank", "train_batch_size",
                  "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
-                 "learning_rate"):  # fmt: skip
-        if getattr(args, name) <= 0:
+                 "learning_rate", "fake_learning_rate", "fake_updates_per_step", "lora_alpha",
+                 "num_validation_images", "max_train_samples"):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1 (a rate above 0).")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,7 +51,7 @@ def save_checkpoint(folder: Path, state: TrainState, arguments: dict, keep: int 
         (partial / "state.json").write_text(json.dumps(record, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"The checkpoint {target} could not be written ({error}); the earlier ones are intact. Free some space and "
@@ -117,7 +120,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict]:
         for i, parameter in enumerate(role_optimizer.parameters):
             tensors[f"{role}/parameter/{i}"] = parameter.detach()
         for i, entries in role_optimizer.optimizer.state_dict()["state"].items():
-            for name, value in entries.items():
+            for name, value in _flat(entries):
                 key = f"{role}/optimizer/{i}/{name}"
                 (tensors if isinstance(value, Tensor) else scalars)[key] = value
     if state.ema is not None:
@@ -125,6 +128,15 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict]:
         scalars["ema"] = state.ema.optimization_step
     # Clones: tensors that share memory, as 8-bit optimisers' maps do, cannot be saved together.
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, scalars
+
+
+def _flat(entries: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested entries, as bitsandbytes' quantised state is, under names like `quant_state/state1`."""
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def _unpack_role(role: str, role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scalars: dict) -> None:
@@ -135,6 +147,9 @@ def _unpack_role(role: str, role_optimizer: RoleOptimizer, tensors: dict[str, Te
     entries: dict[int, dict] = {}
     for key, value in (tensors | scalars).items():
         if key.startswith(prefix):
-            index, name = key.removeprefix(prefix).split("/")
-            entries.setdefault(int(index), {})[name] = value
+            index, *path, name = key.removeprefix(prefix).split("/")
+            node = entries.setdefault(int(index), {})
+            for step in path:
+                node = node.setdefault(step, {})
+            node[name] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})

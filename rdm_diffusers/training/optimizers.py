@@ -10,6 +10,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 
+class NonFiniteError(RuntimeError):
+    """A loss, reward or gradient is not finite; names the term and, where one is at fault, the prompt and step."""
+
+
 @dataclass
 class RoleOptimizer:
     """A role's trainable parameters with what moves them. The schedule is a function of the update alone."""
@@ -20,9 +24,21 @@ class RoleOptimizer:
     max_grad_norm: float
 
     def step(self) -> Tensor:
-        """Averages over processes, clips, steps and clears the gradients; the norm before clipping, a scalar."""
+        """Averages over processes, clips, steps and clears the gradients.
+
+        Returns:
+            The norm before clipping, a scalar.
+
+        Raises:
+            NonFiniteError: if it is not finite; the parameters are untouched then.
+        """
         average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if not norm.isfinite():
+            raise NonFiniteError(
+                "The gradient is not finite; nothing was saved over the last checkpoint. Resume from it with a lower "
+                "learning rate."
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -60,7 +76,12 @@ def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, args) -
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
-    schedule = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
     return RoleOptimizer(parameters, optimizer, schedule, args.max_grad_norm)
 
 

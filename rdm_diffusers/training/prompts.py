@@ -112,6 +112,8 @@ def embed_prompts(teacher: Teacher, prompts: Sequence[str], cache_dir: str | Non
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "rdm_embeddings"
     folder.mkdir(parents=True, exist_ok=True)
 
+    fingerprint = _fingerprint(teacher, prompts)
+
     def encode(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
         conditioning = teacher.family.encode_prompts(teacher.pipeline, batch["prompt"])
         return {name: _storable(tensor).cpu().numpy() for name, tensor in conditioning.tensors.items()}
@@ -127,7 +129,8 @@ def embed_prompts(teacher: Teacher, prompts: Sequence[str], cache_dir: str | Non
             batch_size=batch_size,
             remove_columns=["prompt"],
             features=features,
-            cache_file_name=str(folder / f"{_fingerprint(teacher, prompts)}.arrow"),
+            new_fingerprint=fingerprint,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
         )
         .with_format("torch")
     )

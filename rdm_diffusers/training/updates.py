@@ -21,13 +21,8 @@ from ..distillation import (
 from ..networks import FAKE_SCORE, STUDENT, Networks
 from ..prediction import output_weight
 from ..schedulers import RdmScheduler
+from .optimizers import NonFiniteError
 from .prompts import PromptGroups
-
-FAKE_TIMES = (0.0, 1.0)
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, reward or gradient is not finite; names the term, the prompt and the student's step."""
 
 
 @dataclass(frozen=True)

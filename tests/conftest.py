@@ -1,0 +1,50 @@
+"""One thread, no network, caches of its own; and the two fixtures that many files share.
+
+The processor is tested, whatever else the machine has; set CUDA_VISIBLE_DEVICES to test on a GPU.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+CACHE = tempfile.TemporaryDirectory(prefix="rdm-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = CACHE.name
+os.environ["HF_DATASETS_CACHE"] = os.path.join(CACHE.name, "datasets")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train_rdm_lora.py
+
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same global random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real Stable Diffusion pipeline, as small as it can be, saved as a teacher."""
+    from parts import make_pipeline
+
+    folder = tmp_path_factory.mktemp("teacher")
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five prompts."""
+    from parts import PROMPTS
+
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path

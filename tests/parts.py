@@ -1,0 +1,145 @@
+"""Tiny real components, made offline from configurations, and the command lines of tiny runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from rdm_diffusers.families import Conditioning, load_teacher
+from rdm_diffusers.families.sd_unet import StableDiffusionFamily
+from rdm_diffusers.networks import FAKE_SCORE, STUDENT, SharedBase
+from rdm_diffusers.prediction import NoiseSchedule
+from rdm_diffusers.tiny.captions import CAPTIONS
+from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
+from rdm_diffusers.training.arguments import parse_args, prepare_output
+from rdm_diffusers.training.loop import train
+from rdm_diffusers.training.prompts import load_prompts
+from rdm_diffusers.training.setup import DTYPES, make_accelerator, make_distillation, make_networks, make_state
+
+TEXT_DIM = 16
+PROMPTS = CAPTIONS[7::50]
+
+
+def make_unet(seed: int = 0, width: int = 32) -> UNet2DConditionModel:
+    """A conditional U-Net of two levels on 4 x 8 x 8 latents."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(width, width),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_DIM,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+
+
+def make_noise_scheduler(**changes) -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return DDIMScheduler(**{**options, "set_alpha_to_one": False, "steps_offset": 1, **changes})
+
+
+def make_pipeline(seed: int = 0, width: int = 16) -> StableDiffusionPipeline:
+    """A whole Stable Diffusion pipeline for 32 x 32 pictures, untrained."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=TEXT_DIM, projection_dim=TEXT_DIM,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        sample_size=32, mid_block_add_attention=False,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae.eval(), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=make_unet(seed, width),
+        scheduler=make_noise_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def run_arguments(teacher: Path | str, prompts_file: Path, output_dir: Path, **changes) -> list[str]:
+    """The command line of a run of two updates, eight samples each, that takes about a second."""
+    options = dict(
+        pretrained_model_name_or_path=teacher, prompts_file=prompts_file, output_dir=output_dir, report_to="none",
+        max_train_steps=2, train_batch_size=8, group_size=4, num_student_steps=2, guidance_scale=2.0, rank=2,
+        learning_rate=1e-2, num_validation_images=2, validation_steps=1000, num_eval_images=0,
+    )  # fmt: skip
+    words = []
+    for name, value in {**options, **changes}.items():
+        words += [f"--{name}"] if value is True else [] if value is None else [f"--{name}", str(value)]
+    return words
+
+
+def make_shared(
+    fold: bool = False, checkpointing: bool = False, guidance_scale: float = 1.0, dtype: torch.dtype = torch.float32
+) -> SharedBase:
+    """One tiny base with two different adapters, always of the same numbers."""
+    unet = make_unet().to(dtype)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    config = LoraConfig(
+        r=4, target_modules=list(StableDiffusionFamily.lora_target_modules), init_lora_weights="gaussian"
+    )
+    null = make_conditioning(1, seed=9, dtype=dtype)
+    schedule = NoiseSchedule.from_scheduler(make_noise_scheduler())
+    torch.manual_seed(1)
+    networks = SharedBase(unet, config, fold, StableDiffusionFamily(), schedule, "epsilon", null, guidance_scale)
+    randomise_adapters(networks)
+    return networks
+
+
+@torch.no_grad()
+def randomise_adapters(networks: SharedBase) -> None:
+    """Gives both adapters a part in the output; fresh ones have none, because B starts at 0."""
+    generator = torch.Generator().manual_seed(2)
+    for role in (STUDENT, FAKE_SCORE):
+        for parameter in networks.parameters(role):
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def make_conditioning(batch: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Conditioning:
+    """Random prompt embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    return Conditioning({"prompt_embeds": torch.randn(batch, 5, TEXT_DIM, generator=generator).to(dtype)})
+
+
+def relative_error(value: Tensor | list[Tensor], reference: Tensor | list[Tensor]) -> float:
+    """|value - reference| / |reference|, over all elements."""
+    value, reference = (torch.cat([v.flatten().double() for v in vs]) for vs in (value, reference))
+    return float((value - reference).norm() / reference.norm())
+
+
+def make_run(argv: list[str]) -> SimpleNamespace:
+    """What `train_rdm_lora.main` assembles before the loop: args, teacher, networks, run, state and accelerator."""
+    args = parse_args(argv)
+    prepare_output(args)
+    accelerator = make_accelerator(args)
+    teacher = load_teacher(args.pretrained_model_name_or_path, DTYPES[args.mixed_precision])
+    networks = make_networks(teacher, args)
+    run = make_distillation(teacher, networks, load_prompts(args), args, accelerator)
+    return SimpleNamespace(
+        args=args,
+        teacher=teacher,
+        networks=networks,
+        run=run,
+        state=make_state(networks, args),
+        accelerator=accelerator,
+    )
+
+
+def train_run(it: SimpleNamespace, validate: Callable[[int], None] = lambda update: None) -> bool:
+    """The real loop on what `make_run` made."""
+    return train(it.run, it.state, it.args, it.accelerator, validate)

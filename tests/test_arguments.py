@@ -1,0 +1,237 @@
+"""Whatever is wrong with a command line is one clear sentence, before anything long is done."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from parts import PROMPTS, run_arguments
+
+import train_rdm_lora
+from rdm_diffusers.tiny import TINY_NAME
+from rdm_diffusers.tiny.captions import CAPTIONS
+from rdm_diffusers.training.arguments import TINY_DEFAULTS, groups_per_update, make_objective, parse_args
+from rdm_diffusers.training.prompts import load_prompts
+
+
+@pytest.fixture
+def complaint(teacher_folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """What the program says of a run with some arguments changed; it must be one line."""
+
+    def run(**changes) -> str:
+        options = {"teacher": teacher_folder, "prompts_file": prompts_file, "output_dir": tmp_path / "student"}
+        options |= {name: changes.pop(name) for name in list(changes) if name in options}
+        capsys.readouterr()
+        with pytest.raises((ValueError, SystemExit)) as caught:
+            train_rdm_lora.main(run_arguments(**options, **changes))
+        said = str(caught.value)
+        if isinstance(caught.value, SystemExit):
+            said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "\n" not in said
+        return said
+
+    return run
+
+
+def test_an_unknown_algorithm(complaint) -> None:
+    assert "argument --algorithm: invalid choice: 'ddpo' (choose from" in complaint(algorithm="ddpo")
+
+
+def test_a_missing_teacher_folder(complaint, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    assert complaint(teacher=missing) == (
+        f"The teacher folder {missing} does not exist; check the path or give a Hub model id."
+    )
+
+
+def test_a_teacher_that_is_not_on_the_hub(complaint) -> None:
+    assert "The teacher 'nobody/nothing' is no local folder and could not be had from the Hub" in complaint(
+        teacher="nobody/nothing"
+    )
+
+
+def test_a_lora_given_as_the_teacher(complaint, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    assert "is a LoRA, not a teacher; give the model that it was trained on." in complaint(teacher=tmp_path / "lora")
+
+
+def test_a_folder_that_is_no_pipeline(complaint, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "has no model_index.json; give a folder that a diffusers pipeline saved." in complaint(
+        teacher=tmp_path / "empty"
+    )
+
+
+def test_a_teacher_of_a_family_that_is_not_supported(complaint, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AudioLDMPipeline"}))
+    assert "Teachers of class AudioLDMPipeline are not supported; supported are StableDiffusionPipeline" in complaint(
+        teacher=tmp_path
+    )
+
+
+def test_a_damaged_model_index_is_not_called_a_missing_folder(complaint, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Stable')
+    said = complaint(teacher=tmp_path)
+    assert "model_index.json" in said
+    assert "no local folder" not in said
+
+
+def test_a_missing_prompts_file(complaint, tmp_path: Path) -> None:
+    said = complaint(prompts_file=tmp_path / "missing.txt")
+    assert said == f"--prompts_file {tmp_path / 'missing.txt'} does not exist; give a text file with one prompt a line."
+
+
+def test_an_empty_prompts_file(complaint, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    assert "holds no prompts; write one a line." in complaint(prompts_file=tmp_path / "empty.txt")
+
+
+def test_no_prompts_for_a_real_teacher(complaint) -> None:
+    assert complaint(prompts_file=None) == "No prompts: give --prompts_file, or --dataset_name with --caption_column."
+
+
+def test_a_group_larger_than_the_batch(complaint) -> None:
+    assert "An update has 8 samples" in complaint(group_size=16)
+    assert "which is not a multiple of 16 (--group_size x --steps_per_rollout)" in complaint(group_size=16)
+
+
+def test_a_batch_that_is_no_whole_number_of_groups(complaint) -> None:
+    assert "An update has 8 samples" in complaint(group_size=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_train_steps", 0),
+        ("num_student_steps", 0),
+        ("train_batch_size", 0),
+        ("gradient_accumulation_steps", -1),
+        ("group_size", 0),
+        ("rank", 0),
+        ("learning_rate", 0.0),
+        ("validation_steps", 0),
+        ("checkpointing_steps", 0),
+        ("fake_updates_per_step", -1),
+        ("num_validation_images", 0),
+        ("max_train_samples", 0),
+    ],
+)
+def test_a_number_that_must_be_positive(complaint, name: str, value: float) -> None:
+    assert f"--{name} is {value}; it must be" in complaint(**{name: value})
+
+
+def test_an_eta_outside_zero_to_one(complaint) -> None:
+    assert "--eta is 1.5; it must lie in [0, 1]." in complaint(eta=1.5)
+
+
+def test_a_correction_without_a_group(complaint) -> None:
+    assert "--group_size 1 needs --gndm_lambda 0." in complaint(group_size=1)
+
+
+def test_more_trained_states_than_the_rollout_has(complaint) -> None:
+    assert "--steps_per_rollout 3 is more than the 2 steps of a rollout" in complaint(steps_per_rollout=3)
+
+
+def test_an_unknown_learning_rate_schedule(complaint) -> None:
+    assert "wavy" in complaint(lr_scheduler="wavy")
+
+
+def test_lora_layers_that_the_teacher_does_not_have(complaint) -> None:
+    assert "to_nowhere" in complaint(lora_layers="to_nowhere")
+
+
+def test_a_resolution_that_the_autoencoder_cannot_have(complaint) -> None:
+    assert complaint(resolution=30) == "--resolution is 30; this teacher needs a multiple of 4."
+
+
+def test_an_output_folder_that_cannot_be_written(complaint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = complaint(output_dir=tmp_path / "file" / "student")
+    assert said == f"--output_dir {tmp_path / 'file' / 'student'} cannot be written (Not a directory); choose another."
+
+
+def test_an_output_folder_of_another_run(complaint, tmp_path: Path) -> None:
+    (tmp_path / "student" / "checkpoint-10").mkdir(parents=True)
+    assert "holds checkpoints of another run; add --resume_from_checkpoint latest, or choose another folder." in (
+        complaint()
+    )
+
+
+def test_resuming_where_there_is_nothing(complaint) -> None:
+    assert "There is no checkpoint in" in complaint(resume_from_checkpoint="latest")
+
+
+def test_resuming_with_another_rank_and_seed(
+    complaint, teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    argv = run_arguments(teacher_folder, prompts_file, tmp_path / "student", checkpointing_steps=2)
+    train_rdm_lora.main(argv)
+    said = complaint(resume_from_checkpoint="latest", rank=3, seed=5)
+    assert "The checkpoint was made with other arguments: " in said
+    assert "--rank (was 2, is 3)" in said
+    assert "--seed (was 0, is 5)" in said
+
+
+@pytest.mark.parametrize(
+    "flag", ["--pretrained_model_name_or_path", "--pretrained_model", "--pretrained_teacher_model"]
+)
+def test_the_teacher_has_three_names(flag: str) -> None:
+    assert parse_args([flag, "me/model"]).pretrained_model_name_or_path == "me/model"
+
+
+def test_the_rank_has_two_names_and_is_the_default_alpha() -> None:
+    args = parse_args(["--lora_rank", "8"])
+    assert (args.rank, args.lora_alpha) == (8, 8)
+
+
+def test_the_tiny_teacher_has_defaults_of_its_own_that_flags_override() -> None:
+    tiny, real = parse_args([]), parse_args(["--pretrained_model", "me/model"])
+    assert tiny.pretrained_model_name_or_path == TINY_NAME
+    assert {name: getattr(tiny, name) for name in TINY_DEFAULTS} == TINY_DEFAULTS
+    assert (real.rank, real.guidance_scale, real.learning_rate) == (64, 7.5, 1e-4)
+    assert parse_args(["--rank", "3"]).rank == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "normalization", "updates"),
+    [
+        ([], "group", 2),
+        (["--gndm_lambda", "0"], "group", 5),
+        (["--algorithm", "dmd"], "sample", 5),
+        (["--advantage_normalization", "batch", "--fake_updates_per_step", "3"], "batch", 3),
+    ],
+)
+def test_defaults_follow_the_algorithm(flags: list[str], normalization: str, updates: int) -> None:
+    args = parse_args(flags)
+    assert (args.advantage_normalization, args.fake_updates_per_step) == (normalization, updates)
+    objective = make_objective(args)
+    assert (objective.normalization, objective.group_size) == (normalization, 4)
+    assert objective.gndm_lambda == (0 if updates == 5 else 0.5)
+
+
+def test_an_updates_samples_are_groups_times_members_times_states() -> None:
+    flags = ["--train_batch_size", "4", "--gradient_accumulation_steps", "6", "--group_size", "4"]
+    args = parse_args([*flags, "--steps_per_rollout", "2"])
+    assert groups_per_update(args) * args.group_size * args.steps_per_rollout == 24
+
+
+def prompt_arguments(**changes) -> Namespace:
+    defaults = dict(prompts_file=None, dataset_name=None, dataset_config_name=None, caption_column="text")
+    return Namespace(**{**defaults, "max_train_samples": None, "pretrained_model_name_or_path": TINY_NAME, **changes})
+
+
+def test_prompts_come_from_a_file_from_a_datasets_column_or_with_the_tiny_teacher(
+    prompts_file: Path, tmp_path: Path
+) -> None:
+    rows = [{"caption": "a cat"}, {"caption": ""}, {"caption": "a dog"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = dict(dataset_name=str(tmp_path), caption_column="caption")
+    assert load_prompts(prompt_arguments(prompts_file=str(prompts_file))) == list(PROMPTS)
+    assert load_prompts(prompt_arguments(**dataset)) == ["a cat", "a dog"]
+    assert load_prompts(prompt_arguments(**dataset, max_train_samples=1)) == ["a cat"]
+    assert load_prompts(prompt_arguments()) == list(CAPTIONS)
+    with pytest.raises(ValueError, match=r"--caption_column text is not in .*; its columns are caption\."):
+        load_prompts(prompt_arguments(dataset_name=str(tmp_path)))

@@ -1,0 +1,140 @@
+"""Checkpoints: rotated, found by name, written whole or not at all, and without pickles."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from parts import make_run, run_arguments, train_run
+
+from rdm_diffusers.networks import FAKE_SCORE
+from rdm_diffusers.training import checkpoints
+from rdm_diffusers.training.checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from rdm_diffusers.training.updates import NonFiniteError
+
+
+@pytest.fixture
+def argv(teacher_folder: Path, prompts_file: Path, tmp_path: Path):
+    """Makes the command line of a run that saves after every update."""
+    return lambda **changes: run_arguments(
+        teacher_folder, prompts_file, tmp_path / "student", **{"checkpointing_steps": 1, **changes}
+    )
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Makes the system refuse to write larger files, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_the_newest_checkpoints_are_kept(argv, tmp_path: Path) -> None:
+    train_run(make_run(argv(max_train_steps=4, checkpoints_total_limit=2)))
+    assert contents(tmp_path / "student") == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_all_checkpoints_are_kept_by_default_in_the_order_of_their_updates(argv, tmp_path: Path) -> None:
+    it = make_run(argv())
+    for update in (100, 9, 20):
+        it.state.update = update
+        save_checkpoint(tmp_path / "student", it.state, vars(it.args))
+    names = [path.name for path in list_checkpoints(tmp_path / "student")]
+    assert names == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
+    assert find_checkpoint(tmp_path / "student", "latest").name == "checkpoint-100"
+
+
+def test_a_checkpoint_is_found_by_its_name_or_its_path(argv, tmp_path: Path) -> None:
+    train_run(make_run(argv()))
+    folder = tmp_path / "student"
+    assert find_checkpoint(folder, "checkpoint-1") == folder / "checkpoint-1"
+    assert find_checkpoint(tmp_path, str(folder / "checkpoint-1")) == folder / "checkpoint-1"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("latest", "There is no checkpoint in"), ("checkpoint-7", "checkpoint-7 is no checkpoint; use `latest`")],
+)
+def test_a_missing_checkpoint_is_one_clear_sentence(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_checkpoint(tmp_path, name)
+
+
+def test_a_checkpoint_holds_safetensors_and_json_only(argv, tmp_path: Path) -> None:
+    train_run(make_run(argv()))
+    assert contents(tmp_path / "student" / "checkpoint-2") == ["state.json", "state.safetensors"]
+
+
+def test_a_checkpoint_of_another_shape_is_refused(argv, tmp_path: Path) -> None:
+    train_run(make_run(argv(rank=2)))
+    other = make_run(argv(rank=4, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="does not fit this run"):
+        load_checkpoint(find_checkpoint(tmp_path / "student", "latest"), other.state)
+
+
+def assert_only_the_first_checkpoint_is_there_and_whole(it, folder: Path) -> None:
+    assert contents(folder) == ["checkpoint-1"]
+    load_checkpoint(find_checkpoint(folder, "latest"), it.state)
+    assert it.state.update == 1
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(argv, tmp_path: Path, monkeypatch) -> None:
+    def full(tensors, path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    it = make_run(argv(max_train_steps=1))
+    train_run(it)
+    it.args.max_train_steps = 2
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written .*No space left.*earlier ones are intact"):
+        train_run(it)
+    assert_only_the_first_checkpoint_is_there_and_whole(it, tmp_path / "student")
+
+
+def test_a_system_that_refuses_to_write_keeps_the_last_good_checkpoint_and_says_so(argv, tmp_path: Path) -> None:
+    it = make_run(argv(max_train_steps=1))
+    train_run(it)
+    it.args.max_train_steps = 2
+    with files_of_at_most(4096), pytest.raises(OSError, match=r"checkpoint-2 could not be written .*are intact"):
+        train_run(it)
+    assert_only_the_first_checkpoint_is_there_and_whole(it, tmp_path / "student")
+
+
+def test_saving_the_same_update_twice_leaves_one_whole_checkpoint(argv, tmp_path: Path) -> None:
+    it = make_run(argv(max_train_steps=1))
+    train_run(it)
+    save_checkpoint(tmp_path / "student", it.state, vars(it.args))
+    assert_only_the_first_checkpoint_is_there_and_whole(it, tmp_path / "student")
+
+
+def test_an_update_that_is_not_finite_saves_nothing_over_the_last_good_checkpoint(argv, tmp_path: Path) -> None:
+    it = make_run(argv(max_train_steps=1))
+    train_run(it)
+    it.args.max_train_steps = 2
+    with torch.no_grad():
+        it.networks.parameters(FAKE_SCORE)[0].fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"student direction is not finite for prompt .*, student step [12]"):
+        train_run(it)
+    assert_only_the_first_checkpoint_is_there_and_whole(it, tmp_path / "student")
+
+
+def test_gradients_that_are_not_finite_never_reach_the_weights(argv) -> None:
+    it = make_run(argv(max_train_steps=1))
+    for parameter in it.networks.parameters(FAKE_SCORE):
+        parameter.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(NonFiniteError, match="gradient"):
+        train_run(it)
+    assert all(parameter.isfinite().all() for parameter in it.networks.parameters(FAKE_SCORE))

@@ -1,0 +1,179 @@
+"""Three roles on one base are three separate networks; guidance; precision; the cache of folded weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from parts import make_conditioning, make_run, make_shared, randomise_adapters, relative_error, run_arguments
+from torch import Tensor, nn
+
+from rdm_diffusers.networks import ADAPTERS, FAKE_SCORE, ROLES, STUDENT, TEACHER, SeparateNetworks, SharedBase
+from rdm_diffusers.prediction import to_x0
+from rdm_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
+from rdm_diffusers.training.validation import averaged_student, sample_student
+
+T = torch.tensor([999, 700, 400, 20])
+
+
+def noisy() -> Tensor:
+    return torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+
+
+@torch.no_grad()
+def prediction(networks: SharedBase | SeparateNetworks, role: str) -> Tensor:
+    """The role's x0 of always the same samples."""
+    return networks.predict(role, noisy(), T, make_conditioning(4))
+
+
+def merged(networks: SharedBase, role: str) -> nn.Module:
+    """A copy of the base alone, with the role's adapter merged into its weights."""
+    denoiser = copy.deepcopy(networks.denoiser)
+    if role != TEACHER:
+        denoiser.fuse_lora(adapter_names=[ADAPTERS[role]])
+    denoiser.unload_lora()
+    return denoiser
+
+
+def separate_copies(networks: SharedBase) -> SeparateNetworks:
+    """The same three networks, each with weights of its own."""
+    others = ("family", "schedule", "prediction_type", "null_conditioning", "guidance_scale")
+    return SeparateNetworks({role: merged(networks, role) for role in ROLES}, *(getattr(networks, o) for o in others))
+
+
+def train_a_little(networks: SharedBase, role: str, lr: float = 1e-2, steps: int = 2) -> None:
+    """Moves a role's adapter."""
+    optimizer = torch.optim.AdamW(networks.parameters(role), lr=lr)
+    for _ in range(steps):
+        x0 = networks.predict(role, noisy(), T, make_conditioning(4))
+        networks.backward(role, x0, x0.detach() / x0.numel())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_shared_base_is_separate_copies(role: str, fold: bool) -> None:
+    shared = make_shared(fold, guidance_scale=2.0)
+    separate = separate_copies(shared)
+    x0, gradient = {}, {}
+    for networks in (shared, separate):
+        x_t = noisy().requires_grad_()
+        x0[networks] = networks.predict(role, x_t, T, make_conditioning(4))
+        with networks.acting_as(role):
+            gradient[networks] = torch.autograd.grad(x0[networks].sin().sum(), x_t)[0]
+    assert relative_error(x0[shared].detach(), x0[separate].detach()) < 1e-4
+    assert relative_error(gradient[shared], gradient[separate]) < 1e-4
+
+
+def test_the_three_roles_are_three_different_networks() -> None:
+    networks = make_shared()
+    student, fake, teacher = (prediction(networks, role) for role in ROLES)
+    for one, other in ((student, fake), (student, teacher), (fake, teacher)):
+        assert relative_error(one, other) > 0.05
+
+
+def test_a_role_has_no_parameters_of_another_and_the_teacher_has_none() -> None:
+    networks = make_shared()
+    student, fake = ({id(p) for p in networks.parameters(role)} for role in (STUDENT, FAKE_SCORE))
+    assert len(student) == len(fake) > 0
+    assert not student & fake
+    assert networks.parameters(TEACHER) == []
+
+
+def test_guidance_is_u_plus_w_times_c_minus_u_for_the_teacher_alone() -> None:
+    networks, conditioning, x_t = make_shared(guidance_scale=3.0), make_conditioning(4), noisy()
+    teacher = merged(networks, TEACHER)
+    with torch.no_grad():
+        c = teacher(x_t, T, conditioning.tensors["prompt_embeds"]).sample
+        u = teacher(x_t, T, networks.null_conditioning.expand(4).tensors["prompt_embeds"]).sample
+    expected = to_x0("epsilon", u + 3.0 * (c - u), x_t, *networks.schedule.scales(T, x_t))
+    assert torch.allclose(prediction(networks, TEACHER), expected, rtol=1e-4, atol=1e-4)
+    networks.guidance_scale = 1.0
+    unguided = {role: prediction(networks, role) for role in (STUDENT, FAKE_SCORE)}
+    networks.guidance_scale = 3.0
+    assert all(torch.equal(prediction(networks, role), x0) for role, x0 in unguided.items())
+
+
+@pytest.mark.parametrize(("guidance_scale", "samples"), [(1.0, [4]), (2.0, [8])])
+def test_guidance_one_is_off_and_calls_the_network_once_on_the_batch(guidance_scale: float, samples: list) -> None:
+    networks, called = make_shared(guidance_scale=guidance_scale), []
+    networks.denoiser.register_forward_pre_hook(lambda module, args: called.append(len(args[0])))
+    prediction(networks, TEACHER)
+    assert called == samples
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_training_the_adapters_leaves_the_teacher_as_it_was(fold: bool) -> None:
+    networks = make_shared(fold, guidance_scale=2.0)
+    before = {role: prediction(networks, role) for role in ROLES}
+    train_a_little(networks, STUDENT)
+    train_a_little(networks, FAKE_SCORE)
+    assert torch.equal(prediction(networks, TEACHER), before[TEACHER])
+    assert relative_error(prediction(networks, STUDENT), before[STUDENT]) > 1e-3
+    assert relative_error(prediction(networks, FAKE_SCORE), before[FAKE_SCORE]) > 1e-3
+
+
+def test_folded_weights_follow_every_optimiser_step() -> None:
+    layered, folded = make_shared(), make_shared(fold=True)
+    for _ in range(3):
+        for networks in (layered, folded):
+            train_a_little(networks, STUDENT, steps=1)
+        assert relative_error(prediction(folded, STUDENT), prediction(layered, STUDENT)) < 1e-3
+
+
+def test_folded_weights_follow_the_moving_average_and_a_loaded_checkpoint(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    it = make_run([*run_arguments(teacher_folder, prompts_file, tmp_path), "--fold_adapters"])
+    conditioning = it.run.prompts.conditioning([0])
+
+    @torch.no_grad()
+    def predict() -> Tensor:
+        return it.networks.predict(STUDENT, noisy(), T, conditioning)
+
+    first = predict()
+    checkpoint = save_checkpoint(tmp_path, it.state, vars(it.args))
+    randomise_adapters(it.networks)
+    live = predict()
+    with averaged_student(it.run, it.state):
+        assert torch.equal(predict(), first)
+    assert torch.equal(predict(), live)
+    load_checkpoint(checkpoint, it.state)
+    assert torch.equal(predict(), first)
+    assert relative_error(live, first) > 1e-3
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_adapters_are_float32_on_a_bfloat16_base_and_move_at_a_low_learning_rate(fold: bool) -> None:
+    networks = make_shared(fold, dtype=torch.bfloat16)
+    parameters = networks.parameters(STUDENT)
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    conditioning = make_conditioning(4, dtype=torch.bfloat16)
+    x0 = networks.predict(STUDENT, noisy(), T, conditioning)
+    networks.backward(STUDENT, x0, torch.ones_like(x0))
+    touched = [parameter.grad != 0 for parameter in parameters]
+    optimizer.step()
+    moved = sum(int(((p != b) & t).sum()) for p, b, t in zip(parameters, before, touched, strict=True))
+    assert x0.dtype == torch.float32
+    assert next(networks.denoiser.conv_in.parameters()).dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    assert moved > 0.9 * sum(int(t.sum()) for t in touched) > 0
+
+
+def test_a_validation_leaves_the_student_float32_and_bit_for_bit_as_it_was(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    it = make_run(run_arguments(teacher_folder, prompts_file, tmp_path, mixed_precision="bf16"))
+    randomise_adapters(it.networks)  # away from the average
+    before = [parameter.detach().clone() for parameter in it.networks.parameters(STUDENT)]
+    with averaged_student(it.run, it.state):
+        images = sample_student(it.run, it.teacher, ["a red one on a blue background"])
+        assert any(not torch.equal(p, b) for p, b in zip(it.networks.parameters(STUDENT), before, strict=True))
+    after = it.networks.parameters(STUDENT)
+    assert images.shape == (1, 3, 32, 32)
+    assert 0 <= images.min() <= images.max() <= 1
+    assert all(p.dtype == torch.float32 and torch.equal(p, b) for p, b in zip(after, before, strict=True))
