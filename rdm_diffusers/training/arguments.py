@@ -16,12 +16,13 @@ from ..tiny import TINY_NAME
 ALGORITHMS = ("dmd", "gndm")
 
 TINY_DEFAULTS = dict(
-    guidance_scale=2.5,
+    guidance_scale=2.0,
     sample_guidance_scale=4.0,
     steps_per_rollout=4,
     train_batch_size=64,
-    max_train_steps=1200,
+    max_train_steps=1400,
     learning_rate=1e-3,
+    lr_scheduler="cosine",
     rank=16,
     fold_adapters=True,
     num_eval_images=5000,
