@@ -66,7 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         load_checkpoint(checkpoint, state)
 
     # 4. Training.
-    accelerator.init_trackers(args.tracker_project_name)
+    accelerator.init_trackers(
+        args.tracker_project_name,
+        config={name: value for name, value in vars(args).items() if isinstance(value, int | float | str)},
+    )
     finished = train(
         run, state, args, accelerator,
         partial(validate, run=run, state=state, teacher=teacher, args=args, accelerator=accelerator),

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from runs import train_all, write_result
+from runs import measure_student, train_all, write_result
 
 ALGORITHMS = ("dmd", "gndm")
 
@@ -23,10 +23,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--max_train_steps", type=int, default=400)
     parser.add_argument("--fake_updates_per_step", type=int, default=2)
+    parser.add_argument("--num_images", type=int, default=5000)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--work_dir", type=Path, required=True, help="where the runs go; finished ones are kept")
     args = parser.parse_args()
-    common = ["--max_train_steps", str(args.max_train_steps), "--report_to", "none",
+    common = ["--max_train_steps", str(args.max_train_steps), "--report_to", "none", "--num_eval_images", "0",
               "--fake_updates_per_step", str(args.fake_updates_per_step),
               "--checkpointing_steps", "1000000", "--validation_steps", "1000000"]  # fmt: skip
     runs = {
@@ -35,12 +36,11 @@ def main() -> None:
         for algorithm in ALGORITHMS
     }
     results = train_all(runs, args.work_dir, args.jobs, threads=1)
-    student = {name: result["student"] for name, result in results.items()}
+    student = {name: measure_student(args.work_dir / name, args.num_images) for name in runs}
     write_result(
         "gndm_vs_dmd",
         {
             "settings": next(iter(results.values()))["arguments"],
-            "teacher_few_step": next(iter(results.values()))["teacher_few_step"],
             "students": student,
             "paired": {metric: paired(student, metric, args.seeds) for metric in ("fd_to_teacher", "fd_to_data")},
             "accuracy": {

@@ -9,6 +9,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rdm_diffusers.evaluation import measure, student_sampler
+from rdm_diffusers.evaluation.report import machine
+from rdm_diffusers.pipelines import RdmDistillationPipeline
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,18 +37,20 @@ def train_all(runs: dict[str, list[str]], folder: Path, jobs: int, threads: int)
         return dict(zip(runs, results, strict=True))
 
 
+def measure_student(folder: Path, num_images: int) -> dict:
+    """The numbers of the student in `folder`, on as many pictures; kept beside it."""
+    result = folder / f"measured-{num_images}.json"
+    if not result.exists():
+        student = RdmDistillationPipeline.from_pretrained(folder)
+        result.write_text(json.dumps(measure(student_sampler(student), "rdm", num_images).as_dict()))
+    return json.loads(result.read_text())
+
+
 def write_result(name: str, record: dict) -> Path:
     """Writes `results/<name>.json` with the command and the machine."""
     RESULTS.mkdir(exist_ok=True)
-    record = {"command": " ".join(["python", *sys.argv]), "cpus": os.cpu_count(), "cpu": cpu_name(), **record}
+    record = {"command": " ".join(["python", *sys.argv]), "machine": machine(), **record}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(path.read_text())
     return path
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from runs import ROOT, write_result
+import torch
+from runs import ROOT, measure_student, write_result
 
-from rdm_diffusers.evaluation import measure, student_sampler
 from rdm_diffusers.evaluation.report import best_few_step_teacher
 from rdm_diffusers.families import load_teacher
-from rdm_diffusers.pipelines import RdmDistillationPipeline
+from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.tiny.reference import GUIDANCE_SCALE, load_quality
 
 TEACHER_STEPS = (4, 8, 12, 16, 25)
 
 
 def main() -> None:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", required=True, help="students' folders")
     parser.add_argument("--num_images", type=int, default=5000)
@@ -35,9 +33,8 @@ def main() -> None:
         record["teacher"][steps] = best_few_step_teacher(teacher, steps, GUIDANCE_SCALE, args.num_images).as_dict()
     record["teacher"][50] = {**load_quality(), "nfe": 100}
     for folder in args.students:
-        student = RdmDistillationPipeline.from_pretrained(folder)
-        steps = student.student.num_inference_steps
-        record["student"][steps] = measure(student_sampler(student), "rdm", args.num_images).as_dict()
+        steps = StudentConfig.load(folder).num_inference_steps
+        record["student"][steps] = measure_student(Path(folder), args.num_images)
     write_result("tiny_curve", record)
     draw(record, ROOT / "docs" / "images" / "tiny_curve.png")
 

@@ -7,6 +7,7 @@ nothing says so. `Networks.backward` is the way out: it restores the role before
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -151,8 +152,10 @@ class SharedBase(Networks):
             raise ValueError("--fold_adapters and --gradient_checkpointing exclude each other; drop one of them.")
         self.denoiser = denoiser.requires_grad_(False)
         self.fold_adapters = fold_adapters
-        for adapter in ADAPTERS.values():
-            denoiser.add_adapter(lora_config, adapter)
+        with warnings.catch_warnings():  # peft warns of a second adapter, which is what we are here for
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            for adapter in ADAPTERS.values():
+                denoiser.add_adapter(lora_config, adapter)
         self.layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
         self._trainable = {role: self._adapter_parameters(adapter) for role, adapter in ADAPTERS.items()}
         for parameter in chain(*self._trainable.values()):

@@ -12,7 +12,13 @@ from parts import PROMPTS, run_arguments
 import train_rdm_lora
 from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.training.arguments import TINY_DEFAULTS, groups_per_update, make_objective, parse_args
+from rdm_diffusers.training.arguments import (
+    TINY_DEFAULTS,
+    check_resumable,
+    groups_per_update,
+    make_objective,
+    parse_args,
+)
 from rdm_diffusers.training.prompts import load_prompts
 
 
@@ -123,8 +129,13 @@ def test_a_number_that_must_be_positive(complaint, name: str, value: float) -> N
     assert f"--{name} is {value}; it must be" in complaint(**{name: value})
 
 
-def test_an_eta_outside_zero_to_one(complaint) -> None:
-    assert "--eta is 1.5; it must lie in [0, 1]." in complaint(eta=1.5)
+@pytest.mark.parametrize("eta", [1.5, 0.5])
+def test_an_eta_that_no_stock_scheduler_samples(complaint, eta: float) -> None:
+    assert f"--eta is {eta}; it must be 1 or 0" in complaint(eta=eta)
+
+
+def test_a_correction_stronger_than_the_bias(complaint) -> None:
+    assert "--gndm_lambda is 2.0; it must lie in [0, 1]." in complaint(gndm_lambda=2.0)
 
 
 def test_a_correction_without_a_group(complaint) -> None:
@@ -155,9 +166,13 @@ def test_an_output_folder_that_cannot_be_written(complaint, tmp_path: Path) -> N
 
 def test_an_output_folder_of_another_run(complaint, tmp_path: Path) -> None:
     (tmp_path / "student" / "checkpoint-10").mkdir(parents=True)
-    assert "holds checkpoints of another run; add --resume_from_checkpoint latest, or choose another folder." in (
-        complaint()
-    )
+    assert "holds the checkpoints or the student of another run; add --resume_from_checkpoint latest" in complaint()
+
+
+def test_an_output_folder_of_a_finished_student(complaint, tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "pytorch_lora_weights.safetensors").write_text("")
+    assert "holds the checkpoints or the student of another run" in complaint()
 
 
 def test_resuming_where_there_is_nothing(complaint) -> None:
@@ -173,6 +188,17 @@ def test_resuming_with_another_rank_and_seed(
     assert "The checkpoint was made with other arguments: " in said
     assert "--rank (was 2, is 3)" in said
     assert "--seed (was 0, is 5)" in said
+
+
+@pytest.mark.parametrize(("schedule", "free"), [("constant", True), ("cosine", False)])
+def test_the_end_of_a_scheduled_learning_rate_is_kept_on_resume(schedule: str, free: bool) -> None:
+    saved = vars(parse_args(["--lr_scheduler", schedule, "--max_train_steps", "10"]))
+    args = parse_args(["--lr_scheduler", schedule, "--max_train_steps", "20"])
+    if free:
+        assert check_resumable(args, saved) is None
+        return
+    with pytest.raises(ValueError, match="--max_train_steps \\(was 10, is 20\\)"):
+        check_resumable(args, saved)
 
 
 @pytest.mark.parametrize(

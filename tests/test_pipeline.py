@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, LCMScheduler, StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from parts import PROMPTS, make_run, randomise_adapters, relative_error, run_arguments
 from torch import Tensor
 
@@ -43,6 +43,17 @@ def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:3], first_seed: int = 0, 
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(list(prompts), generator=generators, output_type="pt", **options).images
+
+
+def test_a_deterministic_student_is_exported_with_ddim_and_draws_the_same_in_stock_diffusers(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    train_rdm_lora.main(run_arguments(teacher_folder, prompts_file, tmp_path, **TRAINED, eta=0))
+    stock = StableDiffusionPipeline.from_pretrained(teacher_folder)
+    stock.load_lora_weights(tmp_path)
+    stock.scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert "DDIMScheduler" in (tmp_path / "README.md").read_text()
+    assert difference(draw(RdmDistillationPipeline.from_pretrained(tmp_path)), draw_as_stock(stock)) < TOLERANCE
 
 
 def draw_as_stock(pipeline: StableDiffusionPipeline, first_seed: int = 0) -> Tensor:

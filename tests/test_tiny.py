@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from rdm_diffusers.evaluation import measure, teacher_sampler
 from rdm_diffusers.families import load_teacher
 from rdm_diffusers.tiny import TINY_NAME, TINY_TEACHER, resolve_teacher
 from rdm_diffusers.tiny.captions import BACKGROUNDS, CAPTIONS, DRAWINGS, INKS, parse_caption
@@ -151,3 +152,11 @@ def test_the_reference_statistics_are_means_and_covariances_of_the_feature_net()
 def test_the_shipped_quality_names_what_the_metrics_need() -> None:
     assert (FOLDER / QUALITY).exists()
     assert {"fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images"} <= load_quality().keys()
+
+
+def test_the_embedded_teacher_draws_what_it_is_asked_and_is_measured() -> None:
+    sampler = teacher_sampler(load_teacher("tiny", torch.float32).pipeline, "dpm-solver++", 10, guidance_scale=2.0)
+    metrics = measure(sampler, "dpm-solver++", num_images=240)
+    assert metrics.nfe == 20
+    assert metrics.prompt_accuracy is not None and metrics.prompt_accuracy > 0.97
+    assert metrics.fd_to_teacher is not None and 0 < metrics.fd_to_teacher < 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from ..pipelines import RdmDistillationPipeline
@@ -87,8 +89,17 @@ def write_metrics(path: Path, metrics: dict[str, Metrics], arguments: dict) -> N
     record["arguments"] = {name: value for name, value in arguments.items() if "token" not in name}
     record["seed"] = arguments.get("seed")
     record["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    record["machine"] = f"{platform.machine()}, {platform.system()}"
+    record["machine"] = machine()
     path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def machine() -> str:
+    """The processors and GPUs, in words."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([f"{os.cpu_count()} x {name}", *gpus])
 
 
 def as_table(metrics: dict[str, Metrics]) -> str:

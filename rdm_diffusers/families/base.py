@@ -87,5 +87,13 @@ class Family(ABC):
         """Latents `[B, C, H, W]` -> images `[B, 3, H', W']` in [0, 1], float32. Gradients flow to the latents."""
 
     @abstractmethod
-    def stock_scheduler(self, teacher_scheduler: SchedulerMixin, num_student_steps: int) -> SchedulerMixin:
-        """A scheduler of diffusers itself whose saved configuration samples the student, with no call-time argument."""
+    def stock_scheduler(
+        self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
+    ) -> SchedulerMixin:
+        """A scheduler of diffusers itself whose saved configuration samples the student, with no call-time argument.
+
+        Args:
+            teacher_scheduler: any scheduler with the teacher's noise schedule.
+            num_student_steps: K.
+            eta: the student's stochasticity, 1 or 0; stock schedulers know nothing in between.
+        """

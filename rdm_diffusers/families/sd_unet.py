@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 
 from .base import Conditioning, Family
@@ -46,12 +46,16 @@ class StableDiffusionFamily(Family):
         images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def stock_scheduler(self, teacher_scheduler: SchedulerMixin, num_student_steps: int) -> SchedulerMixin:
-        known = inspect.signature(LCMScheduler.__init__).parameters
-        return LCMScheduler.from_config(
+    def stock_scheduler(
+        self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
+    ) -> SchedulerMixin:
+        scheduler = LCMScheduler if eta else DDIMScheduler
+        own = {"original_inference_steps": num_student_steps} if eta else {"set_alpha_to_one": True}
+        known = inspect.signature(scheduler.__init__).parameters
+        return scheduler.from_config(
             {name: value for name, value in teacher_scheduler.config.items() if name in known},
-            original_inference_steps=num_student_steps,
             timestep_spacing="trailing",
             clip_sample=False,
             thresholding=False,
+            **own,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -29,11 +30,11 @@ pipeline({prompt!r}).images[0]
 With stock diffusers:
 
 ```python
-from diffusers import LCMScheduler, {pipeline_class}
+from diffusers import {scheduler_class}, {pipeline_class}
 {base_import}
 pipeline = {pipeline_class}.from_pretrained({base_argument})
 pipeline.load_lora_weights({student!r})
-pipeline.scheduler = LCMScheduler.from_pretrained({student!r}, subfolder="scheduler")
+pipeline.scheduler = {scheduler_class}.from_pretrained({student!r}, subfolder="scheduler")
 pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale=0.0).images[0]
 ```
 
@@ -68,6 +69,7 @@ def write_card(folder: Path, pipeline_class: str, table: str, prompt: str, args)
         student=str(folder),
         prompt=prompt,
         pipeline_class=pipeline_class,
+        scheduler_class=json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"],
         base_import="from rdm_diffusers.tiny import TINY_TEACHER\n" if tiny else "",
         base_argument="TINY_TEACHER" if tiny else repr(base),
         table=f"```\n{table}\n```" if table else "",

@@ -31,7 +31,8 @@ def export_lora(folder: Path, teacher: Teacher, networks: SharedBase, scheduler:
         **_collate_lora_metadata({component: denoiser}),
     )
     steps = len(scheduler.timesteps)
-    teacher.family.stock_scheduler(teacher.pipeline.scheduler, steps).save_pretrained(folder / "scheduler")
+    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, steps, scheduler.config.eta)
+    stock.save_pretrained(folder / "scheduler")
     is_folder = Path(teacher.name).is_dir()
     StudentConfig(
         base_model_name_or_path=str(Path(teacher.name).resolve()) if is_folder else teacher.name,

@@ -76,7 +76,9 @@ class RdmDistillationPipeline(DiffusionPipeline):
         if getattr(denoiser, "peft_config", None):
             denoiser.fuse_lora()
             denoiser.unload_lora()
-        scheduler = family.stock_scheduler(self.scheduler, self.student.num_inference_steps)
+        scheduler = family.stock_scheduler(
+            self.scheduler, self.student.num_inference_steps, self.student.scheduler["eta"]
+        )
         _, flags = self._get_signature_keys(self)
         stock = family.pipeline_class(
             **{**self.components, family.denoiser_name: denoiser, "scheduler": scheduler},

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..distillation import DMD, GNDM, NORMALIZATIONS
+from ..families import LORA_FILE
 from ..tiny import TINY_NAME
 
 ALGORITHMS = ("dmd", "gndm")
@@ -28,7 +30,8 @@ TINY_DEFAULTS = dict(
     num_eval_images=5000,
 )
 
-# A resumed run may change these; everything else must be as it was.
+# A resumed run may change these; everything else must be as it was. Where the learning rate is scheduled to the end of
+# the run, that end is no longer free.
 FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps", "num_eval_images",
@@ -141,6 +144,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         ValueError: one sentence on what is wrong and what to do.
     """
     _check_positive(args)
+    args.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     corrected = args.algorithm == "gndm" and args.gndm_lambda > 0
     args.advantage_normalization = args.advantage_normalization or ("group" if args.algorithm == "gndm" else "sample")
     args.fake_updates_per_step = args.fake_updates_per_step or (2 if corrected else 5)
@@ -150,8 +154,10 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         args.sample_guidance_scale = args.guidance_scale
     if corrected and args.group_size == 1:
         raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
-    if not 0 <= args.eta <= 1:
-        raise ValueError(f"--eta is {args.eta}; it must lie in [0, 1].")
+    if args.eta not in (0, 1):
+        raise ValueError(f"--eta is {args.eta}; it must be 1 or 0, because no stock scheduler samples in between.")
+    if not 0 <= args.gndm_lambda <= 1:
+        raise ValueError(f"--gndm_lambda is {args.gndm_lambda}; it must lie in [0, 1].")
     if args.steps_per_rollout > args.num_student_steps:
         raise ValueError(
             f"--steps_per_rollout {args.steps_per_rollout} is more than the {args.num_student_steps} steps of a "
@@ -202,10 +208,10 @@ def prepare_output(args: argparse.Namespace) -> Path:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
-    if args.resume_from_checkpoint is None and any(folder.glob("checkpoint-*")):
+    if args.resume_from_checkpoint is None and (any(folder.glob("checkpoint-*")) or (folder / LORA_FILE).exists()):
         raise ValueError(
-            f"--output_dir {folder} holds checkpoints of another run; add --resume_from_checkpoint latest, or choose "
-            "another folder."
+            f"--output_dir {folder} holds the checkpoints or the student of another run; add --resume_from_checkpoint "
+            "latest, or choose another folder."
         )
     return folder
 
@@ -217,7 +223,8 @@ def check_resumable(args: argparse.Namespace, saved: dict) -> None:
         ValueError: naming the flags that differ.
     """
     now = json.loads(json.dumps(vars(args)))
-    changed = [name for name in saved if name not in FREE_ON_RESUME and now.get(name) != saved[name]]
+    free = FREE_ON_RESUME - (set() if args.lr_scheduler.startswith("constant") else {"max_train_steps"})
+    changed = [name for name in saved if name not in free and now.get(name) != saved[name]]
     if changed:
         flags = ", ".join(f"--{name} (was {saved[name]}, is {now.get(name)})" for name in changed)
         raise ValueError(f"The checkpoint was made with other arguments: {flags}; set them back or start a new run.")

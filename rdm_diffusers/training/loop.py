@@ -42,7 +42,7 @@ def train(
     started, first = time.time(), state.update
     bar = tqdm(total=args.max_train_steps, initial=first, desc="distil", disable=not accelerator.is_main_process)
     with interruptible() as interrupted:
-        while state.update < args.max_train_steps and not interrupted.is_set():
+        while state.update < args.max_train_steps and not anywhere(interrupted, accelerator):
             batch = collect(run, state.update)
             health = student_update(run, batch)
             health["student_grad_norm"] = step(state, STUDENT)
@@ -89,6 +89,15 @@ def report(health: dict[str, Tensor], state: TrainState, accelerator: Accelerato
 def checkpoint(state: TrainState, args: argparse.Namespace) -> Path:
     """Writes a checkpoint into the output folder."""
     return save_checkpoint(Path(args.output_dir), state, vars(args), args.checkpoints_total_limit)
+
+
+def anywhere(event: threading.Event, accelerator: Accelerator) -> bool:
+    """Whether the event is set on any process, so that all of them leave the loop together."""
+    if accelerator.num_processes > 1:
+        votes = accelerator.reduce(torch.tensor(float(event.is_set()), device=accelerator.device))
+        if votes > 0:
+            event.set()
+    return event.is_set()
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def make_scheduler(teacher: Teacher, args: argparse.Namespace) -> RdmScheduler:
     """The student's sampler, trained on the very grid that the exported stock scheduler will lay."""
-    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, args.num_student_steps)
+    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, args.num_student_steps, args.eta)
     stock.set_timesteps(args.num_student_steps)
     if teacher.schedule.is_flow:
         grid = {"student_sigmas": stock.sigmas[:-1].tolist()}
