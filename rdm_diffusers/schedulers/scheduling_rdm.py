@@ -246,7 +246,8 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             timestep: its time, a scalar or one per sample `[B]`; on the grid.
             sample: the noisy sample `[B, ...]`.
             generator: draws the noise; a list of one per sample makes each sample independent of its batch.
-            stochasticity: overrides the configured stochasticity.
+            stochasticity: overrides the configured `eta`; not called so, because stock pipelines pass an `eta` of 0 to
+                every scheduler that takes one.
             return_log_prob: whether to state the log-density of the draw.
             return_dict: False gives the tuple `(prev_sample, pred_original_sample)`.
 
