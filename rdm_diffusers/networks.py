@@ -137,8 +137,8 @@ class SharedBase(Networks):
         denoiser: the teacher's network; it is frozen, and the adapters are added to it in float32.
         lora_config: the shape of both adapters.
         fold_adapters: compute `W + scale B A` once per update and run the base with those weights, instead of the
-            adapters' own small layers. The same numbers to rounding, about 1.4 times faster on small networks, at the
-            price of one more copy of the adapted weights per role.
+            adapters' own small layers. The same numbers to rounding and fewer operations, at the price of one more copy
+            of the adapted weights per role.
         others: as for `Networks`.
 
     Raises:
