@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from ..families import FAMILIES
+from ..families import FAMILIES, LORA_FILE, family_of
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from .student_config import StudentConfig
@@ -59,9 +59,11 @@ class RdmDistillationPipeline(DiffusionPipeline):
         if student.base_model_name_or_path is None:
             return load(name, **options)
         hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
-        base_options = {**hub, "revision": student.revision, "variant": student.variant, **options}
-        pipeline = load(resolve_teacher(student.base_model_name_or_path), **base_options)
-        pipeline.load_lora_weights(name, use_safetensors=True, **hub)
+        base_hub = {**hub, "revision": student.revision}
+        family_of(student.base_model_name_or_path, **base_hub)  # says in one sentence if the teacher cannot be had
+        base = resolve_teacher(student.base_model_name_or_path)
+        pipeline = load(base, **base_hub, variant=student.variant, **options)
+        pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

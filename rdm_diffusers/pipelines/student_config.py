@@ -50,7 +50,8 @@ class StudentConfig:
                 path = Path(hf_hub_download(name_or_path, STUDENT_CONFIG, **hub_options))
             except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
                 raise ValueError(
-                    f"No {STUDENT_CONFIG} of a student could be found at {name_or_path!r}; check the path or Hub id."
+                    f"No {STUDENT_CONFIG} of a student could be found at {name_or_path!r}; check the path or Hub id, "
+                    "and log in with `hf auth login` if it is private."
                 ) from error
         elif not path.exists():
             raise ValueError(

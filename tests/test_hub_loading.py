@@ -1,0 +1,178 @@
+"""Students and teachers of the Hub, from a server on this machine that serves local folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from parts import PROMPTS, run_arguments
+from torch import Tensor
+
+import train_rdm_lora
+from rdm_diffusers import RdmDistillationPipeline
+from rdm_diffusers.families import load_teacher
+
+TESTS = Path(__file__).parent
+TOLERANCE = 1e-5  # of a picture in [0, 1]
+TOKEN, KEY = "hf_dummytoken", "hf_key"  # what the visitor is logged in with, and what opens private repositories
+PICKLES = (".bin", ".ckpt", ".pt")
+
+
+def draw(student: str | Path, **options: str) -> Tensor:
+    """Three pictures `[3, 3, 32, 32]` in [0, 1] of a freshly loaded student."""
+    pipeline = RdmDistillationPipeline.from_pretrained(student, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    return pipeline(list(PROMPTS[:3]), generator=generators, output_type="pt").images
+
+
+def outcome(load: Callable[..., object], *args: object, **options: object) -> tuple[str, str, str]:
+    """The class, the message and the traceback of the error that a call raises."""
+    try:
+        load(*args, **options)
+    except Exception as error:
+        return type(error).__name__, str(error), "".join(traceback.format_exception(error))
+    return "", "", ""
+
+
+def visit(prompts_file: Path, folder: Path) -> None:
+    """All that is tested here, by one process that knows the Hub under another address from its start."""
+    torch.save(draw("me/student"), folder / "pictures.pt")
+    arguments = run_arguments("me/teacher", prompts_file, folder / "student")
+    train_rdm_lora.main(["--pretrained_model", *arguments[1:]])
+    outcomes = {
+        "student of a missing teacher": outcome(RdmDistillationPipeline.from_pretrained, "me/orphan"),
+        "student of a private teacher": outcome(RdmDistillationPipeline.from_pretrained, "me/locked-out"),
+    }
+    for kind, load in ("student", RdmDistillationPipeline.from_pretrained), ("teacher", load_teacher):
+        options = {"dtype": torch.float32} if kind == "teacher" else {}
+        for state in ("missing", "private"):
+            outcomes[f"{state} {kind}"] = outcome(load, f"me/{state}-{kind}", **options)
+    outcomes["private student with its key"] = outcome(draw, "me/private-student", token=KEY)  # the last: it is cached
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a visit left behind: its folder, what it printed, and the paths that it asked the server for."""
+
+    folder: Path
+    printed: str
+    requested: list[str]
+
+    @property
+    def outcomes(self) -> dict[str, list[str]]:
+        return json.loads((self.folder / "outcomes.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def student(teacher_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA student of the local teacher, after two updates."""
+    folder = tmp_path_factory.mktemp("student")
+    train_rdm_lora.main(run_arguments(teacher_folder, prompts_file, folder))
+    return folder
+
+
+def as_repository(source: Path, target: Path, base: str | None = None) -> Path:
+    """A copy of a folder, with pickled weights beside its safetensors; a student's teacher may be renamed."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    for weights in list(target.rglob("*.safetensors")):
+        for suffix in PICKLES:
+            weights.with_suffix(suffix).write_bytes(b"never to be read")
+    if base:
+        config = json.loads((target / "rdm_config.json").read_text())
+        (target / "rdm_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return target
+
+
+@pytest.fixture(scope="module")
+def visited(teacher_folder: Path, student: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Visit:
+    """A visit to a server with a teacher and its student, public and private."""
+    root, folder = tmp_path_factory.mktemp("repositories"), tmp_path_factory.mktemp("visit")
+    repositories = {
+        "me/teacher": as_repository(teacher_folder, root / "teacher"),
+        "me/student": as_repository(student, root / "student", "me/teacher"),
+        "me/orphan": as_repository(student, root / "orphan", "me/missing-teacher"),
+        "me/locked-out": as_repository(student, root / "locked-out", "me/private-teacher"),
+    }
+    repositories["me/private-teacher"] = repositories["me/teacher"]
+    repositories["me/private-student"] = repositories["me/student"]
+    keys = {"me/private-teacher": KEY, "me/private-student": KEY}
+    foreign = ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH", "HF_ASSETS_CACHE")
+    with HubServer(repositories, keys) as hub:
+        environment = {name: value for name, value in os.environ.items() if name not in foreign} | {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(folder / "home"),
+            "HF_DATASETS_CACHE": str(folder / "home" / "datasets"),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        }
+        code = "import sys, pathlib, test_hub_loading; test_hub_loading.visit(*map(pathlib.Path, sys.argv[1:]))"
+        command = [sys.executable, "-c", code, str(prompts_file), str(folder)]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return Visit(folder, done.stdout + done.stderr, hub.requested)
+
+
+def test_a_student_of_the_hub_finds_its_teacher_there_and_draws_what_the_local_folders_draw(
+    visited: Visit, student: Path
+) -> None:
+    pictures = torch.load(visited.folder / "pictures.pt", weights_only=True)
+    assert any(path.startswith("/me/teacher/resolve/") and path.endswith(".safetensors") for path in visited.requested)
+    assert float((pictures - draw(student)).abs().max()) <= TOLERANCE
+
+
+def test_a_student_of_a_teacher_of_the_hub_names_it_in_its_configuration_and_card(visited: Visit) -> None:
+    folder = visited.folder / "student"
+    assert json.loads((folder / "rdm_config.json").read_text())["base_model_name_or_path"] == "me/teacher"
+    assert ModelCard.load(folder / "README.md").data.base_model == "me/teacher"
+
+
+def test_a_private_student_opens_with_the_token_that_is_given(visited: Visit) -> None:
+    assert visited.outcomes["private student with its key"] == ["", "", ""]
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("state", ["missing", "private"])
+def test_a_repository_that_cannot_be_had_is_named_in_one_sentence(visited: Visit, state: str, kind: str) -> None:
+    error, message, _ = visited.outcomes[f"{state} {kind}"]
+    assert error == "ValueError"
+    assert f"'me/{state}-{kind}'" in message
+    assert message.endswith(".") and "\n" not in message and ". " not in message
+
+
+@pytest.mark.parametrize("state", ["missing", "private"])
+def test_a_students_teacher_that_cannot_be_had_is_named_in_one_sentence(visited: Visit, state: str) -> None:
+    error, message, _ = visited.outcomes[f"student of a {state} teacher"]
+    assert error == "ValueError"
+    assert f"'me/{state}-teacher'" in message
+    assert message.endswith(".") and "\n" not in message and ". " not in message
+
+
+def test_no_token_is_printed_raised_or_written(visited: Visit) -> None:
+    files = [path for path in visited.folder.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for token in (TOKEN, KEY):
+        assert token not in visited.printed
+        assert [path for path in files if token.encode() in path.read_bytes()] == []
+        assert [name for name, texts in visited.outcomes.items() if any(token in text for text in texts)] == []
+
+
+def test_only_safetensors_are_fetched(visited: Visit) -> None:
+    assert [path for path in visited.requested if path.endswith(PICKLES)] == []
+    assert sum(path.endswith(".safetensors") for path in visited.requested) > 4
