@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_curve.py --students tiny-student-1 tiny-student-2 tiny-student tiny-student-8
 
-Measures the teacher at 4 to 50 steps (the better of DDIM and DPM-Solver++, and DDIM alone at 50) and each student at its own number of
-steps, writes `results/tiny_curve.json` and draws `docs/images/tiny_curve.png` (matplotlib).
+Measures the teacher at 4 to 50 steps (the better of DDIM and DPM-Solver++, and DDIM alone at 50) and each student at
+its own number of steps, writes `results/tiny_curve.json` and draws `docs/images/tiny_curve.png` (matplotlib).
 """
 
 from __future__ import annotations
