@@ -24,9 +24,9 @@ TEACHER_STEPS = 50
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors")
 
 
-def student_sampler(student: RdmDistillationPipeline, steps: int | None = None, batch_size: int = 250) -> Sampler:
-    """The student with its trained settings, or another number of steps."""
-    return Sampler(student, steps or student.student.num_inference_steps, student.student.guidance_scale, batch_size)
+def student_sampler(student: RdmDistillationPipeline, batch_size: int = 250) -> Sampler:
+    """The student with its trained settings."""
+    return Sampler(student, student.student.num_inference_steps, student.student.guidance_scale, batch_size)
 
 
 def best_few_step_teacher(teacher: DiffusionPipeline, steps: int, guidance_scale: float, num_images: int) -> Metrics:

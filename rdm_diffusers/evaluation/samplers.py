@@ -10,6 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from ..families import rebuilt
+
 TEACHER_SOLVERS = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
 
 
@@ -61,7 +63,4 @@ def teacher_sampler(
 ) -> Sampler:
     """The teacher with one of `TEACHER_SOLVERS`, on a copy of the pipeline that shares its networks."""
     scheduler = TEACHER_SOLVERS[solver].from_config(pipeline.scheduler.config)
-    _, flags = pipeline._get_signature_keys(pipeline)
-    options = {name: pipeline.config[name] for name in flags if name in pipeline.config}
-    copy = type(pipeline)(**{**pipeline.components, "scheduler": scheduler}, **options)
-    return Sampler(copy, steps, guidance_scale, batch_size)
+    return Sampler(rebuilt(type(pipeline), pipeline, scheduler=scheduler), steps, guidance_scale, batch_size)

@@ -44,6 +44,13 @@ class Conditioning:
         return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
+def rebuilt(pipeline_class: type[DiffusionPipeline], pipeline: DiffusionPipeline, **replaced) -> DiffusionPipeline:
+    """A pipeline of a class that shares `pipeline`'s components and settings, but for those replaced by name."""
+    _, settings = pipeline._get_signature_keys(pipeline)
+    kept = {name: pipeline.config[name] for name in settings if name in pipeline.config}
+    return pipeline_class(**{**pipeline.components, **replaced}, **kept)
+
+
 class Family(ABC):
     """One kind of teacher.
 

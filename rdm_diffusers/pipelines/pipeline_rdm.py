@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from ..families import FAMILIES, LORA_FILE, family_of
+from ..families import FAMILIES, LORA_FILE, family_of, rebuilt
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from .student_config import StudentConfig
@@ -81,11 +81,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
         scheduler = family.stock_scheduler(
             self.scheduler, self.student.num_inference_steps, self.student.scheduler["eta"]
         )
-        _, flags = self._get_signature_keys(self)
-        stock = family.pipeline_class(
-            **{**self.components, family.denoiser_name: denoiser, "scheduler": scheduler},
-            **{name: self.config[name] for name in flags if name in self.config},
-        )
+        replaced = {family.denoiser_name: denoiser, "scheduler": scheduler}
+        stock = rebuilt(family.pipeline_class, self, **replaced)
         stock.save_pretrained(save_directory, **kwargs)
         replace(self.student, base_model_name_or_path=None, revision=None, variant=None).save(Path(save_directory))
 
