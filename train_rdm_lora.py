@@ -6,11 +6,14 @@
         --prompts_file prompts.txt --mixed_precision bf16 --gradient_checkpointing --output_dir sd15-4step
 
 What it does, and the flags that steer it:
-- the objective: --algorithm gndm (group-normalised R_dm, the default) or dmd (DMD2's)
+- the objective: --algorithm gndm (group-normalised R_dm, the default), dmd (DMD2's), or gndmr with --reward
 - the student: --num_student_steps, --eta, --rank, --lora_alpha, --lora_layers
 - the teacher's guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
-- groups: --group_size, --gndm_lambda, --advantage_normalization, --steps_per_rollout
-- the fake score: --fake_updates_per_step, --fake_learning_rate
+- groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --advantage_normalization, --num_renoisings
+- external rewards: --reward name[:weight], --reward_share, --reward_combination, --projection_guard, --black_box_form
+- the fake score: --fake_updates_per_step, --fake_learning_rate, --fake_score_steps
+- rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
+- health: alarms in the log, --stop_on_collapse
 - memory and speed: --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision, --use_8bit_adam,
   --fold_adapters
 - prompts, no images: --prompts_file, or --dataset_name with --caption_column
@@ -26,10 +29,11 @@ from rdm_diffusers.evaluation import as_table, save_samples, tiny_metrics, write
 from rdm_diffusers.families import load_teacher
 from rdm_diffusers.hub import export_lora, write_card
 from rdm_diffusers.pipelines import RdmDistillationPipeline
-from rdm_diffusers.tiny import TINY_NAME
+from rdm_diffusers.tiny import is_tiny
 from rdm_diffusers.training.arguments import check_resumable, parse_args, prepare_output
 from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint, read_arguments
 from rdm_diffusers.training.loop import train
+from rdm_diffusers.training.monitor import CollapseError
 from rdm_diffusers.training.optimizers import NonFiniteError
 from rdm_diffusers.training.prompts import load_prompts
 from rdm_diffusers.training.setup import (
@@ -38,6 +42,7 @@ from rdm_diffusers.training.setup import (
     make_distillation,
     make_networks,
     make_state,
+    teacher_contrast,
 )
 from rdm_diffusers.training.validation import averaged_student, spread, validate
 
@@ -54,14 +59,19 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. The teacher, and the three roles on its network.
     teacher = load_teacher(
-        args.pretrained_model_name_or_path, DTYPES[args.mixed_precision], args.revision, args.variant
+        args.pretrained_model_name_or_path,
+        DTYPES[args.mixed_precision],
+        args.revision,
+        args.variant,
+        args.max_sequence_length,
     )
     teacher.pipeline.to(accelerator.device)
     networks = make_networks(teacher, args)
 
     # 3. Prompts (encoded once), the objective, the student's sampler; optimisers and the moving average.
     run = make_distillation(teacher, networks, prompts, args, accelerator)
-    state = make_state(networks, args)
+    state = make_state(networks, accelerator, args)
+    state.monitor.teacher_contrast = teacher_contrast(teacher, prompts, args)
     if checkpoint:
         load_checkpoint(checkpoint, state)
 
@@ -89,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         pipeline.to(accelerator.device)
     examples = spread(args.validation_prompt or prompts, args.num_validation_images)
     metrics = save_samples(output_dir / "samples.png", stock.pipeline, student, args.sample_guidance_scale, examples)
-    if args.pretrained_model_name_or_path == TINY_NAME and args.num_eval_images:
-        metrics = tiny_metrics(stock.pipeline, student, args.sample_guidance_scale, args.num_eval_images)
+    if is_tiny(teacher.name) and args.num_eval_images:
+        metrics = tiny_metrics(stock.pipeline, student, args.sample_guidance_scale, args.num_eval_images, teacher.name)
     write_metrics(output_dir / "metrics.json", metrics, vars(args))
     table = as_table(metrics)
     write_card(output_dir, teacher.family.pipeline_class.__name__, table, examples[0], args)
@@ -100,5 +110,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ImportError, OSError, NonFiniteError) as error:
+    except (ValueError, ImportError, OSError, NonFiniteError, CollapseError) as error:
         sys.exit(f"error: {error}")

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "RdmDistillationPipeline": ".pipelines",
+    "RdmStableDiffusion3Pipeline": ".pipelines",
     "RdmStableDiffusionPipeline": ".pipelines",
     "RdmScheduler": ".schedulers",
     "SeparateNetworks": ".networks",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -36,6 +37,10 @@ class Networks(ABC):
         prediction_type: what the denoisers' output means.
         null_conditioning: the empty prompt, of length 1, for the teacher's guidance.
         guidance_scale: w in u + w (c - u), for the teacher alone; 1 is off.
+
+    Attributes:
+        calls: how many samples went through each role, as `{"student forward": ..., "student backward": ...}`; a guided
+            sample counts twice.
     """
 
     def __init__(
@@ -51,8 +56,33 @@ class Networks(ABC):
         self.prediction_type = prediction_type
         self.null_conditioning = null_conditioning
         self.guidance_scale = guidance_scale
+        self.calls: Counter[str] = Counter()
+        self.step_embedding: nn.Parameter | None = None
+        self._told: Tensor | None = None
 
-    def predict(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def tell_steps(self, time_embedding: nn.Module, num_steps: int) -> None:
+        """Lets the fake score know which of the student's steps a sample comes from. Ours, not the paper's.
+
+        A trainable vector per step, 0 at first, is added to the output `[B, D]` of the fake score's time embedding.
+
+        Args:
+            time_embedding: the module, inside the fake score's network.
+            num_steps: K.
+        """
+        reference = next(time_embedding.parameters())
+        width = [m for m in time_embedding.modules() if isinstance(m, nn.Linear | LoraLayer)][-1].out_features
+        self.step_embedding = nn.Parameter(torch.zeros(num_steps, width, device=reference.device))
+
+        def tell(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+            if self._told is None or self.step_embedding is None:
+                return None
+            return output + self.step_embedding[self._told].to(output.dtype)
+
+        time_embedding.register_forward_hook(tell)
+
+    def predict(
+        self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None = None
+    ) -> Tensor:
         """The role's x0 for noisy samples.
 
         Args:
@@ -60,11 +90,14 @@ class Networks(ABC):
             x_t: `[B, C, H, W]`.
             t: times `[B]`.
             conditioning: of length B.
+            step: which of the student's steps each sample comes from `[B]`; read by a fake score that was told to
+                (`tell_steps`), ignored otherwise.
 
         Returns:
             x0 `[B, C, H, W]`, float32. Gradients flow to the role's trainable parameters and to x_t; walk them with
             `backward` only.
         """
+        self._told = step if role == FAKE_SCORE else None
         alpha, sigma = self.schedule.scales(t, x_t)
         if role == TEACHER and self.guidance_scale != 1:
             output = self._guided(x_t, t, conditioning)
@@ -80,6 +113,7 @@ class Networks(ABC):
             x0: `[B, C, H, W]` with its graph.
             direction: the loss's gradient with respect to x0, same shape, detached.
         """
+        self.calls[f"{role} backward"] += len(x0)
         with self.acting_as(role):
             x0.backward(direction)
 
@@ -95,7 +129,11 @@ class Networks(ABC):
     def _callable(self, role: str) -> Callable[..., tuple]:
         """The role's network, to be called inside `acting_as(role)`."""
 
+    def _step_embeddings(self, role: str) -> list[nn.Parameter]:
+        return [self.step_embedding] if role == FAKE_SCORE and self.step_embedding is not None else []
+
     def _output(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.calls[f"{role} forward"] += len(x_t)
         with self.acting_as(role):
             return self.family.denoise(self._callable(role), x_t, t, conditioning).float()
 
@@ -124,7 +162,8 @@ class SeparateNetworks(Networks):
         yield
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        return [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
+        own = [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
+        return own + self._step_embeddings(role)
 
     def _callable(self, role: str) -> nn.Module:
         return self.denoisers[role]
@@ -165,7 +204,7 @@ class SharedBase(Networks):
         self._wear(None)
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        return self._trainable.get(role, [])
+        return self._trainable.get(role, []) + self._step_embeddings(role)
 
     def _adapter_parameters(self, adapter: str) -> list[nn.Parameter]:
         return [p for name, p in self.denoiser.named_parameters() if "lora_" in name and f".{adapter}." in name]
@@ -201,7 +240,7 @@ class SharedBase(Networks):
         """
         if torch.is_grad_enabled():
             return self._fold(role)
-        adapter = torch.cat([parameter.detach().flatten() for parameter in self.parameters(role)])
+        adapter = torch.cat([parameter.detach().flatten() for parameter in self._trainable[role]])
         if role not in self._folded or not torch.equal(self._folded[role][0], adapter):
             self._folded[role] = adapter, self._fold(role)
         return self._folded[role][1]

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from rdm_diffusers.distillation import RewardEstimate
 from rdm_diffusers.families import Conditioning, load_teacher
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, SharedBase
@@ -21,7 +22,14 @@ from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
 from rdm_diffusers.training.arguments import parse_args, prepare_output
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.prompts import load_prompts
-from rdm_diffusers.training.setup import DTYPES, make_accelerator, make_distillation, make_networks, make_state
+from rdm_diffusers.training.setup import (
+    DTYPES,
+    make_accelerator,
+    make_distillation,
+    make_networks,
+    make_state,
+    teacher_contrast,
+)
 
 TEXT_DIM = 16
 PROMPTS = CAPTIONS[7::50]
@@ -71,15 +79,19 @@ def make_pipeline(seed: int = 0, width: int = 16) -> StableDiffusionPipeline:
 
 
 def run_arguments(teacher: Path | str, prompts_file: Path, output_dir: Path, **changes) -> list[str]:
-    """The command line of a run of two updates, eight samples each, that takes about a second."""
+    """The command line of a run of two updates, eight samples each, that takes about a second.
+
+    A change may be a value, a list of them for a flag that is repeated, True for a switch, or None for a flag left out.
+    """
     options = dict(
         pretrained_model_name_or_path=teacher, prompts_file=prompts_file, output_dir=output_dir, report_to="none",
         max_train_steps=2, train_batch_size=8, group_size=4, num_student_steps=2, guidance_scale=2.0, rank=2,
-        learning_rate=1e-2, num_validation_images=2, validation_steps=1000, num_eval_images=0,
+        learning_rate=1e-2, num_validation_images=2, validation_steps=1000, num_eval_images=0, monitor_images=0,
     )  # fmt: skip
     words = []
     for name, value in {**options, **changes}.items():
-        words += [f"--{name}"] if value is True else [] if value is None else [f"--{name}", str(value)]
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name}"] if one is True else [] if one is None else [f"--{name}", str(one)]
     return words
 
 
@@ -116,6 +128,14 @@ def make_conditioning(batch: int, seed: int = 0, dtype: torch.dtype = torch.floa
     return Conditioning({"prompt_embeds": torch.randn(batch, 5, TEXT_DIM, generator=generator).to(dtype)})
 
 
+def make_estimate(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, **known) -> RewardEstimate:
+    """An estimate of R_dm, at variance-preserving scales of tau a half unless they are known."""
+    ones = torch.ones(len(x0), dtype=x0.dtype)
+    sigma = known.get("sigma", ones / 2)
+    usual = dict(alpha=(1 - sigma**2).sqrt(), sigma=sigma, tau=ones / 2, step=torch.zeros(len(x0), dtype=torch.int64))
+    return RewardEstimate(x0, teacher_x0, fake_x0, **{**usual, **known})
+
+
 def relative_error(value: Tensor | list[Tensor], reference: Tensor | list[Tensor]) -> float:
     """|value - reference| / |reference|, over all elements."""
     value, reference = (torch.cat([v.flatten().double() for v in vs]) for vs in (value, reference))
@@ -128,16 +148,11 @@ def make_run(argv: list[str]) -> SimpleNamespace:
     prepare_output(args)
     accelerator = make_accelerator(args)
     teacher = load_teacher(args.pretrained_model_name_or_path, DTYPES[args.mixed_precision])
-    networks = make_networks(teacher, args)
-    run = make_distillation(teacher, networks, load_prompts(args), args, accelerator)
-    return SimpleNamespace(
-        args=args,
-        teacher=teacher,
-        networks=networks,
-        run=run,
-        state=make_state(networks, args),
-        accelerator=accelerator,
-    )
+    networks, prompts = make_networks(teacher, args), load_prompts(args)
+    run = make_distillation(teacher, networks, prompts, args, accelerator)
+    state = make_state(networks, accelerator, args)
+    state.monitor.teacher_contrast = teacher_contrast(teacher, prompts, args)
+    return SimpleNamespace(args=args, teacher=teacher, networks=networks, run=run, state=state, accelerator=accelerator)
 
 
 def train_run(it: SimpleNamespace, validate: Callable[[int], None] = lambda update: None) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from parts import PROMPTS, run_arguments
 
 import train_rdm_lora
+from rdm_diffusers.distillation import DMD, GNDM
 from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.training.arguments import (
@@ -123,6 +124,12 @@ def test_a_batch_that_is_no_whole_number_of_groups(complaint) -> None:
         ("fake_updates_per_step", -1),
         ("num_validation_images", 0),
         ("max_train_samples", 0),
+        ("num_renoisings", 0),
+        ("reuse_rollouts", 0),
+        ("debias_pool", 0),
+        ("num_perturbations", 0),
+        ("perturbation_scale", 0.0),
+        ("fake_learning_rate", 0.0),
     ],
 )
 def test_a_number_that_must_be_positive(complaint, name: str, value: float) -> None:
@@ -134,12 +141,58 @@ def test_an_eta_that_no_stock_scheduler_samples(complaint, eta: float) -> None:
     assert f"--eta is {eta}; it must be 1 or 0" in complaint(eta=eta)
 
 
-def test_a_correction_stronger_than_the_bias(complaint) -> None:
-    assert "--gndm_lambda is 2.0; it must lie in [0, 1]." in complaint(gndm_lambda=2.0)
+@pytest.mark.parametrize("strength", [2.0, -0.5, float("nan")])
+def test_a_correction_stronger_than_the_bias(complaint, strength: float) -> None:
+    said = complaint(gndm_lambda=strength)
+    assert f"--gndm_lambda is {strength}; it must lie in [0, 1], or be james_stein." in said
 
 
-def test_a_correction_without_a_group(complaint) -> None:
-    assert "--group_size 1 needs --gndm_lambda 0." in complaint(group_size=1)
+@pytest.mark.parametrize("strength", [None, "james_stein"])
+def test_a_correction_without_a_group(complaint, strength: str | None) -> None:
+    assert "--group_size 1 needs --gndm_lambda 0." in complaint(group_size=1, gndm_lambda=strength)
+
+
+def test_rewards_without_the_algorithm_that_takes_them_and_the_reverse(complaint) -> None:
+    assert complaint(algorithm="gndmr").endswith(
+        "--algorithm gndmr needs external rewards: add --reward name, for example --reward tiny_bold."
+    )
+    for algorithm in ("gndm", "dmd"):
+        assert complaint(algorithm=algorithm, reward="tiny_bold").endswith(
+            f"--algorithm {algorithm} takes no rewards; use --algorithm gndmr or leave --reward out."
+        )
+
+
+def test_a_reward_named_twice(complaint) -> None:
+    said = complaint(algorithm="gndmr", reward=["tiny_bold", "tiny_bold:2"])
+    assert said == "Two of the rewards tiny_bold, tiny_bold:2 have one name; name each once."
+
+
+def test_a_preset_that_contradicts_the_algorithm(complaint) -> None:
+    said = complaint(algorithm="dmd", preset="gndm-fast")
+    assert said.endswith("--algorithm dmd is the preset dmd2; leave --preset gndm-fast out or use gndm.")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5])
+def test_a_reward_share_that_leaves_nothing_to_fidelity(complaint, share: float) -> None:
+    said = complaint(algorithm="gndmr", reward="tiny_bold", reward_share=share)
+    assert said.endswith(f"--reward_share is {share}; it must lie in [0, 1), or be 1 with --projection_guard.")
+
+
+def test_a_reward_share_of_one_is_allowed_with_the_projection_guard_alone() -> None:
+    flags = ["--algorithm", "gndmr", "--reward", "tiny_bold", "--reward_share", "1", "--projection_guard"]
+    assert parse_args(flags).reward_share == 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"reuse_rollouts": 2, "eta": 0}])
+def test_importance_weights_where_nothing_is_to_be_weighed(complaint, changes: dict) -> None:
+    said = complaint(importance_weighting="clipped", **changes)
+    assert "it needs --reuse_rollouts above 1 and --eta above 0." in said
+
+
+@pytest.mark.parametrize("name", ["max_train_steps", "checkpointing_steps"])
+def test_a_checkpoint_or_an_end_in_the_middle_of_a_rollouts_service(complaint, name: str) -> None:
+    said = complaint(**{"reuse_rollouts": 3, "max_train_steps": 6, "checkpointing_steps": 6, name: 4})
+    assert f"--{name} is 4; it must be a multiple of --reuse_rollouts 3, so that no checkpoint falls into" in said
 
 
 def test_more_trained_states_than_the_rollout_has(complaint) -> None:
@@ -222,20 +275,38 @@ def test_the_tiny_teacher_has_defaults_of_its_own_that_flags_override() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "normalization", "updates"),
+    ("flags", "expected"),
     [
-        ([], "group", 2),
-        (["--gndm_lambda", "0"], "group", 5),
-        (["--algorithm", "dmd"], "sample", 5),
-        (["--advantage_normalization", "batch", "--fake_updates_per_step", "3"], "batch", 3),
+        ([], ("group", 2, 1.0)),
+        (["--gndm_lambda", "0"], ("group", 2, 0.0)),
+        (["--gndm_lambda", "james_stein"], ("group", 2, "james_stein")),
+        (["--algorithm", "dmd"], ("sample", 5, 0.0)),
+        (["--algorithm", "gndmr", "--reward", "tiny_bold"], ("group", 2, 1.0)),
+        (["--advantage_normalization", "batch", "--fake_updates_per_step", "3"], ("batch", 3, 1.0)),
+        (["--preset", "gndm-fast"], ("group", 1, 1.0)),
+        (["--preset", "gndm-literal"], ("std", 5, 0.0)),
+        (["--preset", "gndm-literal", "--gndm_lambda", "0.5"], ("std", 5, 0.5)),
+        (["--preset", "gndm", "--fake_updates_per_step", "0"], ("group", 0, 1.0)),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_defaults_follow_the_algorithm(flags: list[str], normalization: str, updates: int) -> None:
+def test_defaults_follow_the_algorithm_and_the_preset_and_a_flag_beats_both(flags: list[str], expected: tuple) -> None:
     args = parse_args(flags)
-    assert (args.advantage_normalization, args.fake_updates_per_step) == (normalization, updates)
+    assert (args.advantage_normalization, args.fake_updates_per_step, args.gndm_lambda) == expected
     objective = make_objective(args)
-    assert (objective.normalization, objective.group_size) == (normalization, 4)
-    assert objective.gndm_lambda == (0 if updates == 5 else 0.5)
+    assert (objective.normalization, objective.gndm_lambda) == (expected[0], expected[2])
+    assert objective.group_size == 4
+
+
+def test_the_preset_dmd2_is_the_algorithm_dmd() -> None:
+    preset, algorithm = vars(parse_args(["--preset", "dmd2"])), vars(parse_args(["--algorithm", "dmd"]))
+    assert {name for name in preset if preset[name] != algorithm[name]} == {"preset", "algorithm"}
+    assert make_objective(Namespace(**preset)) == make_objective(Namespace(**algorithm)) == DMD(4)
+
+
+def test_the_flags_of_the_correction_reach_the_objective() -> None:
+    flags = ["--bias_estimator", "noise", "--debias_pool", "2", "--gndm_lambda", "0.25", "--group_size", "8"]
+    assert make_objective(parse_args(flags)) == GNDM(8, 0.25, "group", "noise", 2)
 
 
 def test_an_updates_samples_are_groups_times_members_times_states() -> None:

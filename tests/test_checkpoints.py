@@ -84,6 +84,19 @@ def test_a_checkpoint_of_another_shape_is_refused(argv, tmp_path: Path) -> None:
         load_checkpoint(find_checkpoint(tmp_path / "student", "latest"), other.state)
 
 
+def test_statistics_and_the_monitors_memory_survive_a_checkpoint(argv, tmp_path: Path) -> None:
+    written, read = make_run(argv()), make_run(argv(resume_from_checkpoint="latest"))
+    written.state.statistics.update("a/b", torch.tensor([1.0, 0.0]), torch.tensor([3, 0]), 0.9)
+    written.state.statistics.update("c", torch.tensor(2.0), torch.tensor(1), 0.9)
+    written.state.monitor.state |= {"updates": 30.0, "smooth/fake_loss": 1 / 3}
+    load_checkpoint(save_checkpoint(tmp_path, written.state, {}), read.state)
+    statistics = read.state.statistics
+    assert statistics.state.keys() == {"a/b", "c"}
+    assert all(torch.equal(value, statistics.state[name]) for name, value in written.state.statistics.state.items())
+    assert statistics.mean("a/b").tolist() == pytest.approx([1 / 3, 0])
+    assert read.state.monitor.state == written.state.monitor.state
+
+
 def assert_only_the_first_checkpoint_is_there_and_whole(it, folder: Path) -> None:
     assert contents(folder) == ["checkpoint-1"]
     load_checkpoint(find_checkpoint(folder, "latest"), it.state)
@@ -126,7 +139,7 @@ def test_an_update_that_is_not_finite_saves_nothing_over_the_last_good_checkpoin
     it.args.max_train_steps = 2
     with torch.no_grad():
         it.networks.parameters(FAKE_SCORE)[0].fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match=r"student direction is not finite for prompt .*, student step [12]"):
+    with pytest.raises(NonFiniteError, match=r"R_dm is not finite for prompt .*, student step [12]"):
         train_run(it)
     assert_only_the_first_checkpoint_is_there_and_whole(it, tmp_path / "student")
 

@@ -105,6 +105,94 @@ def test_guidance_one_is_off_and_calls_the_network_once_on_the_batch(guidance_sc
     assert called == samples
 
 
+def test_calls_count_samples_by_role_and_a_guided_one_twice() -> None:
+    networks = make_shared(guidance_scale=2.0)
+    for role in ROLES:
+        prediction(networks, role)
+    train_a_little(networks, STUDENT, steps=3)
+    assert networks.calls == {
+        "student forward": 4 + 3 * 4, "student backward": 3 * 4, "fake_score forward": 4, "teacher forward": 2 * 4,
+    }  # fmt: skip
+
+
+OPTIONS = [{}, {"fold": True}, {"checkpointing": True}, {"dtype": torch.bfloat16}]
+
+
+def told(options: dict, fill: float = 0.0) -> SharedBase:
+    """A fake score that is told the student's step, of four; each has a vector of its own if they are to be filled."""
+    networks = make_shared(**options)
+    networks.tell_steps(networks.denoiser.get_submodule(networks.family.time_embedding_name), 4)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        networks.step_embedding += fill * torch.randn(networks.step_embedding.shape, generator=generator)
+    return networks
+
+
+def at_step(networks: SharedBase, role: str, step: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The role's x0 of always the same samples, told that they come from one step."""
+    steps = None if step is None else torch.full((4,), step)
+    return networks.predict(role, noisy(), T, make_conditioning(4, dtype=dtype), steps)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_fake_score_that_is_told_the_step_starts_as_one_that_is_not(options: dict) -> None:
+    plain, networks, dtype = make_shared(**options), told(options), options.get("dtype", torch.float32)
+    with torch.no_grad():
+        untold = at_step(plain, FAKE_SCORE, None, dtype)
+        assert all(torch.equal(at_step(networks, FAKE_SCORE, step, dtype), untold) for step in (None, 0, 3))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_student_and_teacher_ignore_the_step_and_the_fake_score_tells_steps_apart(options: dict) -> None:
+    plain, networks, dtype = make_shared(**options), told(options, fill=1.0), options.get("dtype", torch.float32)
+    with torch.no_grad():
+        fakes = [at_step(networks, FAKE_SCORE, step, dtype) for step in (0, 3)]
+        for role in (STUDENT, TEACHER):
+            assert torch.equal(at_step(networks, role, 3, dtype), at_step(plain, role, None, dtype))
+        assert relative_error(fakes[0], fakes[1]) > 0.02
+        # A sample's own step counts, whatever the others' are; without one there is nothing to tell.
+        mixed = networks.predict(FAKE_SCORE, noisy(), T, make_conditioning(4, dtype=dtype), torch.tensor([0, 3, 3, 0]))
+        for i, step in enumerate((0, 3, 3, 0)):
+            assert relative_error(mixed[i], fakes[step > 0][i]) < (1e-5 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(at_step(networks, FAKE_SCORE, None, dtype), at_step(plain, FAKE_SCORE, None, dtype))
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_the_step_embeddings_gradient_is_exact_and_only_of_the_steps_that_were_told(options: dict) -> None:
+    networks, direction = told(options, fill=0.1), torch.randn(4, 4, 8, 8)
+    embedding = networks.step_embedding
+    x0 = networks.predict(FAKE_SCORE, noisy(), T, make_conditioning(4), torch.tensor([1, 3, 3, 1]))
+    at_step(networks, STUDENT, 2)  # the others are busy before the gradient is asked for
+    at_step(networks, FAKE_SCORE, 0)
+    networks.backward(FAKE_SCORE, x0, direction)
+    assert not embedding.grad[[0, 2]].any()
+    slope = embedding.grad.clone()
+
+    def value(step: float) -> Tensor:
+        with torch.no_grad():
+            embedding.add_(step * slope)
+            x0 = networks.predict(FAKE_SCORE, noisy(), T, make_conditioning(4), torch.tensor([1, 3, 3, 1]))
+            embedding.sub_(step * slope)
+        return (x0 * direction).double().sum()
+
+    step = 1e-2 / slope.norm()
+    assert (value(step) - value(-step)) / (2 * step) == pytest.approx(slope.square().sum().item(), rel=2e-2)
+    assert slope.norm() > 1e-3
+
+
+def test_the_step_embedding_is_the_fake_scores_parameter_alone_and_learns() -> None:
+    networks = told({})
+    assert any(parameter is networks.step_embedding for parameter in networks.parameters(FAKE_SCORE))
+    assert not any(parameter is networks.step_embedding for parameter in networks.parameters(STUDENT))
+    assert not any(parameter is networks.step_embedding for parameter in networks.denoiser.parameters())
+    optimizer = torch.optim.AdamW(networks.parameters(FAKE_SCORE), lr=1e-2)
+    x0 = networks.predict(FAKE_SCORE, noisy(), T, make_conditioning(4), torch.tensor([0, 0, 1, 1]))
+    networks.backward(FAKE_SCORE, x0, x0.detach())
+    optimizer.step()
+    assert networks.step_embedding[:2].abs().min() > 0
+    assert not networks.step_embedding[2:].any()
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_training_the_adapters_leaves_the_teacher_as_it_was(fold: bool) -> None:
     networks = make_shared(fold, guidance_scale=2.0)

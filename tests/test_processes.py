@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from parts import relative_error, run_arguments
 from safetensors.torch import load_file
 
@@ -16,13 +17,17 @@ SCRIPT = Path(train_rdm_lora.__file__)
 LORA = "pytorch_lora_weights.safetensors"
 
 
+GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"], gndm_lambda="james_stein")
+
+
+@pytest.mark.parametrize("options", [{}, GNDMR], ids=["gndm", "gndmr_with_james_stein"])
 def test_two_processes_train_the_student_of_one_process(
-    teacher_folder: Path, prompts_file: Path, tmp_path: Path
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path, options: dict
 ) -> None:
     def argv(name: str, batch: int) -> list[str]:
         return run_arguments(
             teacher_folder, prompts_file, tmp_path / name, train_batch_size=batch, learning_rate=1e-3,
-            checkpointing_steps=1, validation_steps=1, num_validation_images=1,
+            checkpointing_steps=1, validation_steps=1, num_validation_images=1, **options,
         )  # fmt: skip
 
     train_rdm_lora.main(argv("one", 8))

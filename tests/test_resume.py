@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from parts import make_run, run_arguments, train_run
 from safetensors.torch import load_file
 
 import train_rdm_lora
+from rdm_diffusers.training import monitor
 from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -33,7 +35,11 @@ def assert_resuming_changes_nothing(argv, tmp_path: Path, flags: list[str], **op
     assert straight.keys() == broken.keys()
     assert all(torch.equal(tensor, broken[name]) for name, tensor in straight.items())
     states = [load_file(tmp_path / name / "checkpoint-6" / "state.safetensors") for name in ("straight", "broken")]
+    assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    records = [json.loads((tmp_path / n / "checkpoint-6" / "state.json").read_text()) for n in ("straight", "broken")]
+    assert records[0]["monitor"] == records[1]["monitor"]
+    assert records[0]["monitor"]["updates"] == 6
 
 
 def test_resuming_changes_nothing(argv, tmp_path: Path) -> None:
@@ -42,6 +48,36 @@ def test_resuming_changes_nothing(argv, tmp_path: Path) -> None:
 
 def test_resuming_changes_nothing_with_folded_adapters_and_a_validation_at_the_checkpoint(argv, tmp_path: Path) -> None:
     assert_resuming_changes_nothing(argv, tmp_path, ["--fold_adapters"], validation_steps=3)
+
+
+def test_resuming_changes_nothing_with_rewards_james_stein_reused_rollouts_and_all_that_has_a_memory(
+    argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "WARM_UP", 2)  # so that the alarms' memory is of both halves
+    rewards = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box:-1"], gndm_lambda="james_stein")
+    rollouts = dict(reuse_rollouts=3, importance_weighting="clipped", num_renoisings=2, monitor_images=1)
+    assert_resuming_changes_nothing(argv, tmp_path, ["--fake_score_steps", "--projection_guard"], **rewards, **rollouts)
+    state = load_file(tmp_path / "broken" / "checkpoint-6" / "state.safetensors")
+    kept = {"james_stein/shared", "james_stein/power", "reward_variance/tiny_bold"}
+    assert kept <= {name.removeprefix("statistics/") for name in state}
+    assert state["statistics/james_stein/shared"].dtype == torch.float64
+
+
+def test_a_run_that_reuses_rollouts_resumes_at_their_ends_alone(argv, capsys: pytest.CaptureFixture) -> None:
+    options = dict(reuse_rollouts=2, checkpointing_steps=2, max_train_steps=2)
+    train_rdm_lora.main(argv("run", **options))
+    for name, value in (("checkpointing_steps", 3), ("max_train_steps", 5)):
+        with pytest.raises(SystemExit):
+            train_rdm_lora.main(argv("run", **{**options, name: value}, resume_from_checkpoint="latest"))
+        assert f"--{name} is {value}; it must be a multiple of --reuse_rollouts 2" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--reuse_rollouts \(was 2, is 1\)"):
+        train_rdm_lora.main(argv("run", **{**options, "reuse_rollouts": 1}, resume_from_checkpoint="latest"))
+
+
+def test_ctrl_c_waits_for_the_last_update_that_a_rollout_serves(argv) -> None:
+    it = make_run(argv("run", max_train_steps=6, reuse_rollouts=3, checkpointing_steps=3, validation_steps=1))
+    assert not train_run(it, lambda update: os.kill(os.getpid(), signal.SIGINT) if update == 1 else None)
+    assert it.state.update == 3
 
 
 def test_resuming_changes_nothing_with_8_bit_adam(argv, tmp_path: Path) -> None:

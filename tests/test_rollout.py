@@ -7,7 +7,7 @@ import torch
 from parts import make_conditioning
 from torch import Tensor
 
-from rdm_diffusers.distillation import Draws, executed_samples, rollout
+from rdm_diffusers.distillation import Draws, Samples, Trajectory, executed_index, executed_samples, rollout
 from rdm_diffusers.families import Conditioning
 from rdm_diffusers.schedulers import RdmScheduler
 
@@ -30,6 +30,11 @@ def four_steps(**options) -> RdmScheduler:
 def noises() -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randn(BATCH, 4, 8, 8, generator=generator) for _ in range(STEPS + 1)]
+
+
+def executed(trajectory: Trajectory, steps: list[list[int]], conditioning: Conditioning) -> Samples:
+    """The samples that are trained on where group i is at the steps `steps[i]`."""
+    return executed_samples(trajectory, executed_index(steps, GROUP, "cpu"), conditioning)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
@@ -84,7 +89,7 @@ def test_a_rollout_holds_no_gradients() -> None:
 def test_executed_samples_lie_group_after_group_and_step_after_step() -> None:
     conditioning = make_conditioning(BATCH)
     trajectory = rollout(known, four_steps(), noises(), conditioning)
-    samples = executed_samples(trajectory, [[0, 3], [1], [2, 3]], GROUP, conditioning)
+    samples = executed(trajectory, [[0, 3], [1], [2, 3]], conditioning)
     layout = [(0, 0), (0, 1), (3, 0), (3, 1), (1, 2), (1, 3), (2, 4), (2, 5), (3, 4), (3, 5)]  # step, sample
     assert len(samples) == len(layout)
     for i, (k, b) in enumerate(layout):
@@ -98,7 +103,7 @@ def test_executed_samples_lie_group_after_group_and_step_after_step() -> None:
 def test_micro_batches_cover_the_samples_in_order() -> None:
     conditioning = make_conditioning(BATCH)
     trajectory = rollout(known, four_steps(), noises(), conditioning)
-    samples = executed_samples(trajectory, [[0, 1], [1, 2], [2, 3]], GROUP, conditioning)
+    samples = executed(trajectory, [[0, 1], [1, 2], [2, 3]], conditioning)
     parts = [samples[part] for part in samples.micro_batches(5)]
     assert [len(part) for part in parts] == [5, 5, 2]
     assert torch.equal(torch.cat([part.x0 for part in parts]), samples.x0)

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from rdm_diffusers.evaluation import measure, teacher_sampler
 from rdm_diffusers.families import load_teacher
-from rdm_diffusers.tiny import TINY_NAME, TINY_TEACHER, resolve_teacher
+from rdm_diffusers.tiny import TINY_FLOW_NAME, TINY_NAME, TINY_TEACHER, TINY_TEACHERS, is_tiny, resolve_teacher
 from rdm_diffusers.tiny.captions import BACKGROUNDS, CAPTIONS, DRAWINGS, INKS, parse_caption
 from rdm_diffusers.tiny.classifier import FEATURE_DIM, DrawingClassifier, load_classifier
-from rdm_diffusers.tiny.reference import QUALITY, STATISTICS, load_quality, load_statistics
+from rdm_diffusers.tiny.reference import REFERENCES, load_quality, load_statistics
 from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
 
 FOLDER = Path(TINY_TEACHER).parent
-built = pytest.mark.skipif(not (FOLDER / STATISTICS).exists(), reason="the reference statistics are not built yet")
+CLASSES = {TINY_NAME: StableDiffusionPipeline, TINY_FLOW_NAME: StableDiffusion3Pipeline}
+either = pytest.mark.parametrize("name", TINY_TEACHERS)
 
 
 def test_there_are_240_captions_of_which_24_are_held_out() -> None:
@@ -113,34 +114,47 @@ def test_features_pass_gradients_to_the_pictures() -> None:
     assert images.grad.abs().max() > 0
 
 
-def test_the_embedded_teacher_is_safetensors_only_and_small() -> None:
-    files = [path for path in Path(TINY_TEACHER).rglob("*") if path.is_file()]
+@either
+def test_an_embedded_teacher_is_safetensors_only_and_small(name: str) -> None:
+    files = [path for path in Path(TINY_TEACHERS[name]).rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in files) <= 10 * 2**20
 
 
-def test_the_embedded_teacher_is_a_stock_pipeline_that_names_no_foreign_path() -> None:
-    index = json.loads((Path(TINY_TEACHER) / "model_index.json").read_text())
-    configs = "".join(path.read_text() for path in Path(TINY_TEACHER).rglob("*config.json"))
-    assert index["_class_name"] == "StableDiffusionPipeline"
+@either
+def test_an_embedded_teacher_is_a_stock_pipeline_that_names_no_foreign_path(name: str) -> None:
+    index = json.loads((Path(TINY_TEACHERS[name]) / "model_index.json").read_text())
+    configs = "".join(path.read_text() for path in Path(TINY_TEACHERS[name]).rglob("*.json"))
+    assert index["_class_name"] == CLASSES[name].__name__
     assert "_name_or_path" not in configs
-    assert type(load_teacher(TINY_NAME, torch.float32).pipeline) is StableDiffusionPipeline
+    assert type(load_teacher(name, torch.float32).pipeline) is CLASSES[name]
 
 
-def test_the_embedded_teacher_is_loaded_frozen_and_found_by_name() -> None:
-    teacher = load_teacher(TINY_NAME, torch.float32)
-    assert resolve_teacher(TINY_NAME) == TINY_TEACHER
-    assert resolve_teacher("me/model") == "me/model"
+@pytest.mark.parametrize(
+    ("name", "prediction_type", "tokens"), [(TINY_NAME, "epsilon", 12), (TINY_FLOW_NAME, "flow_prediction", 13)]
+)
+def test_an_embedded_teacher_is_loaded_frozen_and_found_by_name(name: str, prediction_type: str, tokens: int) -> None:
+    teacher = load_teacher(name, torch.float32)
+    assert is_tiny(name) and resolve_teacher(name) == TINY_TEACHERS[name]
     assert not any(parameter.requires_grad for parameter in teacher.denoiser.parameters())
-    assert teacher.prediction_type == "epsilon"
+    assert teacher.prediction_type == prediction_type
     assert teacher.family.latent_shape(teacher.pipeline, None) == (4, 8, 8)
-    assert teacher.family.encode_prompts(teacher.pipeline, CAPTIONS[:3]).tensors["prompt_embeds"].shape[:2] == (3, 12)
+    assert teacher.encode_prompts(CAPTIONS[:3]).tensors["prompt_embeds"].shape[:2] == (3, tokens)
 
 
-@built
-def test_the_reference_statistics_are_means_and_covariances_of_the_feature_net() -> None:
-    statistics = load_statistics()
-    assert set(statistics) == {"teacher", "data"}
+def test_any_other_name_is_no_embedded_teacher() -> None:
+    assert not is_tiny("me/model") and resolve_teacher("me/model") == "me/model"
+
+
+def test_both_references_have_the_same_training_pictures() -> None:
+    one, other = (load_statistics(name)["data"] for name in TINY_TEACHERS)
+    assert torch.equal(one.mean, other.mean) and torch.equal(one.covariance, other.covariance)
+
+
+@either
+def test_the_reference_statistics_are_means_and_covariances_of_the_feature_net(name: str) -> None:
+    statistics = load_statistics(name)
+    assert set(statistics) == {"teacher", "teacher_unguided", "data"}
     for each in statistics.values():
         assert each.mean.shape == (FEATURE_DIM,)
         assert each.covariance.shape == (FEATURE_DIM, FEATURE_DIM)
@@ -148,15 +162,18 @@ def test_the_reference_statistics_are_means_and_covariances_of_the_feature_net()
         assert torch.linalg.eigvalsh(each.covariance).min() > -1e-6
 
 
-@built
-def test_the_shipped_quality_names_what_the_metrics_need() -> None:
-    assert (FOLDER / QUALITY).exists()
-    assert {"fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images"} <= load_quality().keys()
+@either
+def test_the_shipped_quality_names_what_the_metrics_need(name: str) -> None:
+    quality = load_quality(name)
+    assert {"fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images"} <= quality.keys()
+    assert quality["guidance_scale"] == REFERENCES[name].guidance_scale
 
 
-def test_the_embedded_teacher_draws_what_it_is_asked_and_is_measured() -> None:
-    sampler = teacher_sampler(load_teacher("tiny", torch.float32).pipeline, "dpm-solver++", 10, guidance_scale=2.0)
-    metrics = measure(sampler, "dpm-solver++", num_images=240)
+@pytest.mark.parametrize(("name", "options"), [(TINY_NAME, {}), (TINY_FLOW_NAME, {"max_sequence_length": 1})])
+def test_an_embedded_teacher_draws_what_it_is_asked_and_is_measured(name: str, options: dict) -> None:
+    pipeline = load_teacher(name, torch.float32).pipeline
+    sampler = teacher_sampler(pipeline, "dpm-solver++", 10, guidance_scale=2.0, **options)
+    metrics = measure(sampler, "dpm-solver++", num_images=240, teacher=name)
     assert metrics.nfe == 20
     assert metrics.prompt_accuracy is not None and metrics.prompt_accuracy > 0.97
     assert metrics.fd_to_teacher is not None and 0 < metrics.fd_to_teacher < 100

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import make_run, relative_error, run_arguments, train_run
+from parts import PROMPTS, make_run, relative_error, run_arguments, train_run
 from safetensors.torch import load_file
 from torch import Tensor
 
 import train_rdm_lora
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
+from rdm_diffusers.training.loop import step
 from rdm_diffusers.training.setup import make_accelerator
+from rdm_diffusers.training.updates import collect, fake_score_update, student_update
 from rdm_diffusers.training.validation import averaged_student, sample_student
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -58,6 +60,66 @@ def test_both_roles_are_trained_and_the_base_is_not(argv) -> None:
     assert it.state.update == 2
     assert all(relative_error(weights(it, role), before[role]) > 1e-3 for role in before)
     assert all(torch.equal(after[name], value) for name, value in base.items())
+
+
+def test_a_run_that_does_not_reuse_rollouts_is_the_plain_loop(argv, tmp_path: Path) -> None:
+    looped = make_run(argv(output_dir=tmp_path / "looped", fake_updates_per_step=2, reuse_rollouts=1))
+    train_run(looped)
+    plain = make_run(argv(output_dir=tmp_path / "plain"))
+    for update in range(2):
+        batch = collect(plain.run, update)
+        student_update(plain.run, batch, plain.state.statistics)
+        step(plain.state, STUDENT)
+        for repeat in range(2):
+            fake_score_update(plain.run, batch, repeat)
+            step(plain.state, FAKE_SCORE)
+        plain.state.update += 1
+    for role in (STUDENT, FAKE_SCORE):
+        assert all(torch.equal(a, b) for a, b in zip(weights(looped, role), weights(plain, role), strict=True))
+
+
+def test_a_reused_rollout_is_made_once_for_all_the_updates_that_it_serves(argv) -> None:
+    it = make_run(argv(reuse_rollouts=2, max_train_steps=4, checkpointing_steps=2, num_student_steps=4))
+    depths = [len(collect(it.run, rollout).trajectory.x_t) for rollout in range(2)]
+    it.networks.calls.clear()
+    train_run(it)
+    samples, updates, fake_updates = 8, 4, 2
+    anew = samples * updates // 2  # at every second visit, the predictions at the stored states
+    assert it.networks.calls == {
+        "student forward": samples * (sum(depths) + updates) + anew,
+        "student backward": samples * updates,
+        "fake_score forward": samples * updates * (1 + fake_updates),
+        "fake_score backward": samples * updates * fake_updates,
+        "teacher forward": 2 * samples * updates,  # guided
+    }
+
+
+def test_a_fake_score_that_is_told_the_steps_learns_them_and_the_students_file_knows_nothing_of_them(
+    argv, tmp_path: Path
+) -> None:
+    train_rdm_lora.main(argv(checkpointing_steps=2, fake_score_steps=True))
+    state = load_file(tmp_path / "student" / "checkpoint-2" / "state.safetensors")
+    sizes = {
+        role: [value.numel() for name, value in state.items() if name.startswith(f"{role}/parameter/")]
+        for role in (STUDENT, FAKE_SCORE)
+    }
+    embedding = state[f"fake_score/parameter/{len(sizes[STUDENT])}"]
+    assert embedding.shape[0] == 2  # a vector for each of the student's steps, after the adapter
+    assert embedding.abs().max(1).values.min() > 1e-3
+    exported = [value.numel() for value in load_file(tmp_path / "student" / LORA).values()]
+    assert sorted(exported) == sorted(sizes[STUDENT])
+    assert sorted(sizes[FAKE_SCORE]) == sorted([*sizes[STUDENT], embedding.numel()])
+
+
+def test_a_reward_is_higher_where_it_is_trained_for_than_where_it_is_punished(argv, tmp_path: Path) -> None:
+    reached = {}
+    for sign in (1, -1):
+        reward = dict(algorithm="gndmr", reward=f"tiny_bold:{sign}", reward_share=0.9, guidance_scale=1.0)
+        it = make_run(argv(output_dir=tmp_path / str(sign), max_train_steps=3, fake_updates_per_step=0, **reward))
+        train_run(it)
+        pictures = sample_student(it.run, it.teacher, list(PROMPTS))
+        reached[sign] = it.run.rewards.rewards[0](pictures, PROMPTS)
+    assert (reached[1] > reached[-1]).all()
 
 
 def test_the_two_roles_have_learning_rates_of_their_own_and_warm_up_by_updates(argv) -> None:

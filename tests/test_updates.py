@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from parts import make_run, randomise_adapters, relative_error, run_arguments
+from parts import make_run, randomise_adapters, relative_error, run_arguments, train_run
 from torch import Tensor
 
+from rdm_diffusers.distillation import Draws, RunningMeans
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER
-from rdm_diffusers.training.updates import NonFiniteError, collect, fake_score_update, student_update
+from rdm_diffusers.training.updates import NonFiniteError, collect, fake_score_update, reuse, student_update
 
 
 @pytest.fixture
 def argv(teacher_folder: Path, prompts_file: Path, tmp_path: Path):
     """Makes the command line of a run of this test."""
-    return lambda **changes: run_arguments(teacher_folder, prompts_file, tmp_path, **changes)
+    return lambda **changes: run_arguments(teacher_folder, prompts_file, changes.pop("output_dir", tmp_path), **changes)
 
 
 def gradients(argv: list[str], fresh: bool = False) -> dict[str, list[Tensor]]:
@@ -25,12 +29,25 @@ def gradients(argv: list[str], fresh: bool = False) -> dict[str, list[Tensor]]:
     if not fresh:
         randomise_adapters(it.networks)
     batch = collect(it.run, 0)
-    student_update(it.run, batch)
+    student_update(it.run, batch, it.state.statistics)
     fake_score_update(it.run, batch, 0)
     return {role: [p.grad for p in it.networks.parameters(role)] for role in (STUDENT, FAKE_SCORE)}
 
 
-@pytest.mark.parametrize("options", [{}, {"algorithm": "dmd"}, {"steps_per_rollout": 2}], ids=str)
+GNDMR = {"algorithm": "gndmr", "reward": ["tiny_bold", "tiny_prompt_black_box:2"]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"algorithm": "dmd"},
+        {"steps_per_rollout": 2, "gndm_lambda": "james_stein", "num_renoisings": 2},
+        {**GNDMR, "black_box_form": "perturbation", "num_perturbations": 1},
+        {**GNDMR, "reward_combination": "sum", "projection_guard": True},
+    ],
+    ids=["gndm", "dmd", "james_stein_twice_renoised", "gndmr_perturbation", "gndmr_group_sum_guard"],
+)
 def test_eight_samples_at_once_are_one_sample_eight_times(argv, options: dict) -> None:
     at_once = gradients(argv(train_batch_size=8, **options))
     one_by_one = gradients(argv(train_batch_size=1, gradient_accumulation_steps=8, **options))
@@ -98,6 +115,89 @@ def test_a_group_is_one_prompt_at_one_step_with_noises_of_its_own(argv) -> None:
     assert batch.prompts[0] == batch.prompts[1] != batch.prompts[2]
 
 
+def student_gradients(run, batch) -> list[Tensor]:
+    """The student's gradients of one update, by themselves."""
+    student_update(run, batch, RunningMeans())
+    gradients = [parameter.grad for parameter in run.networks.parameters(STUDENT)]
+    for parameter in run.networks.parameters(STUDENT):
+        parameter.grad = None
+    return gradients
+
+
+def test_two_renoisings_are_the_average_of_two_estimates(argv) -> None:
+    it = make_run(argv())
+    randomise_adapters(it.networks)
+    batch = collect(it.run, 0)
+    both = student_gradients(replace(it.run, num_renoisings=2), batch)
+    one, other = (student_gradients(it.run, replace(batch, visit=visit)) for visit in (0, 1))
+    average = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
+    assert relative_error(both, average) < 1e-5
+    assert relative_error(one, other) > 0.1
+
+
+def test_a_rollout_for_another_update_keeps_its_states_and_predicts_them_anew(argv) -> None:
+    it = make_run(argv(train_batch_size=3, gradient_accumulation_steps=8, steps_per_rollout=2, group_size=4))
+    first = collect(it.run, 0)
+    randomise_adapters(it.networks)  # the student changed
+    second = reuse(it.run, first)
+    with torch.no_grad():
+        samples = first.samples
+        x0 = it.run.student(samples.x_t, samples.t, samples.conditioning)
+    assert relative_error(second.samples.x0, x0) < 1e-6
+    assert relative_error(second.samples.x0, first.samples.x0) > 0.01
+    for name in ("x_t", "t", "step"):
+        assert torch.equal(getattr(second.samples, name), getattr(samples, name))
+    assert (first.visit, second.visit, second.log_ratio) == (0, 1, None)
+
+
+def test_importance_weights_multiply_the_directions_of_a_reused_rollout(argv) -> None:
+    it = make_run(argv(reuse_rollouts=2, importance_weighting="clipped", num_student_steps=4))
+    batch = next(b for b in (collect(it.run, n) for n in range(9)) if b.samples.step.unique().tolist() == [1, 2])
+    unchanged = reuse(it.run, batch)
+    assert unchanged.log_ratio.abs().max() < 1e-3  # in sums over 256 dimensions
+    plain = student_gradients(replace(it.run, importance_weighting="none"), replace(unchanged, log_ratio=None))
+    assert relative_error(student_gradients(it.run, unchanged), plain) < 1e-4
+    randomise_adapters(it.networks)
+    changed = reuse(it.run, batch)
+    assert (
+        relative_error(changed.samples.x0, reuse(replace(it.run, importance_weighting="none"), batch).samples.x0) < 1e-6
+    )
+    assert changed.log_ratio.shape == (8,)
+    assert changed.log_ratio.max() < -1  # never will it make these states again, so all weights are at their least
+    plain = student_gradients(it.run, replace(changed, log_ratio=None))
+    assert relative_error(student_gradients(it.run, changed), [0.8 * gradient for gradient in plain]) < 1e-5
+    health = student_update(it.run, changed, RunningMeans())
+    assert {"effective_sample_size", "clip_fraction", "drift"} <= health.keys()
+    assert health["clip_fraction"] == 1
+
+
+class CountedDraws(Draws):
+    """Keeps count of every random number that is drawn for a group."""
+
+    def normal(self, purpose: str, groups, shape) -> Tensor:
+        self.counts.update((purpose, group) for group in groups)
+        return super().normal(purpose, groups, shape)
+
+    def uniform(self, purpose: str, groups) -> Tensor:
+        self.counts.update((purpose, group) for group in groups)
+        return super().uniform(purpose, groups)
+
+
+def test_no_random_number_of_a_run_is_used_twice(argv) -> None:
+    options = {**GNDMR, "reuse_rollouts": 2, "checkpointing_steps": 4, "max_train_steps": 4, "num_renoisings": 2}
+    it = make_run(argv(**options, black_box_form="perturbation", num_perturbations=2, steps_per_rollout=2))
+    draws = CountedDraws(it.args.seed, it.args.group_size)
+    object.__setattr__(draws, "counts", Counter())
+    train_run(
+        SimpleNamespace(
+            **{**vars(it), "run": replace(it.run, draws=draws, rewards=replace(it.run.rewards, draws=draws))}
+        )
+    )
+    kinds = {purpose.split("/")[0] for purpose, _ in draws.counts}
+    assert kinds == {"rollout_noise", "tau", "tau_noise", "perturbation", "fake_time", "fake_noise"}
+    assert sorted({key for key, count in draws.counts.items() if count > 1}) == []
+
+
 def poison(networks, role: str, sample: int) -> None:
     """Makes one sample of a role's next predictions infinite."""
     healthy = networks.predict
@@ -118,8 +218,8 @@ def test_a_direction_that_is_not_finite_names_term_prompt_and_step_and_touches_n
     poison(it.networks, role, sample=6)
     where = f"for prompt {batch.prompts[1]!r}, student step {int(batch.samples.step[6]) + 1}"
     with pytest.raises(NonFiniteError) as caught:
-        student_update(it.run, batch)
-    assert f"The student direction is not finite {where}" in str(caught.value)
+        student_update(it.run, batch, it.state.statistics)
+    assert f"The R_dm is not finite {where}" in str(caught.value)
     assert all(p.grad is None for role in (STUDENT, FAKE_SCORE) for p in it.networks.parameters(role))
 
 
@@ -133,11 +233,34 @@ def test_a_fake_score_loss_that_is_not_finite_names_term_prompt_and_step(argv) -
     assert f"The fake score loss is not finite {where}" in str(caught.value)
 
 
-def test_the_health_numbers_are_finite_and_the_correction_has_a_share(argv) -> None:
-    it = make_run(argv())
+@pytest.mark.parametrize("options", [{}, GNDMR], ids=["gndm", "gndmr"])
+def test_the_health_numbers_are_finite_and_the_correction_has_a_share(argv, options: dict) -> None:
+    it = make_run(argv(steps_per_rollout=2, **options))
     randomise_adapters(it.networks)
     batch = collect(it.run, 0)
-    health = student_update(it.run, batch) | fake_score_update(it.run, batch, 0)
-    assert {"reward_over_distance", "correction_over_reward", "log_ratio", "fake_loss"} <= health.keys()
+    health = student_update(it.run, batch, it.state.statistics) | fake_score_update(it.run, batch, 0)
+    assert {"reward_over_distance", "correction_over_reward", "log_ratio", "fake_loss", "contrast"} <= health.keys()
     assert all(value.ndim == 0 and value.isfinite() for value in health.values())
     assert health["correction_over_reward"] > 0
+    if options:
+        assert {"reward/tiny_bold", "reward/tiny_prompt_black_box", "reward_share_effective"} <= health.keys()
+        assert 0.05 < health["reward_share_effective"] < 0.2 * 1.01
+
+
+def test_the_contrast_is_that_of_the_students_last_step_and_unknown_where_a_batch_has_none(argv) -> None:
+    it, seen = make_run(argv(train_batch_size=4)), {}
+    for number in range(6):
+        batch = collect(it.run, number)
+        seen[int(batch.samples.step[0])] = student_update(it.run, batch, RunningMeans())["contrast"]
+    assert not seen[0].isfinite()
+    assert seen[1] > 0
+
+
+def test_an_invalid_reward_neither_stops_a_run_nor_touches_its_samples(argv, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def bad(images, prompts):\n    return [float('nan')] * len(images)\n")
+    rewarded = make_run(argv(algorithm="gndmr", reward=f"{tmp_path}/bad.py:bad", output_dir=tmp_path / "bad"))
+    plain = make_run(argv())
+    for it in (rewarded, plain):
+        randomise_adapters(it.networks)
+    one, other = (student_gradients(it.run, collect(it.run, 0)) for it in (rewarded, plain))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""Group statistics: the leave-one-out mean that GNDM centres with, and the normalisers. Ours, not the paper's.
+"""Group statistics: what GNDM measures of the fake score's bias, and what it divides by. Ours, not the paper's.
 
 A group's G members lie side by side along the batch.
 """
@@ -6,48 +6,108 @@ A group's G members lie side by side along the batch.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..prediction import expand
+from .distribution_matching import RewardEstimate
 
-NORMALIZATIONS = ("sample", "group", "batch", "none")
+NORMALIZATIONS = ("sample", "group", "batch", "rms", "std", "none")
+BIAS_ESTIMATORS = ("shift", "noise")
+
+
+def grouped(values: Tensor, group_size: int) -> Tensor:
+    """`[M, ...]` as `[M / G, G, ...]`."""
+    return values.unflatten(0, (-1, group_size))
 
 
 def leave_one_out_mean(values: Tensor, group_size: int) -> Tensor:
     """The mean of the *other* members of each sample's group, shaped as `values [M, ...]`; 0 for groups of 1."""
     if group_size == 1:
         return torch.zeros_like(values)
-    groups = values.unflatten(0, (-1, group_size))
+    groups = grouped(values, group_size)
     others = groups.sum(1, keepdim=True) - groups
     return (others / (group_size - 1)).flatten(0, 1)
 
 
-def fake_score_bias(residual: Tensor, sigma: Tensor, group_size: int) -> Tensor:
-    """b = s_tau times the leave-one-out group mean of the fake score's residual `[M, C, H, W]`.
+def bias_unit(estimate: RewardEstimate, estimator: str) -> Tensor:
+    """How much of one unit of bias shows at each sample's tau `[M]`.
+
+    Args:
+        estimate: for its scales a, s at tau.
+        estimator: `shift` reads the bias as a shift of the student's mean that the fake score has not seen yet. Of such
+            a shift a denoiser of data of unit variance misses the share s^2 / (a^2 + s^2) that x_tau leaves open.
+            `noise` reads it as an error in noise units, s.
+
+    Raises:
+        ValueError: for an unknown estimator.
+    """
+    if estimator == "shift":
+        return estimate.sigma**2 / (estimate.alpha**2 + estimate.sigma**2)
+    if estimator == "noise":
+        return estimate.sigma
+    raise ValueError(f"Unknown bias estimator {estimator!r}; use one of {', '.join(BIAS_ESTIMATORS)}.")
+
+
+def fake_score_bias(estimate: RewardEstimate, group_size: int, estimator: str = "shift", pool: int = 1) -> Tensor:
+    """b, the bias of each sample's fake x0 as the *other* members of its group show it: `[M, C, H, W]`.
 
     A perfect fake score is the posterior mean of the student's own samples, so its residuals average to zero over a
-    group; what is left is its bias for this prompt, measured at no extra network call.
+    group; what is left is its bias for this prompt, measured at no extra network call. It is 0 for groups of 1. With u
+    the `bias_unit`,
+
+        shift: b_i = u_i * sum_j (fake_j - x̂_j) / sum_j u_j      (the least-squares weights for a shift)
+        noise: b_i = u_i * mean_j (fake_j - x̂_j) / u_j
+
+    Args:
+        estimate: R_dm of M samples.
+        group_size: G.
+        estimator: one of `BIAS_ESTIMATORS`.
+        pool: keep only what varies more slowly than so many latent pixels; 1 keeps all.
     """
-    return expand(sigma, residual) * leave_one_out_mean(residual, group_size)
+    residual, unit = estimate.fake_x0 - estimate.x0, bias_unit(estimate, estimator)
+    if group_size == 1:
+        return torch.zeros_like(residual)
+    if estimator == "shift":
+        mean = leave_one_out_mean(residual, group_size) / expand(leave_one_out_mean(unit, group_size), residual)
+    else:
+        mean = leave_one_out_mean(residual / expand(unit, residual), group_size)
+    return expand(unit, residual) * low_pass(mean, pool)
 
 
-def normalizer(distance: Tensor, normalization: str, group_size: int) -> Tensor:
+def low_pass(latents: Tensor, pool: int) -> Tensor:
+    """`[M, C, H, W]` averaged over tiles of `pool` x `pool` (smaller at the edges), at the same size."""
+    if pool == 1:
+        return latents
+    tiles = F.avg_pool2d(latents, pool, ceil_mode=True, count_include_pad=False)
+    repeated = tiles.repeat_interleave(pool, -2).repeat_interleave(pool, -1)
+    return repeated[..., : latents.shape[-2], : latents.shape[-1]]
+
+
+def normalizer(estimate: RewardEstimate, normalization: str, group_size: int) -> Tensor:
     """What R_dm is divided by, one number a sample `[M]`.
 
     Args:
-        distance: n = mean |x̂ - teacher x0| of each sample `[M]`.
-        normalization: `sample` (DMD2's), `group` or `batch` mean of it, or `none`.
+        estimate: R_dm of M samples.
+        normalization: `sample`: n = mean |x̂ - teacher x0| of the sample, DMD2's; `group` or `batch`: the mean of n
+            there; `rms`: the root mean square of R over the group; `std`: R's standard deviation around the group's
+            mean, the literal analogue of GRPO's; `none`: 1.
         group_size: G.
 
     Raises:
         ValueError: for an unknown normalization.
     """
+    distance, reward = estimate.distance, grouped(estimate.reward, group_size).flatten(2)
     if normalization == "sample":
         return distance
     if normalization == "group":
-        return distance.unflatten(0, (-1, group_size)).mean(1).repeat_interleave(group_size)
+        return grouped(distance, group_size).mean(1).repeat_interleave(group_size)
     if normalization == "batch":
         return distance.mean().expand_as(distance)
+    if normalization == "rms":
+        return reward.square().mean((1, 2)).sqrt().repeat_interleave(group_size)
+    if normalization == "std":
+        return (reward - reward.mean(1, keepdim=True)).square().mean((1, 2)).sqrt().repeat_interleave(group_size)
     if normalization == "none":
         return torch.ones_like(distance)
     raise ValueError(f"Unknown advantage normalization {normalization!r}; use one of {', '.join(NORMALIZATIONS)}.")

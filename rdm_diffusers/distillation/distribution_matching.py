@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..networks import FAKE_SCORE, TEACHER, Networks
-from ..prediction import NoiseSchedule, expand
+from ..prediction import NoiseSchedule
 from .rollout import Samples
 
 TAU_RANGE = (0.02, 0.98)  # of the training timesteps, as in DMD2
@@ -22,23 +22,23 @@ class RewardEstimate:
         x0: the student's predictions x̂ `[M, C, H, W]`.
         teacher_x0: the guided teacher's x0 at the re-noised x̂, same shape.
         fake_x0: the fake score's, same shape.
-        sigma: the noise scale s_tau of each sample `[M]`.
+        alpha, sigma: the scales a, s of each sample's tau `[M]`.
+        tau: the re-noising times as shares of the training timesteps `[M]`, in [0, 1).
+        step: which of the student's steps each sample is `[M]`.
     """
 
     x0: Tensor
     teacher_x0: Tensor
     fake_x0: Tensor
+    alpha: Tensor
     sigma: Tensor
+    tau: Tensor
+    step: Tensor
 
     @property
     def reward(self) -> Tensor:
         """R = teacher x0 - fake x0 `[M, C, H, W]`: where the teacher would rather have the sample (DMD2)."""
         return self.teacher_x0 - self.fake_x0
-
-    @property
-    def residual(self) -> Tensor:
-        """d = (fake x0 - x̂) / s_tau `[M, C, H, W]`, the fake score's residual in noise units."""
-        return (self.fake_x0 - self.x0) / expand(self.sigma, self.x0)
 
     @property
     def distance(self) -> Tensor:
@@ -78,8 +78,15 @@ def estimate_reward(
     x_tau = networks.schedule.add_noise(samples.x0, noise, tau)
     x0: dict[str, list[Tensor]] = {TEACHER: [], FAKE_SCORE: []}
     for part in samples.micro_batches(micro_batch_size or len(samples)):
+        chunk = samples[part]
         for role, predictions in x0.items():
-            predictions.append(networks.predict(role, x_tau[part], tau[part], samples.conditioning[part]))
+            predictions.append(networks.predict(role, x_tau[part], tau[part], chunk.conditioning, chunk.step))
     return RewardEstimate(
-        samples.x0, torch.cat(x0[TEACHER]), torch.cat(x0[FAKE_SCORE]), networks.schedule.sigma(tau).to(x_tau.device)
+        samples.x0,
+        torch.cat(x0[TEACHER]),
+        torch.cat(x0[FAKE_SCORE]),
+        networks.schedule.alpha(tau),
+        networks.schedule.sigma(tau),
+        tau / networks.schedule.num_train_timesteps,
+        samples.step,
     )

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..prediction import expand
 from .advantages import fake_score_bias, normalizer
 from .distribution_matching import RewardEstimate
+from .statistics import RunningMeans
 
 EPS = 1e-8
+JAMES_STEIN = "james_stein"
+TAU_BINS, JAMES_STEIN_DECAY = 5, 0.95
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """A normalised R_dm; everything float32 and detached.
+
+    Args:
+        value: R' / n `[M, C, H, W]`.
+        reward: R as it was estimated, same shape.
+        correction: lambda b, same shape; R' = R + lambda b.
+        normalizer: n `[M]`.
+    """
+
+    value: Tensor
+    reward: Tensor
+    correction: Tensor
+    normalizer: Tensor
 
 
 @dataclass(frozen=True)
@@ -23,26 +44,53 @@ class GNDM:
 
     Args:
         group_size: G; 1 leaves nothing to correct with.
-        gndm_lambda: the strength of the correction, 0 to 1.
+        gndm_lambda: the strength of the correction, 0 to 1, or `james_stein`: what best predicts each sample's residual
+            from the others', measured per tau-bin over the last updates.
         normalization: one of `advantages.NORMALIZATIONS`.
+        bias_estimator: one of `advantages.BIAS_ESTIMATORS`.
+        debias_pool: b keeps only what varies more slowly than so many latent pixels; 1 keeps all.
     """
 
     group_size: int = 4
-    gndm_lambda: float = 0.5
+    gndm_lambda: float | str = 1.0
     normalization: str = "group"
+    bias_estimator: str = "shift"
+    debias_pool: int = 1
 
-    def corrected_reward(self, estimate: RewardEstimate) -> Tensor:
-        """R' `[M, C, H, W]`, detached."""
-        if self.gndm_lambda == 0:
-            return estimate.reward
-        bias = fake_score_bias(estimate.residual, estimate.sigma, self.group_size)
-        return estimate.reward + self.gndm_lambda * bias
+    def advantage(self, estimate: RewardEstimate, statistics: RunningMeans) -> Advantage:
+        """R' / n and its parts. Updates `statistics` if lambda is James and Stein's."""
+        correction = self._correction(estimate, statistics)
+        n = normalizer(estimate, self.normalization, self.group_size).clamp(min=EPS)
+        return Advantage((estimate.reward + correction) / expand(n, correction), estimate.reward, correction, n)
 
-    def direction(self, estimate: RewardEstimate) -> Tensor:
+    def direction(self, estimate: RewardEstimate, statistics: RunningMeans | None = None) -> Tensor:
         """The loss's gradient with respect to x̂ `[M, C, H, W]`, detached, with the mean over all elements inside."""
-        n = normalizer(estimate.distance, self.normalization, self.group_size).clamp(min=EPS)
-        reward = self.corrected_reward(estimate)
-        return -reward / expand(n, reward) / reward.numel()
+        value = self.advantage(estimate, RunningMeans() if statistics is None else statistics).value
+        return -value / value.numel()
+
+    def _correction(self, estimate: RewardEstimate, statistics: RunningMeans) -> Tensor:
+        if self.gndm_lambda == 0 or self.group_size == 1:
+            return torch.zeros_like(estimate.reward)
+        bias = fake_score_bias(estimate, self.group_size, self.bias_estimator, self.debias_pool)
+        if isinstance(self.gndm_lambda, str):
+            return expand(shrinkage(estimate, bias, statistics), bias) * bias
+        return self.gndm_lambda * bias
+
+
+def shrinkage(estimate: RewardEstimate, bias: Tensor, statistics: RunningMeans) -> Tensor:
+    """The positive-part James-Stein lambda of each sample `[M]`, in [0, 1].
+
+    The residual of a sample is independent of b, which others measured, but for the bias that both share. So the
+    regression of the one on the other, per tau-bin, is power of bias / (power of bias + noise).
+    """
+    bins = (estimate.tau * TAU_BINS).long()
+    residual = estimate.fake_x0 - estimate.x0
+    ones = torch.zeros(TAU_BINS, device=bias.device).index_add_(0, bins, torch.ones_like(estimate.tau))
+    means = []
+    for name, products in (("shared", residual * bias), ("power", bias * bias)):
+        total = torch.zeros_like(ones).index_add_(0, bins, products.flatten(1).mean(1))
+        means.append(statistics.update(f"james_stein/{name}", total, ones, JAMES_STEIN_DECAY))
+    return (means[0] / means[1].clamp(min=EPS**2)).clamp(0, 1)[bins]
 
 
 def DMD(group_size: int = 1) -> GNDM:  # noqa: N802 - an objective's name

@@ -103,20 +103,24 @@ def rollout(
     return Trajectory(*(torch.stack(column) for column in zip(*steps, strict=True)))
 
 
-def executed_samples(
-    trajectory: Trajectory, steps: Sequence[Sequence[int]], group_size: int, conditioning: Conditioning
-) -> Samples:
-    """Picks the states to train on: of the i-th group's G samples, those at the steps `steps[i]`.
+def executed_index(
+    steps: Sequence[Sequence[int]], group_size: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Which states are trained on: of the i-th group's G samples, those at the steps `steps[i]`.
 
     Returns:
-        `sum(len(s) for s in steps) * G` samples, laid out as `Samples` says.
+        The steps k and the samples b, both `[sum(len(s) for s in steps) * G]`, laid out as `Samples` says.
     """
-    device = trajectory.x_t.device
     k = torch.tensor([step for group in steps for step in group], device=device).repeat_interleave(group_size)
     members = [
         torch.arange(i * group_size, (i + 1) * group_size, device=device)
         for i, group in enumerate(steps)
         for _ in group
     ]
-    b = torch.cat(members)
+    return k, torch.cat(members)
+
+
+def executed_samples(trajectory: Trajectory, index: tuple[Tensor, Tensor], conditioning: Conditioning) -> Samples:
+    """Picks the states to train on by `executed_index`; `conditioning` is the rollouts' own."""
+    k, b = index
     return Samples(trajectory.x_t[k, b], trajectory.t[k], trajectory.x0[k, b], k, conditioning[b])

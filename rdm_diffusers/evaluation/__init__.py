@@ -2,9 +2,10 @@
 
 from .metrics import Metrics, evaluation_prompts, measure, measure_images
 from .report import as_table, save_samples, student_sampler, tiny_metrics, write_metrics
-from .samplers import TEACHER_SOLVERS, Sampler, teacher_sampler
+from .samplers import FLOW_SOLVERS, TEACHER_SOLVERS, Sampler, solvers_of, teacher_sampler
 
 __all__ = [
+    "FLOW_SOLVERS",
     "TEACHER_SOLVERS",
     "Metrics",
     "Sampler",
@@ -13,6 +14,7 @@ __all__ = [
     "measure",
     "measure_images",
     "save_samples",
+    "solvers_of",
     "student_sampler",
     "teacher_sampler",
     "tiny_metrics",

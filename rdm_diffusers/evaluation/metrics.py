@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from ..frechet import GaussianStatistics, frechet_distance
+from ..tiny import TINY_NAME
 from ..tiny.captions import CAPTIONS, parse_caption
 from ..tiny.classifier import load_classifier
 from ..tiny.reference import load_statistics
@@ -46,16 +47,28 @@ def evaluation_prompts(count: int) -> list[str]:
     return [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
 
 
-def measure(sampler: Sampler, name: str, num_images: int, first_seed: int = 1_000_000) -> Metrics:
-    """Draws `num_images` pictures of all captions with the tiny teacher's or a student's sampler and measures them."""
+def measure(
+    sampler: Sampler, name: str, num_images: int, first_seed: int = 1_000_000, teacher: str = TINY_NAME
+) -> Metrics:
+    """Draws `num_images` pictures of all captions with a tiny teacher's or its student's sampler and measures them.
+
+    Args:
+        sampler: draws them.
+        name: the sampler's, for the record.
+        num_images: how many.
+        first_seed: of the first; the others have the following ones.
+        teacher: the name of the embedded teacher whose pictures are the reference.
+    """
     prompts = evaluation_prompts(num_images)
     images, seconds = sampler(prompts, range(first_seed, first_seed + num_images))
-    return measure_images(images, prompts, sampler.nfe, seconds, name)
+    return measure_images(images, prompts, sampler.nfe, seconds, name, teacher)
 
 
-def measure_images(images: Tensor, prompts: Sequence[str], nfe: int, seconds: float, name: str) -> Metrics:
-    """Measures pictures `[N, 3, 32, 32]` in [0, 1] that are there already."""
-    classifier, reference = load_classifier(), load_statistics()
+def measure_images(
+    images: Tensor, prompts: Sequence[str], nfe: int, seconds: float, name: str, teacher: str = TINY_NAME
+) -> Metrics:
+    """Measures pictures `[N, 3, 32, 32]` in [0, 1] that are there already, as `measure` does."""
+    classifier, reference = load_classifier(), load_statistics(teacher)
     statistics = GaussianStatistics.of(classifier.features(images))
     correct = classifier.correct(images, [parse_caption(prompt) for prompt in prompts])
     return Metrics(

@@ -15,10 +15,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..pipelines import RdmDistillationPipeline
+from ..tiny import TINY_NAME
 from ..tiny.reference import load_quality
 from .metrics import Metrics, measure
 from .pictures import labelled_rows
-from .samplers import TEACHER_SOLVERS, Sampler, teacher_sampler
+from .samplers import Sampler, solvers_of, teacher_sampler
 
 TEACHER_STEPS = 50
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors")
@@ -29,30 +30,60 @@ def student_sampler(student: RdmDistillationPipeline, batch_size: int = 250) -> 
     return Sampler(student, student.student.num_inference_steps, student.student.guidance_scale, batch_size)
 
 
-def best_few_step_teacher(teacher: DiffusionPipeline, steps: int, guidance_scale: float, num_images: int) -> Metrics:
-    """The teacher at the student's number of steps, with whichever solver comes closer to its own 50 steps."""
+def teacher_options(student: RdmDistillationPipeline) -> dict[str, Any]:
+    """What the student's teacher must be called with to read prompts as the student does."""
+    length = student.student.max_sequence_length
+    return {} if length is None else {"max_sequence_length": length}
+
+
+def best_few_step_teacher(
+    teacher: DiffusionPipeline,
+    steps: int,
+    guidance_scale: float,
+    num_images: int,
+    name: str = TINY_NAME,
+    **call_options: Any,
+) -> Metrics:
+    """The teacher at the student's number of steps, with whichever solver comes closer to its own 50 steps.
+
+    Args:
+        teacher: an embedded teacher's pipeline.
+        steps: sampling steps.
+        guidance_scale: w in u + w (c - u).
+        num_images: how many pictures are measured.
+        name: the embedded teacher's.
+        call_options: what else the pipeline is called with.
+    """
     measured = [
-        measure(teacher_sampler(teacher, solver, steps, guidance_scale), solver, num_images)
-        for solver in TEACHER_SOLVERS
+        measure(
+            teacher_sampler(teacher, solver, steps, guidance_scale, **call_options), solver, num_images, teacher=name
+        )
+        for solver in solvers_of(teacher)
     ]
     return min(measured, key=lambda metrics: metrics.fd_to_teacher or 0.0)
 
 
 def tiny_metrics(
-    teacher: DiffusionPipeline, student: RdmDistillationPipeline, guidance_scale: float, num_images: int
+    teacher: DiffusionPipeline,
+    student: RdmDistillationPipeline,
+    guidance_scale: float,
+    num_images: int,
+    name: str = TINY_NAME,
 ) -> dict[str, Metrics]:
-    """`teacher`, `teacher_few_step` and `student`, for students of the embedded teacher.
+    """`teacher`, `teacher_few_step` and `student`, for students of the embedded teacher of that name.
 
     The teacher's distances and accuracy are those that `make_teacher` measured; only its time is taken here.
     """
-    quality, solver = load_quality(), next(iter(TEACHER_SOLVERS))
-    timed = measure(teacher_sampler(teacher, solver, TEACHER_STEPS, guidance_scale), solver, 250)
-    shipped = {name: quality[name] for name in ("fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images")}
+    quality, solver, options = load_quality(name), next(iter(solvers_of(teacher))), teacher_options(student)
+    timed = measure(
+        teacher_sampler(teacher, solver, TEACHER_STEPS, guidance_scale, **options), solver, 250, teacher=name
+    )
+    shipped = {key: quality[key] for key in ("fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images")}
     steps = student.student.num_inference_steps
     return {
         "teacher": replace(timed, **shipped),
-        "teacher_few_step": best_few_step_teacher(teacher, steps, guidance_scale, num_images),
-        "student": measure(student_sampler(student), "rdm", num_images),
+        "teacher_few_step": best_few_step_teacher(teacher, steps, guidance_scale, num_images, name, **options),
+        "student": measure(student_sampler(student), "rdm", num_images, teacher=name),
     }
 
 
@@ -69,16 +100,19 @@ def save_samples(
         What can be said of each row without a reference: network calls and seconds.
     """
     steps, seeds, batch = student.student.num_inference_steps, range(len(prompts)), min(len(prompts), 8)
+    many, *_, few = solvers_of(teacher)
+    options = teacher_options(student)
     samplers = {
-        "teacher": teacher_sampler(teacher, "ddim", TEACHER_STEPS, guidance_scale, batch),
-        "teacher_few_step": teacher_sampler(teacher, "dpm-solver++", steps, guidance_scale, batch),
-        "student": student_sampler(student, batch_size=batch),
+        "teacher": (many, teacher_sampler(teacher, many, TEACHER_STEPS, guidance_scale, batch, **options)),
+        "teacher_few_step": (few, teacher_sampler(teacher, few, steps, guidance_scale, batch, **options)),
+        "student": ("rdm", student_sampler(student, batch_size=batch)),
     }
     rows, metrics = {}, {}
-    for name, sampler in samplers.items():
+    for name, (solver, sampler) in samplers.items():
         images, seconds = sampler(prompts, seeds)
-        rows[f"{name.replace('_', ' ')}: {sampler.steps} steps, {sampler.nfe} network calls"] = images
-        metrics[name] = Metrics(sampler.nfe, None, None, None, seconds, type(sampler.pipeline.scheduler).__name__, 0)
+        label = f"{name.replace('_', ' ')} ({solver}): {sampler.steps} steps, {sampler.nfe} network calls"
+        rows[label] = images
+        metrics[name] = Metrics(sampler.nfe, None, None, None, seconds, solver, 0)
     labelled_rows(rows).save(path)
     return metrics
 

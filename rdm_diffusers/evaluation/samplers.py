@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from torch import Tensor
 
 from ..families import rebuilt
+from ..prediction import NoiseSchedule
 
-TEACHER_SOLVERS = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
+Solver = Callable[[SchedulerMixin, int], SchedulerMixin]  # the teacher's own scheduler, steps -> what samples it
+
+
+def _flow_dpm_solver(own: SchedulerMixin, steps: int) -> SchedulerMixin:
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": own.config.shift}
+    return DPMSolverMultistepScheduler.from_config(own.config, **flow)
+
+
+def _trailing_euler(own: SchedulerMixin, steps: int) -> SchedulerMixin:
+    """The last step starts at sigma = 1/K, shifted; the default grid wastes it on a sigma of nearly 0."""
+    last = own.config.shift / (steps + own.config.shift - 1)
+    return FlowMatchEulerDiscreteScheduler.from_config(own.config, shift_terminal=last if steps > 1 else None)
+
+
+# The first of each is what a teacher's many steps are taken with, the last what samples.png shows at few steps.
+TEACHER_SOLVERS: dict[str, Solver] = {
+    "ddim": lambda own, steps: DDIMScheduler.from_config(own.config),
+    "dpm-solver++": lambda own, steps: DPMSolverMultistepScheduler.from_config(own.config),
+}
+FLOW_SOLVERS: dict[str, Solver] = {
+    "euler": lambda own, steps: FlowMatchEulerDiscreteScheduler.from_config(own.config),
+    "dpm-solver++": _flow_dpm_solver,
+    "euler-trailing": _trailing_euler,
+}
 
 
 @dataclass
@@ -24,12 +55,14 @@ class Sampler:
         steps: sampling steps.
         guidance_scale: w in u + w (c - u), two network calls a step when above 1; at most 1 is off, with one call.
         batch_size: pictures drawn at once; a picture depends on its seed only.
+        call_options: what else the pipeline is called with, for example `max_sequence_length`.
     """
 
     pipeline: DiffusionPipeline
     steps: int
     guidance_scale: float
     batch_size: int = 250
+    call_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nfe(self) -> int:
@@ -53,14 +86,27 @@ class Sampler:
                 guidance_scale=self.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 output_type="pt",
+                **self.call_options,
             )
             parts.append(output.images.float().cpu())
         return torch.cat(parts), (time.perf_counter() - started) / len(prompts)
 
 
+def solvers_of(pipeline: DiffusionPipeline) -> dict[str, Solver]:
+    """The solvers that sample this teacher: `TEACHER_SOLVERS`, or for flow matching `FLOW_SOLVERS`."""
+    return FLOW_SOLVERS if NoiseSchedule.from_scheduler(pipeline.scheduler).is_flow else TEACHER_SOLVERS
+
+
 def teacher_sampler(
-    pipeline: DiffusionPipeline, solver: str, steps: int, guidance_scale: float, batch_size: int = 250
+    pipeline: DiffusionPipeline,
+    solver: str,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int = 250,
+    **call_options: Any,
 ) -> Sampler:
-    """The teacher with one of `TEACHER_SOLVERS`, on a copy of the pipeline that shares its networks."""
-    scheduler = TEACHER_SOLVERS[solver].from_config(pipeline.scheduler.config)
-    return Sampler(rebuilt(type(pipeline), pipeline, scheduler=scheduler), steps, guidance_scale, batch_size)
+    """The teacher with one of `solvers_of` it, on a copy of the pipeline that shares its networks."""
+    scheduler = solvers_of(pipeline)[solver](pipeline.scheduler, steps)
+    return Sampler(
+        rebuilt(type(pipeline), pipeline, scheduler=scheduler), steps, guidance_scale, batch_size, call_options
+    )

@@ -1,6 +1,27 @@
 """What differs between teachers, one file each."""
 
 from .base import Conditioning, Family, rebuilt
-from .loading import FAMILIES, LORA_FILE, Teacher, family_of, load_teacher
+from .loading import (
+    FAMILIES,
+    LORA_FILE,
+    Teacher,
+    absent_components,
+    family_of,
+    load_options,
+    load_teacher,
+    pipeline_config,
+)
 
-__all__ = ["FAMILIES", "LORA_FILE", "Conditioning", "Family", "Teacher", "family_of", "load_teacher", "rebuilt"]
+__all__ = [
+    "FAMILIES",
+    "LORA_FILE",
+    "Conditioning",
+    "Family",
+    "Teacher",
+    "absent_components",
+    "family_of",
+    "load_options",
+    "load_teacher",
+    "pipeline_config",
+    "rebuilt",
+]

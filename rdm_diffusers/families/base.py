@@ -57,12 +57,14 @@ class Family(ABC):
     Attributes:
         pipeline_class: the stock diffusers pipeline.
         denoiser_name: the pipeline's component that is distilled, `unet` or `transformer`.
+        time_embedding_name: the denoiser's module whose output `[B, D]` tells its layers the time.
         lora_target_modules: where a student's LoRA goes by default.
         load_options: what `from_pretrained` is told beyond the usual.
     """
 
     pipeline_class: type[DiffusionPipeline]
     denoiser_name: str
+    time_embedding_name: str
     lora_target_modules: tuple[str, ...]
     load_options: dict[str, Any] = {}
 
@@ -71,8 +73,17 @@ class Family(ABC):
         return getattr(pipeline, self.denoiser_name)
 
     @abstractmethod
-    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
-        """Prompts (length B) -> conditioning of length B, on the pipeline's device. No gradients."""
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int | None = None
+    ) -> Conditioning:
+        """Prompts (length B) -> conditioning of length B, on the pipeline's device. No gradients.
+
+        Args:
+            pipeline: the teacher's.
+            prompts: B texts.
+            max_sequence_length: tokens that the large text encoder reads, where there is one; by default as many as
+                the stock pipeline.
+        """
 
     @abstractmethod
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

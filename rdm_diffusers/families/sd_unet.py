@@ -17,6 +17,7 @@ class StableDiffusionFamily(Family):
 
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
+    time_embedding_name = "time_embedding"
     load_options = {"safety_checker": None, "requires_safety_checker": False}
     lora_target_modules = (
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
@@ -24,7 +25,9 @@ class StableDiffusionFamily(Family):
     )  # fmt: skip
 
     @torch.no_grad()
-    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int | None = None
+    ) -> Conditioning:
         embeds, _ = pipeline.encode_prompt(
             list(prompts), pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..tiny import TINY_NAME
+from ..families import absent_components, pipeline_config
+from ..pipelines import StudentConfig
+from ..tiny import is_tiny
 
 TEMPLATE = """---
 {data}
@@ -32,13 +34,18 @@ With stock diffusers:
 ```python
 from diffusers import {scheduler_class}, {pipeline_class}
 {base_import}
-pipeline = {pipeline_class}.from_pretrained({base_argument})
+pipeline = {pipeline_class}.from_pretrained({base_arguments})
 pipeline.load_lora_weights({student!r})
 pipeline.scheduler = {scheduler_class}.from_pretrained({student!r}, subfolder="scheduler")
-pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale=0.0).images[0]
+pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale=0.0{length}).images[0]
 ```
-
+{seeding}
 {table}
+"""
+
+SEEDING = """
+`{scheduler_class}` gets no `generator` from the stock pipeline: for pictures that can be drawn again, call
+`torch.manual_seed` before it. `RdmDistillationPipeline` needs its `generator` only.
 """
 
 
@@ -52,8 +59,10 @@ def write_card(folder: Path, pipeline_class: str, table: str, prompt: str, args)
         prompt: an example.
         args: the run's arguments.
     """
-    tiny = args.pretrained_model_name_or_path == TINY_NAME
-    base = "the tiny teacher" if tiny else args.pretrained_model_name_or_path
+    name, length = args.pretrained_model_name_or_path, StudentConfig.load(str(folder)).max_sequence_length
+    absent = [f"{each}=None" for each in absent_components(pipeline_config(name, revision=args.revision))]
+    tiny = is_tiny(name)
+    base = f"the embedded teacher `{name}`" if tiny else name
     on_hub = not tiny and not Path(base).exists()
     data = ModelCardData(
         base_model=base if on_hub else None,
@@ -61,6 +70,8 @@ def write_card(folder: Path, pipeline_class: str, table: str, prompt: str, args)
         pipeline_tag="text-to-image",
         tags=["diffusers", "lora", "text-to-image", "distillation", "few-step", "rdm"],
     )
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler_class = scheduler["_class_name"]
     text = TEMPLATE.format(
         data=data.to_yaml(),
         base=base,
@@ -69,9 +80,11 @@ def write_card(folder: Path, pipeline_class: str, table: str, prompt: str, args)
         student=str(folder),
         prompt=prompt,
         pipeline_class=pipeline_class,
-        scheduler_class=json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"],
-        base_import="from rdm_diffusers.tiny import TINY_TEACHER\n" if tiny else "",
-        base_argument="TINY_TEACHER" if tiny else repr(base),
+        scheduler_class=scheduler_class,
+        seeding=SEEDING.format(scheduler_class=scheduler_class) if scheduler.get("stochastic_sampling") else "",
+        length=f", max_sequence_length={length}" if length else "",
+        base_import="from rdm_diffusers.tiny import TINY_TEACHERS\n" if tiny else "",
+        base_arguments=", ".join([f"TINY_TEACHERS[{name!r}]" if tiny else repr(base), *absent]),
         table=f"```\n{table}\n```" if table else "",
     )
     ModelCard(text).save(folder / "README.md")

@@ -11,6 +11,7 @@ from ..families import Teacher
 from ..networks import ADAPTERS, STUDENT, SharedBase
 from ..pipelines import StudentConfig
 from ..schedulers import RdmScheduler
+from ..tiny import is_tiny
 
 
 def export_lora(folder: Path, teacher: Teacher, networks: SharedBase, scheduler: RdmScheduler, **origin) -> None:
@@ -33,11 +34,12 @@ def export_lora(folder: Path, teacher: Teacher, networks: SharedBase, scheduler:
     steps = len(scheduler.timesteps)
     stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, steps, scheduler.config.eta)
     stock.save_pretrained(folder / "scheduler")
-    is_folder = Path(teacher.name).is_dir()
+    is_folder = Path(teacher.name).is_dir() and not is_tiny(teacher.name)
     StudentConfig(
         base_model_name_or_path=str(Path(teacher.name).resolve()) if is_folder else teacher.name,
         pipeline_class=teacher.family.pipeline_class.__name__,
         scheduler={name: value for name, value in scheduler.config.items() if not name.startswith("_")},
         num_inference_steps=steps,
+        max_sequence_length=teacher.max_sequence_length,
         **origin,
     ).save(folder)

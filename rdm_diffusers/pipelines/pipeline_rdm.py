@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from ..families import FAMILIES, LORA_FILE, family_of, rebuilt
+from ..families import FAMILIES, LORA_FILE, load_options, pipeline_config, rebuilt
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from .student_config import StudentConfig
 
 CLASSES: dict[str, type[RdmDistillationPipeline]] = {}
+TRAINED = ("num_inference_steps", "guidance_scale", "max_sequence_length")  # what a call takes from the student
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -55,14 +58,14 @@ class RdmDistillationPipeline(DiffusionPipeline):
     @classmethod
     def _load(cls, name: str, student: StudentConfig, kwargs: dict[str, Any]) -> RdmDistillationPipeline:
         load = super().from_pretrained  # diffusers' own
-        options = {"use_safetensors": True, **FAMILIES[student.pipeline_class].load_options, **kwargs}
+        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         if student.base_model_name_or_path is None:
-            return load(name, **options)
-        hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
-        base_hub = {**hub, "revision": student.revision}
-        family_of(student.base_model_name_or_path, **base_hub)  # says in one sentence if the teacher cannot be had
-        base = resolve_teacher(student.base_model_name_or_path)
-        pipeline = load(base, **base_hub, variant=student.variant, **options)
+            # Resolved, because a student's folder may be called as an embedded teacher is.
+            folder = str(Path(name).resolve()) if Path(name).is_dir() else name
+            return load(folder, **hub, **{**load_options(pipeline_config(folder, **hub)), **kwargs})
+        base, base_hub = student.base_model_name_or_path, {**hub, "revision": student.revision}
+        options = {"variant": student.variant, **load_options(pipeline_config(base, **base_hub)), **kwargs}
+        pipeline = load(resolve_teacher(base), **base_hub, **options)
         pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
         return pipeline
 
@@ -87,24 +90,39 @@ class RdmDistillationPipeline(DiffusionPipeline):
         replace(self.student, base_model_name_or_path=None, revision=None, variant=None).save(Path(save_directory))
 
 
+@contextmanager
+def drawing_from(
+    scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None
+) -> Iterator[None]:
+    """Inside, `scheduler.step` draws from `generator` where it is given none, as by stock flow pipelines."""
+    if generator is None or "generator" not in inspect.signature(scheduler.step).parameters:
+        yield
+        return
+    scheduler.step = partial(scheduler.step, generator=generator)
+    try:
+        yield
+    finally:
+        del scheduler.step  # the class's own shows again
+
+
 def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
-    """The stock pipeline's `__call__`, with the student's number of steps and guidance where none is given."""
+    """The stock pipeline's `__call__`, with the student's settings where none are given, and seeds for every draw."""
     signature = inspect.signature(stock.__call__)
+    trained = [name for name in TRAINED if name in signature.parameters]
 
     @wraps(stock.__call__)
     def __call__(self, *args, **kwargs):  # noqa: N807 - becomes the class's
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        kwargs.update(
-            {
-                name: getattr(self.student, name)
-                for name in ("num_inference_steps", "guidance_scale")
-                if given.get(name) is None
-            }
-        )
-        return stock.__call__(self, *args, **kwargs)
+        call = signature.bind_partial(self, *args, **kwargs)
+        for name in trained:
+            if call.arguments.get(name) is None:
+                call.arguments[name] = getattr(self.student, name)
+            if call.arguments[name] is None:
+                del call.arguments[name]
+        with drawing_from(self.scheduler, call.arguments.get("generator")):
+            return stock.__call__(*call.args, **call.kwargs)
 
     defaults = [
-        parameter.replace(default=None) if name in ("num_inference_steps", "guidance_scale") else parameter
+        parameter.replace(default=None) if name in trained else parameter
         for name, parameter in signature.parameters.items()
     ]
     setattr(__call__, "__signature__", signature.replace(parameters=defaults))  # noqa: B010 - functions have no such field
@@ -117,4 +135,11 @@ class RdmStableDiffusionPipeline(RdmDistillationPipeline, StableDiffusionPipelin
     __call__ = few_step_call(StableDiffusionPipeline)
 
 
+class RdmStableDiffusion3Pipeline(RdmDistillationPipeline, StableDiffusion3Pipeline):
+    """A few-step student of a Stable Diffusion 3 teacher."""
+
+    __call__ = few_step_call(StableDiffusion3Pipeline)
+
+
 CLASSES["StableDiffusionPipeline"] = RdmStableDiffusionPipeline
+CLASSES["StableDiffusion3Pipeline"] = RdmStableDiffusion3Pipeline

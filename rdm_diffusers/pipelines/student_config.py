@@ -23,6 +23,8 @@ class StudentConfig:
         num_inference_steps: the trained number of steps.
         guidance_scale: the value that means off in the stock pipeline.
         revision, variant: of the base model.
+        max_sequence_length: tokens of the large text encoder; None for the stock pipeline's own number, or where
+            there is no such encoder.
     """
 
     base_model_name_or_path: str | None
@@ -32,6 +34,7 @@ class StudentConfig:
     guidance_scale: float = 0.0
     revision: str | None = None
     variant: str | None = None
+    max_sequence_length: int | None = None
 
     def save(self, folder: Path) -> None:
         """Writes `rdm_config.json` into the folder."""

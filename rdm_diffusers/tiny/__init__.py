@@ -1,13 +1,35 @@
-"""The embedded tiny teacher: a real Stable Diffusion pipeline that draws coloured handwritten digits."""
+"""The embedded tiny teachers: real pipelines that draw coloured handwritten digits.
+
+`tiny` is a Stable Diffusion pipeline that predicts noise, `tiny-flow` a Stable Diffusion 3 pipeline of flow matching.
+"""
 
 from pathlib import Path
 
-TINY_TEACHER = str(Path(__file__).parent / "teacher")
 TINY_NAME = "tiny"
+TINY_FLOW_NAME = "tiny-flow"
+TINY_TEACHERS: dict[str, str] = {
+    TINY_NAME: str(Path(__file__).parent / "teacher"),
+    TINY_FLOW_NAME: str(Path(__file__).parent / "teacher_flow"),
+}
+TINY_TEACHER = TINY_TEACHERS[TINY_NAME]
+MAX_SEQUENCE_LENGTHS = {TINY_FLOW_NAME: 1}  # what they were trained with, where it is not the stock pipeline's
 
-__all__ = ["TINY_NAME", "TINY_TEACHER", "resolve_teacher"]
+__all__ = [
+    "MAX_SEQUENCE_LENGTHS",
+    "TINY_FLOW_NAME",
+    "TINY_NAME",
+    "TINY_TEACHER",
+    "TINY_TEACHERS",
+    "is_tiny",
+    "resolve_teacher",
+]
+
+
+def is_tiny(name_or_path: str) -> bool:
+    """Whether this is the name of an embedded teacher."""
+    return name_or_path in TINY_TEACHERS
 
 
 def resolve_teacher(name_or_path: str) -> str:
-    """The folder of the embedded teacher for the name `tiny`; any other name unchanged."""
-    return TINY_TEACHER if name_or_path == TINY_NAME else name_or_path
+    """The folder of an embedded teacher for its name; any other name unchanged."""
+    return TINY_TEACHERS.get(name_or_path, name_or_path)

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from . import TINY_NAME
 from .captions import DRAWINGS
-from .classifier import DrawingClassifier
+from .classifier import DrawingClassifier, load_classifier
 from .handwriting import IMAGE_SIZE, Handwriting
 from .reference import write_reference
 from .tokenizer import MAX_TOKENS, make_tokenizer
@@ -159,13 +160,13 @@ UNET = dict(
 )
 
 
-def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """A two-layer CLIP text encoder over the tokenizer's vocabulary."""
+def text_config(tokenizer: CLIPTokenizer, dim: int = TEXT_DIM) -> CLIPTextConfig:
+    """A two-layer CLIP text encoder of width `dim` over the tokenizer's vocabulary."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_DIM,
-        intermediate_size=2 * TEXT_DIM,
-        projection_dim=TEXT_DIM,
+        hidden_size=dim,
+        intermediate_size=2 * dim,
+        projection_dim=dim,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
@@ -224,7 +225,7 @@ def make_teacher(folder: Path, steps: dict[str, int]) -> None:
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=noise_scheduler(),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(pipeline_folder)  # fmt: skip
-    write_reference(folder)
+    write_reference(folder, TINY_NAME, load_classifier(folder))
 
 
 def main() -> None:

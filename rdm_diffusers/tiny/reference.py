@@ -1,43 +1,87 @@
-"""The tiny teacher's reference statistics and its own quality, made once and shipped with it."""
+"""The tiny teachers' reference statistics and their own quality, made once and shipped with them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..frechet import GaussianStatistics, frechet_distance
+from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_NAME, TINY_TEACHERS
 from .captions import CAPTIONS, DRAWINGS
-from .classifier import DrawingClassifier, load_classifier
+from .classifier import DrawingClassifier
 from .handwriting import Handwriting
 
-STATISTICS = "reference.safetensors"
-QUALITY = "quality.json"
-GUIDANCE_SCALE = 4.0
 STEPS = 50
 IMAGES = 5000
+SETS = ("teacher", "teacher_unguided", "data")
 
 
-def load_statistics(folder: str | Path | None = None) -> dict[str, GaussianStatistics]:
-    """Feature statistics of the `teacher`'s 50-step pictures and of the `data`."""
-    tensors = load_file(Path(folder or Path(__file__).parent) / STATISTICS)
-    return {
-        name: GaussianStatistics(tensors[f"{name}.mean"], tensors[f"{name}.covariance"]) for name in ("teacher", "data")
-    }
+@dataclass(frozen=True)
+class Reference:
+    """How one teacher's reference is made, and the names of the files that hold it.
+
+    Args:
+        solver: what its 50 steps are taken with.
+        sampler: the same in words.
+        guidance_scale: w in u + w (c - u).
+        statistics, quality: file names.
+        absent: components that the pipeline is saved without, as `from_pretrained` wants to be told.
+    """
+
+    solver: type[SchedulerMixin]
+    sampler: str
+    guidance_scale: float
+    statistics: str
+    quality: str
+    absent: Mapping[str, None]
 
 
-def load_quality(folder: str | Path | None = None) -> dict:
-    """The teacher's own quality, as `make_teacher` measured it on pictures that are not in the reference."""
-    return json.loads((Path(folder or Path(__file__).parent) / QUALITY).read_text())
+REFERENCES = {
+    TINY_NAME: Reference(DDIMScheduler, "50 DDIM steps", 4.0, "reference.safetensors", "quality.json", {}),
+    TINY_FLOW_NAME: Reference(
+        FlowMatchEulerDiscreteScheduler,
+        "50 Euler steps",
+        4.0,
+        "reference_flow.safetensors",
+        "quality_flow.json",
+        {"text_encoder_3": None, "tokenizer_3": None},
+    ),
+}
+GUIDANCE_SCALE = REFERENCES[TINY_NAME].guidance_scale
+
+
+def load_statistics(name: str = TINY_NAME, folder: str | Path | None = None) -> dict[str, GaussianStatistics]:
+    """Feature statistics of a teacher's 50-step pictures, of those without guidance, and of the training pictures.
+
+    Args:
+        name: the embedded teacher's.
+        folder: where its files lie; by default those that are shipped.
+
+    Returns:
+        The statistics `teacher`, `teacher_unguided` and `data`.
+    """
+    tensors = load_file(Path(folder or Path(__file__).parent) / REFERENCES[name].statistics)
+    return {each: GaussianStatistics(tensors[f"{each}.mean"], tensors[f"{each}.covariance"]) for each in SETS}
+
+
+def load_quality(name: str = TINY_NAME, folder: str | Path | None = None) -> dict:
+    """A teacher's own quality, measured on pictures that are not in its reference; arguments as `load_statistics`."""
+    return json.loads((Path(folder or Path(__file__).parent) / REFERENCES[name].quality).read_text())
 
 
 @torch.no_grad()
-def draw_with_teacher(pipeline: StableDiffusionPipeline, count: int, first_seed: int) -> Tensor:
-    """`count` pictures of all captions in turn, 50 DDIM steps with guidance: `[count, 3, 32, 32]` in [0, 1]."""
+def draw_with_teacher(
+    pipeline: DiffusionPipeline, count: int, first_seed: int, guidance_scale: float, **call_options: Any
+) -> Tensor:
+    """`count` pictures of all captions in turn, 50 steps: `[count, 3, 32, 32]` in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, count, 250):
@@ -46,39 +90,56 @@ def draw_with_teacher(pipeline: StableDiffusionPipeline, count: int, first_seed:
             pipeline(
                 [CAPTIONS[i % len(CAPTIONS)] for i in numbers],
                 num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE_SCALE,
+                guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(first_seed + i) for i in numbers],
                 output_type="pt",
+                **call_options,
             ).images
         )
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def write_reference(folder: Path) -> None:
-    """Measures the teacher in `folder` and writes its statistics and its quality beside it."""
-    classifier = load_classifier(folder)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "teacher", use_safetensors=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+def reference_pictures(folder: Path, name: str) -> dict[str, Tensor]:
+    """The pictures behind a reference, `[N, 3, 32, 32]` in [0, 1]: those of `SETS`, and `fresh` ones of the teacher."""
+    reference = REFERENCES[name]
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder / Path(TINY_TEACHERS[name]).name, use_safetensors=True, **reference.absent
+    )
+    pipeline.scheduler = reference.solver.from_config(pipeline.scheduler.config)
+    options = {"max_sequence_length": MAX_SEQUENCE_LENGTHS[name]} if name in MAX_SEQUENCE_LENGTHS else {}
     handwriting = Handwriting(torch.Generator().manual_seed(0))
-    data = handwriting.draw([DRAWINGS[i % len(DRAWINGS)] for i in range(24_000)])
-    reference = draw_with_teacher(pipeline, IMAGES, first_seed=0)
-    fresh = draw_with_teacher(pipeline, IMAGES, first_seed=IMAGES)
-    images = {"teacher": reference, "data": data, "fresh": fresh}
-    statistics = {name: GaussianStatistics.of(classifier.features(pictures)) for name, pictures in images.items()}
+    return {
+        "data": handwriting.draw([DRAWINGS[i % len(DRAWINGS)] for i in range(24_000)]),
+        "teacher": draw_with_teacher(pipeline, IMAGES, 0, reference.guidance_scale, **options),
+        "fresh": draw_with_teacher(pipeline, IMAGES, IMAGES, reference.guidance_scale, **options),
+        "teacher_unguided": draw_with_teacher(pipeline, IMAGES, 0, 1.0, **options),
+    }
+
+
+@torch.no_grad()
+def write_reference(folder: Path, name: str, classifier: DrawingClassifier) -> None:
+    """Measures the teacher in `folder` and writes its statistics and its quality beside it.
+
+    Args:
+        folder: holds the pipeline's folder.
+        name: the embedded teacher that it is a rebuild of.
+        classifier: the feature net.
+    """
+    reference, images = REFERENCES[name], reference_pictures(folder, name)
+    statistics = {each: GaussianStatistics.of(classifier.features(pictures)) for each, pictures in images.items()}
     tensors = {}
-    for name in ("teacher", "data"):
-        tensors[f"{name}.mean"], tensors[f"{name}.covariance"] = statistics[name].mean, statistics[name].covariance
-    save_file(tensors, folder / STATISTICS)
+    for each in SETS:
+        tensors[f"{each}.mean"], tensors[f"{each}.covariance"] = statistics[each].mean, statistics[each].covariance
+    save_file(tensors, folder / reference.statistics)
     quality = {
-        "sampler": f"{STEPS} DDIM steps",
-        "guidance_scale": GUIDANCE_SCALE,
+        "sampler": reference.sampler,
+        "guidance_scale": reference.guidance_scale,
         "num_images": IMAGES,
         "fd_to_teacher": frechet_distance(statistics["fresh"], statistics["teacher"]),
         "fd_to_data": frechet_distance(statistics["fresh"], statistics["data"]),
-        **accuracies(classifier, fresh),
+        **accuracies(classifier, images["fresh"]),
     }
-    (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
+    (folder / reference.quality).write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
 
 

@@ -1,6 +1,7 @@
 """The arguments of a run, in the names of the diffusers example scripts, and the checks that need no network.
 
-`TINY_DEFAULTS` is what changes when the embedded tiny teacher is distilled, on two CPU cores in about ten minutes.
+`PRESETS` are the method's variants by name; a flag that is given beats its preset. `TINY_DEFAULTS` is what changes when
+an embedded tiny teacher is distilled, on two CPU cores in about ten minutes.
 """
 
 from __future__ import annotations
@@ -10,16 +11,36 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..distillation import DMD, GNDM, NORMALIZATIONS
+from ..distillation import (
+    BIAS_ESTIMATORS,
+    COMBINATIONS,
+    GNDM,
+    IMPORTANCE_WEIGHTINGS,
+    JAMES_STEIN,
+    NORMALIZATIONS,
+)
 from ..families import LORA_FILE
-from ..tiny import TINY_NAME
+from ..tiny import TINY_NAME, is_tiny
+from ..tiny.reference import REFERENCES
+from .external_rewards import BLACK_BOX_FORMS
 
-ALGORITHMS = ("dmd", "gndm")
+ALGORITHMS = ("dmd", "gndm", "gndmr")
+
+# fmt: off
+PRESETS: dict[str, dict[str, Any]] = {
+    # name          what is corrected                    divided by                            fake score
+    "dmd2":         dict(gndm_lambda=0.0,                advantage_normalization="sample",     fake_updates_per_step=5),
+    "gndm":         dict(gndm_lambda=1.0,                advantage_normalization="group",      fake_updates_per_step=2),
+    "gndm-literal": dict(gndm_lambda=0.0,                advantage_normalization="std",        fake_updates_per_step=5),
+    "gndm-fast":    dict(gndm_lambda=1.0,                advantage_normalization="group",      fake_updates_per_step=1),
+}
+ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
+# fmt: on
 
 TINY_DEFAULTS = dict(
     guidance_scale=2.0,
-    sample_guidance_scale=4.0,
     steps_per_rollout=4,
     train_batch_size=64,
     max_train_steps=1400,
@@ -34,9 +55,9 @@ TINY_DEFAULTS = dict(
 # the run, that end is no longer free.
 FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps", "num_eval_images",
-    "sample_guidance_scale", "max_train_steps", "learning_rate", "fake_learning_rate", "max_grad_norm", "cache_dir",
-    "gradient_checkpointing", "allow_tf32",
+    "resume_from_checkpoint", "validation_prompt", "monitor_images", "num_validation_images", "validation_steps",
+    "num_eval_images", "sample_guidance_scale", "max_train_steps", "learning_rate", "fake_learning_rate",
+    "max_grad_norm", "cache_dir", "gradient_checkpointing", "allow_tf32", "stop_on_collapse",
 }  # fmt: skip
 
 
@@ -47,6 +68,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     _add_teacher(parser.add_argument_group("teacher and prompts").add_argument)
     _add_method(parser.add_argument_group("method").add_argument)
+    _add_rewards(parser.add_argument_group("rewards").add_argument)
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
     _add_output(parser.add_argument_group("output").add_argument)
     return parser
@@ -55,7 +77,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 # fmt: off
 def _add_teacher(add) -> None:
     add("--pretrained_model_name_or_path", "--pretrained_model", "--pretrained_teacher_model", default=TINY_NAME,
-        help="teacher: a folder, a Hub id, or `tiny` for the embedded one")
+        help="teacher: a folder, a Hub id, or `tiny` or `tiny-flow` for an embedded one")
     add("--revision", help="the teacher's Hub revision")
     add("--variant", help="the teacher's weight variant, for example fp16")
     add("--prompts_file", help="text file with one prompt a line")
@@ -64,28 +86,61 @@ def _add_teacher(add) -> None:
     add("--caption_column", default="text", help="the dataset's column of captions")
     add("--max_train_samples", type=int, help="use only so many prompts")
     add("--cache_dir", help="where prompt embeddings are cached; by default beside the datasets' cache")
+    add("--max_sequence_length", type=int, help="tokens of a T5 text encoder; the stock pipeline's number by default")
     add("--resolution", type=int, help="pixels per side; the teacher's own by default")
 
 
 def _add_method(add) -> None:
-    add("--algorithm", default="gndm", choices=ALGORITHMS, help="dmd: DMD2's objective; gndm: group-normalised R_dm")
+    add("--algorithm", default="gndm", choices=ALGORITHMS,
+        help="dmd: DMD2's objective; gndm: group-normalised R_dm; gndmr: gndm and external rewards")
+    add("--preset", choices=tuple(PRESETS),
+        help="a variant by name, see the table in arguments.py; the algorithm's by default")
     add("--num_student_steps", type=int, default=4, help="network calls of the student, 1 to 8 recommended")
     add("--eta", type=float, default=1.0, help="the student's stochasticity: 1 re-noises, 0 is deterministic")
     add("--guidance_scale", type=float, default=7.5, help="the teacher's w in R_dm: u + w (c - u); 1 is off")
     add("--sample_guidance_scale", type=float,
         help="the teacher's w where it is sampled for samples.png and metrics.json; --guidance_scale by default")
     add("--group_size", type=int, default=4, help="G, samples of one prompt that share statistics")
-    add("--gndm_lambda", type=float, default=0.5, help="strength of GNDM's bias correction; 0 turns it off")
-    add("--advantage_normalization", choices=NORMALIZATIONS,
-        help="what R_dm is divided by; group for gndm, else sample")
-    add("--fake_updates_per_step", type=int, help="fake-score updates per student update; 2, or 5 without correction")
+    add("--gndm_lambda", type=_lambda,
+        help=f"strength of GNDM's bias correction, 0 to 1 or {JAMES_STEIN}; the preset's by default")
+    add("--bias_estimator", default="shift", choices=BIAS_ESTIMATORS,
+        help="how a group's residuals make a bias: as a shift of the student's mean, or in noise units")
+    add("--debias_pool", type=int, default=1, help="correct only what varies more slowly than so many latent pixels")
+    add("--advantage_normalization", choices=NORMALIZATIONS, help="what R_dm is divided by; the preset's by default")
+    add("--num_renoisings", type=int, default=1, help="re-noised copies of each sample that estimate R_dm")
+    add("--fake_updates_per_step", type=int, help="fake-score updates per student update; the preset's by default")
+    add("--fake_score_steps", action=argparse.BooleanOptionalAction, default=False,
+        help="tell the fake score which student step a sample comes from")
     add("--steps_per_rollout", type=int, default=1,
         help="how many states of each rollout are trained on, chosen at random")
+    add("--reuse_rollouts", type=int, default=1, help="updates that one rollout serves")
+    add("--importance_weighting", default="none", choices=IMPORTANCE_WEIGHTINGS,
+        help="how reused rollouts are weighed by their likelihood now")
     add("--rank", "--lora_rank", type=int, default=64, help="rank of both LoRAs")
     add("--lora_alpha", type=int, help="LoRA alpha; the rank by default")
     add("--lora_layers", help="comma-separated module names for the LoRAs; a wide set by default")
     add("--fold_adapters", action=argparse.BooleanOptionalAction, default=False,
         help="run with W + scale B A instead of separate adapter layers: faster where memory allows")
+
+
+def _add_rewards(add) -> None:
+    add("--reward", action="append",
+        help="name[:weight] or path/to/file.py:function[:weight], repeatable; a file is executed")
+    add("--reward_share", type=float, default=0.2, help="rho, size of the rewards' part beside R_dm, 0 to 1")
+    add("--reward_combination", default="share", choices=COMBINATIONS,
+        help="share: normalised, with --reward_share; sum: DMDR's plain weighted sum of losses")
+    add("--projection_guard", action="store_true", help="drop what of the rewards' part opposes R_dm")
+    add("--black_box_form", default="group", choices=BLACK_BOX_FORMS,
+        help="how rewards without gradients get a direction")
+    add("--num_perturbations", type=int, default=4, help="pairs of perturbed copies per sample, for perturbation")
+    add("--perturbation_scale", type=float, default=0.1, help="their size in units of the latents")
+
+
+def _lambda(text: str) -> float | str:
+    try:
+        return text if text == JAMES_STEIN else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor {JAMES_STEIN}") from error
 
 
 def _add_optimisation(add) -> None:
@@ -121,6 +176,9 @@ def _add_output(add) -> None:
     add("--validation_prompt", action="append", help="prompt of the picture grid, repeatable; some of the prompts else")
     add("--num_validation_images", type=int, default=8, help="pictures in each row")
     add("--validation_steps", type=int, default=200, help="updates between picture grids")
+    add("--monitor_images", type=int, default=8,
+        help="pictures of the teacher that the student's contrast is compared with; 0 compares none")
+    add("--stop_on_collapse", action="store_true", help="end the run when an alarm rings")
     add("--num_eval_images", type=int, default=0, help="pictures that metrics.json measures; 0 measures none")
 # fmt: on
 
@@ -128,8 +186,9 @@ def _add_output(add) -> None:
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """Parses and checks; wrong arguments end the program with one sentence, before any long work."""
     parser = build_parser(description)
-    if parser.parse_known_args(argv)[0].pretrained_model_name_or_path == TINY_NAME:
-        parser.set_defaults(**TINY_DEFAULTS)
+    name = parser.parse_known_args(argv)[0].pretrained_model_name_or_path
+    if is_tiny(name):
+        parser.set_defaults(**TINY_DEFAULTS, sample_guidance_scale=REFERENCES[name].guidance_scale)
     args = parser.parse_args(argv)
     try:
         return check_arguments(args)
@@ -145,19 +204,24 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """
     _check_positive(args)
     args.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    corrected = args.algorithm == "gndm" and args.gndm_lambda > 0
-    args.advantage_normalization = args.advantage_normalization or ("group" if args.algorithm == "gndm" else "sample")
-    args.fake_updates_per_step = args.fake_updates_per_step or (2 if corrected else 5)
+    _check_algorithm(args)
+    preset = args.preset or ALGORITHM_PRESETS[args.algorithm]
+    for name, value in PRESETS[preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("fake_updates_per_step", "monitor_images"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 0 or more.")
     args.fake_learning_rate = args.fake_learning_rate or args.learning_rate
     args.lora_alpha = args.lora_alpha or args.rank
     if args.sample_guidance_scale is None:
         args.sample_guidance_scale = args.guidance_scale
-    if corrected and args.group_size == 1:
+    if args.gndm_lambda != 0 and args.group_size == 1:
         raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
     if args.eta not in (0, 1):
         raise ValueError(f"--eta is {args.eta}; it must be 1 or 0, because no stock scheduler samples in between.")
-    if not 0 <= args.gndm_lambda <= 1:
-        raise ValueError(f"--gndm_lambda is {args.gndm_lambda}; it must lie in [0, 1].")
+    if args.gndm_lambda != JAMES_STEIN and not 0 <= args.gndm_lambda <= 1:
+        raise ValueError(f"--gndm_lambda is {args.gndm_lambda}; it must lie in [0, 1], or be {JAMES_STEIN}.")
     if args.steps_per_rollout > args.num_student_steps:
         raise ValueError(
             f"--steps_per_rollout {args.steps_per_rollout} is more than the {args.num_student_steps} steps of a "
@@ -172,10 +236,37 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def _check_algorithm(args: argparse.Namespace) -> None:
+    if args.algorithm == "gndmr" and not args.reward:
+        raise ValueError("--algorithm gndmr needs external rewards: add --reward name, for example --reward tiny_bold.")
+    if args.algorithm != "gndmr" and args.reward:
+        raise ValueError(f"--algorithm {args.algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
+    if args.algorithm == "dmd" and args.preset not in (None, "dmd2"):
+        raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {args.preset} out or use gndm.")
+    if args.algorithm == "dmd" and args.gndm_lambda not in (None, 0):
+        raise ValueError(f"--algorithm dmd corrects nothing; leave --gndm_lambda {args.gndm_lambda} out or use gndm.")
+    if not 0 <= args.reward_share <= 1 or (args.reward_share == 1 and not args.projection_guard):
+        raise ValueError(
+            f"--reward_share is {args.reward_share}; it must lie in [0, 1), or be 1 with --projection_guard."
+        )
+    if args.importance_weighting != "none" and (args.reuse_rollouts == 1 or args.eta == 0):
+        raise ValueError(
+            "--importance_weighting weighs reused rollouts of a stochastic student: it needs --reuse_rollouts above 1 "
+            "and --eta above 0."
+        )
+    for name in ("max_train_steps", "checkpointing_steps"):
+        if getattr(args, name) % args.reuse_rollouts:
+            raise ValueError(
+                f"--{name} is {getattr(args, name)}; it must be a multiple of --reuse_rollouts {args.reuse_rollouts}, "
+                "so that no checkpoint falls into the middle of a rollout's service."
+            )
+
+
 def _check_positive(args: argparse.Namespace) -> None:
     for name in ("num_student_steps", "group_size", "steps_per_rollout", "rank", "train_batch_size",
                  "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
-                 "learning_rate", "fake_learning_rate", "fake_updates_per_step", "lora_alpha",
+                 "learning_rate", "fake_learning_rate", "lora_alpha", "num_renoisings", "reuse_rollouts",
+                 "debias_pool", "num_perturbations", "perturbation_scale",
                  "num_validation_images", "max_train_samples"):  # fmt: skip
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1 (a rate above 0).")
@@ -188,10 +279,8 @@ def groups_per_update(args: argparse.Namespace) -> int:
 
 
 def make_objective(args: argparse.Namespace) -> GNDM:
-    """The objective that the arguments name."""
-    if args.algorithm == "dmd":
-        return DMD(args.group_size)
-    return GNDM(args.group_size, args.gndm_lambda, args.advantage_normalization)
+    """The objective that the arguments name, without the rewards."""
+    return GNDM(args.group_size, args.gndm_lambda, args.advantage_normalization, args.bias_estimator, args.debias_pool)
 
 
 def prepare_output(args: argparse.Namespace) -> Path:

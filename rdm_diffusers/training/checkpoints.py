@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..distillation import RunningMeans
+from .monitor import Monitor
 from .optimizers import RoleOptimizer
 
 PREFIX = "checkpoint-"
+STATISTICS = "statistics/"
 
 
 @dataclass
@@ -27,11 +30,15 @@ class TrainState:
         optimizers: each trained role's parameters and optimiser.
         ema: the student's moving average; None without.
         update: how many updates are done.
+        statistics: the method's running means.
+        monitor: the health numbers' memory.
     """
 
     optimizers: dict[str, RoleOptimizer]
     ema: EMAModel | None
     update: int = 0
+    statistics: RunningMeans = field(default_factory=RunningMeans)
+    monitor: Monitor = field(default_factory=Monitor)
 
 
 def save_checkpoint(folder: Path, state: TrainState, arguments: dict, keep: int | None = None) -> Path:
@@ -47,7 +54,7 @@ def save_checkpoint(folder: Path, state: TrainState, arguments: dict, keep: int 
         partial.mkdir(parents=True)
         tensors, scalars = _pack(state)
         save_file(tensors, partial / "state.safetensors")
-        record = {"update": state.update, "scalars": scalars, "arguments": arguments}
+        record = {"update": state.update, "scalars": scalars, "monitor": state.monitor.state, "arguments": arguments}
         (partial / "state.json").write_text(json.dumps(record, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
@@ -106,6 +113,10 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
             for i, shadow in enumerate(state.ema.shadow_params):
                 shadow.data.copy_(tensors[f"ema/{i}"])
             state.ema.optimization_step = record["scalars"]["ema"]
+        state.statistics.state = {
+            name.removeprefix(STATISTICS): value for name, value in tensors.items() if name.startswith(STATISTICS)
+        }
+        state.monitor.state = record["monitor"]
     except (KeyError, RuntimeError) as error:
         raise ValueError(
             f"{checkpoint} does not fit this run ({error}); resume with the run's own arguments."
@@ -126,6 +137,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict]:
     if state.ema is not None:
         tensors |= {f"ema/{i}": shadow for i, shadow in enumerate(state.ema.shadow_params)}
         scalars["ema"] = state.ema.optimization_step
+    tensors |= {STATISTICS + name: value for name, value in state.statistics.state.items()}
     # Clones: tensors that share memory, as 8-bit optimisers' maps do, cannot be saved together.
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, scalars
 

@@ -17,7 +17,10 @@ from tqdm.auto import tqdm
 
 from ..networks import FAKE_SCORE, STUDENT
 from .checkpoints import TrainState, save_checkpoint
-from .updates import Distillation, collect, fake_score_update, student_update
+from .monitor import CollapseError
+from .updates import Distillation, collect, fake_score_update, reuse, student_update
+
+SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
 
 
 def train(
@@ -43,21 +46,25 @@ def train(
     bar = tqdm(total=args.max_train_steps, initial=first, desc="distil", disable=not accelerator.is_main_process)
     with interruptible() as interrupted:
         while state.update < args.max_train_steps and not anywhere(interrupted, accelerator):
-            batch = collect(run, state.update)
-            health = student_update(run, batch)
-            health["student_grad_norm"] = step(state, STUDENT)
-            for repeat in range(args.fake_updates_per_step):
-                health |= fake_score_update(run, batch, repeat)
-                health["fake_grad_norm"] = step(state, FAKE_SCORE)
-            state.update += 1
+            batch = collect(run, state.update // args.reuse_rollouts)
+            for visit in range(args.reuse_rollouts):
+                batch = reuse(run, batch) if visit else batch
+                health = student_update(run, batch, state.statistics)
+                health["student_grad_norm"] = step(state, STUDENT)
+                for repeat in range(args.fake_updates_per_step):
+                    health |= fake_score_update(run, batch, visit * args.fake_updates_per_step + repeat)
+                    health["fake_grad_norm"] = step(state, FAKE_SCORE)
+                state.update += 1
 
-            bar.update()
-            if state.update % 10 == 0:
-                report(health, state, accelerator, bar, (time.time() - started) / (state.update - first))
-            if state.update % args.validation_steps == 0 and accelerator.is_main_process:
-                validate(state.update)
-            if state.update % args.checkpointing_steps == 0 and accelerator.is_main_process:
-                checkpoint(state, args)
+                bar.update()
+                watch(health, state, args, accelerator, bar)
+                if state.update % 10 == 0:
+                    seconds = (time.time() - started) / (state.update - first)
+                    report(health, run, state, accelerator, bar, seconds)
+                if state.update % args.validation_steps == 0 and accelerator.is_main_process:
+                    validate(state.update)
+                if state.update % args.checkpointing_steps == 0 and accelerator.is_main_process:
+                    checkpoint(state, args)
     bar.close()
     if interrupted.is_set() and accelerator.is_main_process:
         path = checkpoint(state, args)
@@ -65,6 +72,27 @@ def train(
             f"\nInterrupted after {state.update} updates; saved {path}. Continue with --resume_from_checkpoint latest."
         )
     return not interrupted.is_set()
+
+
+def watch(
+    health: dict[str, Tensor], state: TrainState, args: argparse.Namespace, accelerator: Accelerator, bar: tqdm
+) -> None:
+    """Prints the alarms that begin to ring.
+
+    Raises:
+        CollapseError: if one does and the run is to stop then; earlier checkpoints stay as they are.
+    """
+    names = [name for name in health if "/step_" not in name and "/bin_" not in name]  # those every process has
+    values = torch.stack([health[name].float() for name in names])
+    known = values.isfinite()  # a process without a last step, or without a valid reward, has no say
+    total, count = accelerator.reduce(torch.stack([values.where(known, 0), known.float()]), "sum")
+    alarms = state.monitor.observe(dict(zip(names, (total / count).tolist(), strict=True)))
+    for alarm in alarms:
+        bar.write(f"update {state.update}: {alarm}")
+    if alarms and args.stop_on_collapse:
+        raise CollapseError(
+            f"Stopped after {state.update} updates (--stop_on_collapse). {alarms[0]} The last checkpoint is older."
+        )
 
 
 def step(state: TrainState, role: str) -> Tensor:
@@ -77,13 +105,22 @@ def step(state: TrainState, role: str) -> Tensor:
     return norm
 
 
-def report(health: dict[str, Tensor], state: TrainState, accelerator: Accelerator, bar: tqdm, seconds: float) -> None:
+def report(
+    health: dict[str, Tensor],
+    run: Distillation,
+    state: TrainState,
+    accelerator: Accelerator,
+    bar: tqdm,
+    seconds: float,
+) -> None:
     """Sends the health numbers to the trackers, and the telling ones to the progress bar."""
     numbers = {name: value.item() for name, value in health.items()} | {"seconds_per_update": seconds}
+    numbers["samples_per_second"] = len(run.groups(0)) * run.draws.group_size * run.steps_per_rollout / seconds
+    numbers |= {f"network_calls/{name}": float(count) for name, count in run.networks.calls.items()}
     if torch.cuda.is_available():
         numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     accelerator.log(numbers, step=state.update)
-    bar.set_postfix({name: f"{numbers[name]:.3g}" for name in ("reward_over_distance", "fake_loss", "log_ratio")})
+    bar.set_postfix({name: f"{numbers[name]:.3g}" for name in SHOWN if name in numbers})
 
 
 def checkpoint(state: TrainState, args: argparse.Namespace) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..distillation import Draws
 from ..families import Conditioning, Teacher
-from ..tiny import TINY_NAME
+from ..tiny import is_tiny
 from ..tiny.captions import CAPTIONS
 
 
@@ -30,7 +30,7 @@ def load_prompts(args) -> list[str]:
         prompts = _read_lines(Path(args.prompts_file))
     elif args.dataset_name is not None:
         prompts = _read_column(args.dataset_name, args.dataset_config_name, args.caption_column)
-    elif args.pretrained_model_name_or_path == TINY_NAME:
+    elif is_tiny(args.pretrained_model_name_or_path):
         prompts = list(CAPTIONS)
     else:
         raise ValueError("No prompts: give --prompts_file, or --dataset_name with --caption_column.")
@@ -98,7 +98,7 @@ class PromptGroups:
 def embed_prompts(teacher: Teacher, prompts: Sequence[str], cache_dir: str | None, batch_size: int = 64) -> Dataset:
     """Encodes the prompts with the teacher's text encoders, or reads what an earlier run cached.
 
-    The cache's key is the prompts and the text encoders' weights, so it can never be stale.
+    The cache's key is the prompts, their length in tokens and the text encoders' weights, so it can never be stale.
 
     Args:
         teacher: the teacher.
@@ -115,10 +115,10 @@ def embed_prompts(teacher: Teacher, prompts: Sequence[str], cache_dir: str | Non
     fingerprint = _fingerprint(teacher, prompts)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
-        conditioning = teacher.family.encode_prompts(teacher.pipeline, batch["prompt"])
+        conditioning = teacher.encode_prompts(batch["prompt"])
         return {name: _storable(tensor).cpu().numpy() for name, tensor in conditioning.tensors.items()}
 
-    example = teacher.family.encode_prompts(teacher.pipeline, prompts[:1])
+    example = teacher.encode_prompts(prompts[:1])
     features = Features({name: _feature(_storable(tensor)[0]) for name, tensor in example.tensors.items()})
     datasets.disable_progress_bars()
     return (
@@ -149,7 +149,7 @@ def _feature(row: Tensor):
 
 
 def _fingerprint(teacher: Teacher, prompts: Sequence[str]) -> str:
-    digest = hashlib.sha256(repr(list(prompts)).encode())
+    digest = hashlib.sha256(repr((list(prompts), teacher.max_sequence_length)).encode())
     for name, component in teacher.pipeline.components.items():
         if name.startswith("text_encoder") and isinstance(component, nn.Module):
             for parameter in component.parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -11,12 +12,14 @@ from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
-from ..distillation import Draws
+from ..distillation import GNDMR, Draws, RunningMeans
 from ..families import Teacher
 from ..networks import FAKE_SCORE, STUDENT, Networks, SharedBase
+from ..rewards import load_reward
 from ..schedulers import RdmScheduler
 from .arguments import groups_per_update, make_objective
 from .checkpoints import TrainState
+from .external_rewards import ExternalRewards
 from .optimizers import make_optimizer
 from .prompts import PromptGroups, embed_prompts
 from .updates import Distillation
@@ -52,7 +55,7 @@ def make_scheduler(teacher: Teacher, args: argparse.Namespace) -> RdmScheduler:
     else:
         grid = {"student_timesteps": stock.timesteps.tolist()}
     config = {**teacher.pipeline.scheduler.config, "timestep_spacing": "trailing", "steps_offset": 0}
-    return RdmScheduler.from_config(config, eta=args.eta, **grid)
+    return RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=args.eta, **grid)
 
 
 def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
@@ -63,16 +66,20 @@ def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
     config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers, init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        return SharedBase(
+        networks = SharedBase(
             teacher.denoiser,
             config,
             args.fold_adapters,
             teacher.family,
             teacher.schedule,
             teacher.prediction_type,
-            teacher.family.encode_prompts(teacher.pipeline, [""]),
+            teacher.encode_prompts([""]),
             args.guidance_scale,
         )
+    if args.fake_score_steps:
+        time_embedding = teacher.denoiser.get_submodule(teacher.family.time_embedding_name)
+        networks.tell_steps(time_embedding, args.num_student_steps)
+    return networks
 
 
 def make_distillation(
@@ -92,14 +99,65 @@ def make_distillation(
         groups_per_update=groups_per_update(args),
         steps_per_rollout=args.steps_per_rollout,
         micro_batch_size=args.train_batch_size,
+        rewards=make_rewards(teacher, draws, args) if args.reward else None,
+        num_renoisings=args.num_renoisings,
+        importance_weighting=args.importance_weighting,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
 
 
-def make_state(networks: Networks, args: argparse.Namespace) -> TrainState:
-    """Optimisers for student and fake score, and the student's moving average."""
+def make_rewards(teacher: Teacher, draws: Draws, args: argparse.Namespace) -> ExternalRewards:
+    """The external rewards that the arguments name.
+
+    Raises:
+        ValueError: as `load_reward`, and if two have one name.
+    """
+    loaded = [load_reward(spec, draws.device) for spec in args.reward]
+    weights = {weighted.reward.name: weighted.weight for weighted in loaded}
+    if len(weights) < len(loaded):
+        raise ValueError(f"Two of the rewards {', '.join(args.reward)} have one name; name each once.")
+    if args.gradient_checkpointing:
+        teacher.pipeline.vae.enable_gradient_checkpointing()
+    if args.reward_share > 0.5 and args.reward_combination == "share":
+        print(
+            f"warning: --reward_share {args.reward_share} lets the rewards outweigh fidelity; above 0.5 is not advised."
+        )
+    return ExternalRewards(
+        rewards=[weighted.reward for weighted in loaded],
+        combination=GNDMR(args.group_size, weights, args.reward_share, args.reward_combination, args.projection_guard),
+        decode=partial(teacher.family.decode, teacher.pipeline),
+        draws=draws,
+        micro_batch_size=args.train_batch_size,
+        black_box=args.black_box_form,
+        num_perturbations=args.num_perturbations,
+        perturbation_scale=args.perturbation_scale,
+    )
+
+
+def teacher_contrast(teacher: Teacher, prompts: list[str], args: argparse.Namespace) -> float | None:
+    """The standard deviation of the teacher's own latents, over a few pictures of 20 steps; None if none are wanted."""
+    if not args.monitor_images:
+        return None
+    chosen = [prompts[i * len(prompts) // args.monitor_images] for i in range(args.monitor_images)]
+    teacher.pipeline.set_progress_bar_config(disable=True)
+    latents = [
+        teacher.pipeline(
+            prompt,
+            num_inference_steps=20,
+            guidance_scale=args.guidance_scale,
+            generator=torch.Generator().manual_seed(i),
+            output_type="latent",
+            **teacher.call_options,
+        ).images
+        for i, prompt in enumerate(chosen)
+    ]
+    return torch.cat(latents).float().std().item()
+
+
+def make_state(networks: Networks, accelerator: Accelerator, args: argparse.Namespace) -> TrainState:
+    """Optimisers for student and fake score, the student's moving average, and the running means."""
     rates = {STUDENT: args.learning_rate, FAKE_SCORE: args.fake_learning_rate}
     optimizers = {role: make_optimizer(networks.parameters(role), rate, args) for role, rate in rates.items()}
     ema = EMAModel(networks.parameters(STUDENT), decay=args.ema_decay) if args.use_ema else None
-    return TrainState(optimizers, ema)
+    return TrainState(optimizers, ema, statistics=RunningMeans(partial(accelerator.reduce, reduction="sum")))

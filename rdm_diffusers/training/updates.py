@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,17 +10,26 @@ from torch import Tensor
 from ..distillation import (
     GNDM,
     Draws,
-    RewardEstimate,
+    RunningMeans,
     Samples,
+    Trajectory,
     estimate_reward,
+    executed_index,
     executed_samples,
     fake_score_direction,
+    importance_health,
+    importance_weights,
+    log_ratios,
     renoising_times,
+    revisit,
     rollout,
 )
+from ..families import Conditioning
 from ..networks import FAKE_SCORE, STUDENT, Networks
-from ..prediction import output_weight
+from ..prediction import expand, output_weight
 from ..schedulers import RdmScheduler
+from .external_rewards import ExternalRewards
+from .monitor import batch_health, contrast, fake_loss_health
 from .optimizers import NonFiniteError
 from .prompts import PromptGroups
 
@@ -39,6 +48,9 @@ class Distillation:
         groups_per_update: rollouts per update and process, counted in groups.
         steps_per_rollout: how many of a rollout's states are trained on.
         micro_batch_size: samples in one forward or backward.
+        rewards: external rewards that join R_dm, if any.
+        num_renoisings: how many re-noised copies of each x̂ estimate R_dm.
+        importance_weighting: one of `distillation.IMPORTANCE_WEIGHTINGS`, for rollouts that serve several updates.
         process_index, num_processes: this process's place; a group stays whole on one process.
     """
 
@@ -51,6 +63,9 @@ class Distillation:
     groups_per_update: int
     steps_per_rollout: int
     micro_batch_size: int
+    rewards: ExternalRewards | None = None
+    num_renoisings: int = 1
+    importance_weighting: str = "none"
     process_index: int = 0
     num_processes: int = 1
 
@@ -59,45 +74,88 @@ class Distillation:
         """K, the student's number of steps."""
         return len(self.scheduler.timesteps)
 
-    def groups(self, update: int) -> range:
-        """The numbers of the groups that this process serves in an update; no two updates or processes share one."""
-        first = (update * self.num_processes + self.process_index) * self.groups_per_update
+    def student(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The student's x0 `[B, C, H, W]`."""
+        return self.networks.predict(STUDENT, x_t, t, conditioning)
+
+    def groups(self, rollout: int) -> range:
+        """The numbers of the groups that this process rolls out; no two rollouts or processes share one."""
+        first = (rollout * self.num_processes + self.process_index) * self.groups_per_update
         return range(first, first + self.groups_per_update)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One update's samples, with the key of each group-and-step under which its random numbers are drawn."""
+    """The samples of one rollout, with the key of each group-and-step under which its random numbers are drawn.
+
+    Args:
+        samples: M samples.
+        keys: one per group and executed step.
+        prompts: of the same.
+        trajectory: the rollouts that the samples were picked from, as the student made them.
+        conditioning: of the rollouts.
+        index: which of the trajectory's states the samples are (`executed_index`).
+        visit: how many updates the rollout has served.
+        log_ratio: log p_now - log p_then of reaching each state `[M]`, in nats; None where nobody asked.
+    """
 
     samples: Samples
     keys: list[int]
     prompts: list[str]
+    trajectory: Trajectory
+    conditioning: Conditioning
+    index: tuple[Tensor, Tensor]
+    visit: int = 0
+    log_ratio: Tensor | None = None
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        """The prompt of every sample, length M."""
+        group_size = len(self.samples) // len(self.prompts)
+        return [prompt for prompt in self.prompts for _ in range(group_size)]
 
     def named(self, index: int) -> str:
         """The prompt and step of a sample, for messages."""
-        group_size = len(self.samples) // len(self.prompts)
-        return f"prompt {self.prompts[index // group_size]!r}, student step {int(self.samples.step[index]) + 1}"
+        return f"prompt {self.sample_prompts[index]!r}, student step {int(self.samples.step[index]) + 1}"
 
 
-def collect(run: Distillation, update: int) -> Batch:
-    """Rolls the student out for an update's groups and picks the states to train on. No gradients."""
-    groups = run.groups(update)
+def collect(run: Distillation, number: int) -> Batch:
+    """Rolls the student out for the `number`-th time and picks the states to train on. No gradients."""
+    groups = run.groups(number)
     steps = [run.draws.subset("executed_steps", g, run.steps_per_rollout, run.num_steps) for g in groups]
     depth = max(chosen[-1] for chosen in steps) + 1
     noise = [run.draws.normal(f"rollout_noise/{k}", groups, run.latent_shape) for k in range(depth)]
     noise.append(torch.zeros_like(noise[0]))  # of the transition out of the last step, which nobody reads
     conditioning = run.prompts.conditioning(groups)
-    trajectory = rollout(
-        lambda x_t, t, c: run.networks.predict(STUDENT, x_t, t, c),
-        run.scheduler, noise, conditioning, depth, run.micro_batch_size,
-    )  # fmt: skip
+    trajectory = rollout(run.student, run.scheduler, noise, conditioning, depth, run.micro_batch_size)
     keys = [g * run.num_steps + k for g, chosen in zip(groups, steps, strict=True) for k in chosen]
     prompts = [run.prompts.prompt(g) for g, chosen in zip(groups, steps, strict=True) for _ in chosen]
-    return Batch(executed_samples(trajectory, steps, run.draws.group_size, conditioning), keys, prompts)
+    index = executed_index(steps, run.draws.group_size, noise[0].device)
+    samples = executed_samples(trajectory, index, conditioning)
+    return Batch(samples, keys, prompts, trajectory, conditioning, index)
 
 
-def student_update(run: Distillation, batch: Batch) -> dict[str, Tensor]:
-    """Accumulates the student's gradients: R_dm for all samples first, then one backward per micro-batch.
+@torch.no_grad()
+def reuse(run: Distillation, batch: Batch) -> Batch:
+    """The same rollout for another update: its states stay, the student's predictions there are made anew."""
+    if run.importance_weighting == "none":
+        old = batch.samples
+        parts = [old[part] for part in old.micro_batches(run.micro_batch_size)]
+        x0 = torch.cat([run.student(part.x_t, part.t, part.conditioning) for part in parts])
+        return replace(batch, samples=replace(old, x0=x0), visit=batch.visit + 1)
+    now = revisit(run.student, run.scheduler, batch.trajectory, batch.conditioning, run.micro_batch_size)
+    samples = executed_samples(now, batch.index, batch.conditioning)
+    ratio = log_ratios(now, batch.trajectory)[batch.index]
+    return replace(batch, samples=samples, visit=batch.visit + 1, log_ratio=ratio)
+
+
+def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) -> dict[str, Tensor]:
+    """Accumulates the student's gradients: a direction for all samples first, then one backward per micro-batch.
+
+    Args:
+        run: what stays the same.
+        batch: M samples.
+        statistics: the method's running means; updated.
 
     Returns:
         The health numbers, scalars.
@@ -105,24 +163,37 @@ def student_update(run: Distillation, batch: Batch) -> dict[str, Tensor]:
     Raises:
         NonFiniteError: if the direction is not finite; no gradient has been touched then.
     """
-    samples = batch.samples
-    tau = renoising_times(run.draws.uniform("tau", batch.keys), run.networks.schedule)
-    noise = run.draws.normal("tau_noise", batch.keys, run.latent_shape)
-    estimate = estimate_reward(run.networks, samples, tau, noise, run.micro_batch_size)
-    direction = run.objective.direction(estimate)
+    samples, copies = batch.samples, run.num_renoisings
+    draws = [batch.visit * copies + copy for copy in range(copies)]
+    tau = torch.cat([renoising_times(run.draws.uniform(f"tau/{n}", batch.keys), run.networks.schedule) for n in draws])
+    noise = torch.cat([run.draws.normal(f"tau_noise/{n}", batch.keys, run.latent_shape) for n in draws])
+    copied = samples[torch.arange(len(samples), device=tau.device).repeat(copies)]
+    estimate = estimate_reward(run.networks, copied, tau, noise, run.micro_batch_size)
+    advantage = run.objective.advantage(estimate, statistics)
+    _require_finite("R_dm", advantage.value, batch)
+    ascent = advantage.value.unflatten(0, (copies, len(samples))).mean(0)
+    health = batch_health(estimate, advantage, run.draws.group_size) | {"contrast": contrast(samples, run.num_steps)}
+    if run.rewards is not None:
+        ascent, reward_health = run.rewards.join(
+            ascent, samples, batch.sample_prompts, batch.keys, statistics, batch.visit
+        )
+        health |= reward_health
+    if batch.log_ratio is not None:
+        ascent = expand(importance_weights(batch.log_ratio, run.importance_weighting), ascent) * ascent
+        health |= importance_health(batch.log_ratio)
+    direction = -ascent / ascent.numel()
     _require_finite("student direction", direction, batch)
     for part in samples.micro_batches(run.micro_batch_size):
         chunk = samples[part]
-        x0 = run.networks.predict(STUDENT, chunk.x_t, chunk.t, chunk.conditioning)
-        run.networks.backward(STUDENT, x0, direction[part])
-    return _health(run.objective, estimate)
+        run.networks.backward(STUDENT, run.student(chunk.x_t, chunk.t, chunk.conditioning), direction[part])
+    return health
 
 
 def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str, Tensor]:
     """Accumulates the fake score's gradients: its denoising loss on the same samples, at fresh times and noises.
 
     Args:
-        repeat: which of the update's fake-score updates this is.
+        repeat: which of the rollout's fake-score updates this is.
 
     Raises:
         NonFiniteError: if the loss is not finite.
@@ -135,12 +206,13 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     weight = output_weight(run.networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
     losses = []
     for part in samples.micro_batches(run.micro_batch_size):
-        x0 = run.networks.predict(FAKE_SCORE, x_t[part], t[part], samples.conditioning[part])
-        direction, loss = fake_score_direction(x0, samples.x0[part], weight[part], len(samples))
+        chunk = samples[part]
+        x0 = run.networks.predict(FAKE_SCORE, x_t[part], t[part], chunk.conditioning, chunk.step)
+        direction, loss = fake_score_direction(x0, chunk.x0, weight[part], len(samples))
         _require_finite("fake score loss", loss, batch, part.start)
         run.networks.backward(FAKE_SCORE, x0, direction)
         losses.append(loss)
-    return {"fake_loss": torch.cat(losses).mean()}
+    return fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
 
 
 def _training_times(uniform: Tensor, schedule) -> Tensor:
@@ -149,21 +221,12 @@ def _training_times(uniform: Tensor, schedule) -> Tensor:
     return t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
 
 
-def _health(objective: GNDM, estimate: RewardEstimate) -> dict[str, Tensor]:
-    reward = estimate.reward.abs().mean()
-    return {
-        "reward_over_distance": reward / estimate.distance.mean(),
-        "correction_over_reward": (objective.corrected_reward(estimate) - estimate.reward).abs().mean() / reward,
-        "log_ratio": estimate.log_ratio.mean(),
-        "distance": estimate.distance.mean(),
-    }
-
-
 def _require_finite(term: str, values: Tensor, batch: Batch, offset: int = 0) -> None:
     if values.isfinite().all():
         return
-    first = int((~values.isfinite().flatten(1).all(1) if values.ndim > 1 else ~values.isfinite()).nonzero()[0, 0])
+    finite = values.isfinite().flatten(1).all(1) if values.ndim > 1 else values.isfinite()
+    first = (offset + int((~finite).nonzero()[0, 0])) % len(batch.samples)
     raise NonFiniteError(
-        f"The {term} is not finite for {batch.named(offset + first)}; nothing was saved over the last checkpoint. "
-        "Resume from it with a lower learning rate."
+        f"The {term} is not finite for {batch.named(first)}; nothing was saved over the last checkpoint. Resume from "
+        "it with a lower learning rate."
     )

@@ -37,13 +37,12 @@ def averaged_student(run: Distillation, state: TrainState) -> Iterator[None]:
 @torch.no_grad()
 def sample_student(run: Distillation, teacher: Teacher, prompts: list[str]) -> torch.Tensor:
     """One picture per prompt `[B, 3, H, W]` in [0, 1], from noises that only the seed decides."""
-    conditioning = teacher.family.encode_prompts(teacher.pipeline, prompts)
+    conditioning = teacher.encode_prompts(prompts)
     generator = run.draws.generator("validation", 0)
     shape = (len(prompts), *run.latent_shape)
     noise = [torch.randn(shape, generator=generator).to(run.draws.device) for _ in range(run.num_steps + 1)]
     trajectory = rollout(
-        lambda x_t, t, c: run.networks.predict(STUDENT, x_t, t, c),
-        run.scheduler, noise, conditioning, micro_batch_size=run.micro_batch_size,
+        run.student, run.scheduler, noise, conditioning, micro_batch_size=run.micro_batch_size,
     )  # fmt: skip
     return teacher.family.decode(teacher.pipeline, trajectory.next[-1])
 

@@ -1,0 +1,100 @@
+"""GNDMR: R_dm and external rewards as one direction, with one knob. Ours, not the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..prediction import expand
+from .advantages import grouped
+from .reward_gradients import RewardGradient
+from .statistics import RunningMeans
+
+COMBINATIONS = ("share", "sum")
+RMS_DECAY, SLOW_DECAY, STD_DECAY = 0.95, 0.999, 0.99
+EPS = 1e-30
+TINY = 1e-18  # smaller gradients have squares that float32 rounds to 0, so they are left to fade
+
+
+@dataclass(frozen=True)
+class GNDMR:
+    """R_dm joined by external rewards.
+
+        share: d + rho * rms|d| * sum_m w_m g_m / rms|g_m|,   sum_m |w_m| = 1
+        sum:   d + sum_m w_m g_m                              (DMDR, the baseline: the losses are added up)
+
+    with d = R' / n, g_m reward m's gradient, and rms running averages over all batches and student steps (for the
+    rewards the greater of a quick and a slow one). In `share`, rho says how large the rewards' part is beside d;
+    multiplying a reward by a number changes nothing.
+
+    Args:
+        group_size: G.
+        weights: each reward's weight by name; in `share` only their proportions and signs count.
+        reward_share: rho in [0, 1], the strength of the rewards in `share`.
+        combination: one of `COMBINATIONS`.
+        projection_guard: take from the rewards' part of each sample what opposes d.
+    """
+
+    group_size: int
+    weights: Mapping[str, float] = field(default_factory=dict)
+    reward_share: float = 0.2
+    combination: str = "share"
+    projection_guard: bool = False
+
+    def combine(self, advantage: Tensor, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> Tensor:
+        """d and the rewards' gradients as one ascent direction `[M, C, H, W]`, detached.
+
+        Args:
+            advantage: d `[M, C, H, W]`.
+            gradients: by reward, of the same samples. Invalid ones count in no statistic and push nowhere; where all
+                are invalid the result is d and the statistics stay as they were.
+            statistics: updated.
+        """
+        self._note_values(gradients, statistics)
+        if self.combination == "sum":
+            size = advantage[0].numel()  # a mean over samples beside a mean over elements
+            part = sum((w * size * gradients[m].gradient for m, w in self.weights.items()), torch.zeros_like(advantage))
+        else:
+            part = self._share(advantage, gradients, statistics)
+        return advantage + (guarded(part, advantage) if self.projection_guard else part)
+
+    def _share(self, advantage: Tensor, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> Tensor:
+        total = sum(abs(weight) for weight in self.weights.values())
+        part = torch.zeros_like(advantage)
+        rewarded = torch.stack([gradient.valid for gradient in gradients.values()]).any(0)
+        size = running_rms("R_dm", advantage, rewarded, statistics)
+        for name, weight in self.weights.items():
+            found = gradients[name]
+            # The slower mean remembers a reward's strength, so that one that is satisfied fades instead of shouting.
+            rms = torch.maximum(
+                *(
+                    running_rms(f"reward/{name}", found.gradient, found.valid, statistics, decay)
+                    for decay in (RMS_DECAY, SLOW_DECAY)
+                )
+            )
+            part += self.reward_share * size * weight / total / rms.clamp(min=TINY) * found.gradient
+        return part
+
+    def _note_values(self, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> None:
+        """Keeps the running within-group variance of each reward, for the log."""
+        for name, gradient in gradients.items():
+            groups = grouped(torch.where(gradient.valid, gradient.values, torch.nan), self.group_size)
+            spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1)
+            known = spread.isfinite()
+            statistics.update(f"reward_variance/{name}", spread[known].sum(), known.sum(), STD_DECAY)
+
+
+def running_rms(name: str, values: Tensor, valid: Tensor, statistics: RunningMeans, decay: float = RMS_DECAY) -> Tensor:
+    """The running root mean square per element over the valid samples of `values [M, ...]`, a scalar."""
+    power = values.square().flatten(1).mean(1)
+    return statistics.update(f"power_{decay}/{name}", power[valid].sum(), valid.sum(), decay).sqrt()
+
+
+def guarded(part: Tensor, advantage: Tensor) -> Tensor:
+    """`part` without its component against `advantage`, sample by sample (both `[M, ...]`)."""
+    overlap = (part * advantage).flatten(1).sum(1)
+    power = advantage.square().flatten(1).sum(1).clamp(min=EPS)
+    return part - expand(overlap.clamp(max=0) / power, part) * advantage

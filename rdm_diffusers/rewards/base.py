@@ -1,0 +1,100 @@
+"""The shape of a reward, and the one way to ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Judges pictures; higher is better, on any scale.
+
+    Attributes:
+        name: what logs and errors call it.
+        differentiable: True if gradients flow from the result to the images; False for a black box, which is asked
+            for numbers only.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images `[B, 3, H, W]`, float in [0, 1], and their B prompts -> one number each, `[B]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """A reward and its weight among the others: finite, not 0; a negative one punishes what the reward likes."""
+
+    reward: Reward
+    weight: float
+
+
+def evaluate(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Asks a reward, and checks what it answers.
+
+    Args:
+        reward: any reward; its answer may also be an array, or a list of numbers.
+        images: `[B, 3, H, W]`, float in [0, 1].
+        prompts: B strings.
+
+    Returns:
+        `[B]`, float32, on the images' device. Gradients flow to the images from a differentiable reward; a black box
+        runs without gradients on a copy of its own. NaN and infinite values are passed on.
+
+    Raises:
+        ValueError: if the prompts are not B, if the answer is not B numbers, or if a reward that calls itself
+            differentiable lost the gradients to images that require them.
+    """
+    if len(prompts) != len(images):
+        raise ValueError(
+            f"The reward {reward.name} got {len(prompts)} prompts for {len(images)} images; give one each."
+        )
+    if reward.differentiable:
+        scores = _as_scores(reward.name, reward(images, prompts), images)
+        _check_graph(reward.name, scores, images)
+        return scores
+    with torch.no_grad():
+        return _as_scores(reward.name, reward(images.detach().clone(), prompts), images)
+
+
+def _as_scores(name: str, answer: Any, images: Tensor) -> Tensor:
+    """A reward's answer as float32 `[B]` on the images' device, with its graph."""
+    try:
+        if isinstance(answer, list | tuple):
+            numbers = [_as_float(number, images) for number in answer]
+            scores = torch.stack(numbers) if numbers else images.new_empty(0)
+        else:
+            scores = _as_float(answer, images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The reward {name} returned a {type(answer).__name__} that is no tensor of numbers; return a tensor [B] "
+            "or a list of B numbers."
+        ) from error
+    if scores.shape != (len(images),):
+        raise ValueError(
+            f"The reward {name} returned shape {list(scores.shape)} for {len(images)} images; return one number per "
+            f"image, [{len(images)}]."
+        )
+    return scores
+
+
+def _as_float(number: Any, images: Tensor) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float32, device=images.device)
+
+
+def _check_graph(name: str, scores: Tensor, images: Tensor) -> None:
+    if images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+        raise ValueError(
+            f"The reward {name} calls itself differentiable, but no gradient leads from its result to the images; "
+            "remove no_grad, detach, numpy or item() from it, or set differentiable = False."
+        )

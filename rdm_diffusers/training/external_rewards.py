@@ -1,0 +1,105 @@
+"""External rewards in a run: asks them, turns their answers into directions, and joins these with R_dm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..distillation import (
+    GNDMR,
+    Draws,
+    RewardGradient,
+    RunningMeans,
+    Samples,
+    differentiable_gradients,
+    group_gradients,
+    perturbation_gradients,
+)
+from ..distillation.reward_gradients import Decode
+from ..rewards import Reward
+
+BLACK_BOX_FORMS = ("group", "perturbation")
+
+
+@dataclass(frozen=True)
+class ExternalRewards:
+    """The rewards of a run.
+
+    Args:
+        rewards: each with a name of its own.
+        combination: how they join R_dm.
+        decode: latents -> images in [0, 1], differentiable.
+        draws: the run's randomness.
+        micro_batch_size: pictures decoded and judged at once.
+        black_box: how rewards without gradients get a direction, one of `BLACK_BOX_FORMS`.
+        num_perturbations: pairs of perturbed copies per sample, for `perturbation`.
+        perturbation_scale: their size in units of the latents.
+    """
+
+    rewards: Sequence[Reward]
+    combination: GNDMR
+    decode: Decode
+    draws: Draws
+    micro_batch_size: int
+    black_box: str = "group"
+    num_perturbations: int = 4
+    perturbation_scale: float = 0.1
+
+    def join(
+        self,
+        ascent: Tensor,
+        samples: Samples,
+        prompts: Sequence[str],
+        keys: Sequence[int],
+        statistics: RunningMeans,
+        visit: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """R_dm's direction with the rewards' part added, and the health numbers.
+
+        Args:
+            ascent: d `[M, C, H, W]`.
+            samples: M samples; their x̂ is judged.
+            prompts: length M.
+            keys: one per group and step, for the perturbations' noise.
+            statistics: the method's running means; updated.
+            visit: how many updates the rollout has served, so that each has perturbations of its own.
+        """
+        gradients = self._gradients(samples.x0, prompts, keys, visit)
+        joined = self.combination.combine(ascent, gradients, statistics)
+        return joined, self._health(ascent, joined, gradients, samples.step)
+
+    def _gradients(
+        self, x0: Tensor, prompts: Sequence[str], keys: Sequence[int], visit: int = 0
+    ) -> dict[str, RewardGradient]:
+        exact = [reward for reward in self.rewards if reward.differentiable]
+        boxes = [reward for reward in self.rewards if not reward.differentiable]
+        found = differentiable_gradients(exact, self.decode, x0, prompts, self.micro_batch_size) if exact else []
+        common = (boxes, self.decode, x0, prompts, self.micro_batch_size)
+        if boxes and self.black_box == "perturbation":
+            numbers = range(visit * self.num_perturbations, (visit + 1) * self.num_perturbations)
+            noise = [self.draws.normal(f"perturbation/{n}", keys, x0.shape[1:]) for n in numbers]
+            found += perturbation_gradients(*common, noise, self.perturbation_scale)
+        elif boxes:
+            found += group_gradients(*common, self.draws.group_size)
+        return {reward.name: gradient for reward, gradient in zip(exact + boxes, found, strict=True)}
+
+    def _health(
+        self, ascent: Tensor, joined: Tensor, gradients: dict[str, RewardGradient], step: Tensor
+    ) -> dict[str, Tensor]:
+        health = {"reward_share_effective": (joined - ascent).square().mean().sqrt() / ascent.square().mean().sqrt()}
+        for name, found in gradients.items():
+            health[f"reward/{name}"] = found.values[found.valid].mean()
+            health[f"reward_invalid/{name}"] = (~found.valid).float().mean()
+            health[f"reward_cosine/{name}"] = torch.cosine_similarity(
+                ascent.flatten(1), found.gradient.flatten(1), dim=1
+            ).mean()
+            groups = found.values.unflatten(0, (-1, self.draws.group_size))
+            spread = groups.std(1, correction=0)
+            for k in step.unique().tolist():
+                at_k = step[:: self.draws.group_size] == k
+                health[f"reward/{name}/step_{k + 1}"] = groups[at_k].mean()
+                health[f"reward_std/{name}/step_{k + 1}"] = spread[at_k].mean()
+        return health

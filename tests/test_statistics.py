@@ -1,0 +1,233 @@
+"""What GNDM measures over a group: the fake score's bias, James and Stein's lambda, the normalisers; running means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from parts import make_estimate, make_noise_scheduler
+from torch import Tensor
+
+from rdm_diffusers.distillation import (
+    BIAS_ESTIMATORS,
+    GNDM,
+    NORMALIZATIONS,
+    RewardEstimate,
+    RunningMeans,
+    fake_score_bias,
+    leave_one_out_mean,
+    normalizer,
+    renoising_times,
+)
+from rdm_diffusers.distillation.advantages import low_pass
+from rdm_diffusers.prediction import NoiseSchedule, expand
+
+SHAPE = (8, 4, 8, 8)
+GROUP = 4
+TEACHER_MEAN = 0.3
+SCHEDULES = {
+    "variance_preserving": NoiseSchedule.from_scheduler(make_noise_scheduler()),
+    "flow": NoiseSchedule(None),
+}
+
+
+def random_estimate() -> RewardEstimate:
+    """Two groups of four with random predictions at random scales."""
+    x0, teacher, fake = (torch.randn(SHAPE) for _ in range(3))
+    return make_estimate(x0, x0 + 0.3 * teacher, x0 + 0.3 * fake, sigma=0.1 + 0.8 * torch.rand(8))
+
+
+def posterior_mean(mean: float, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """E[x0 | x_t] of data N(mean, 1)."""
+    return mean + alpha / (alpha**2 + sigma**2) * (x_t - alpha * mean)
+
+
+def moved_student(schedule: NoiseSchedule, delta: float, count: int = 40_000) -> tuple[RewardEstimate, Tensor]:
+    """R_dm of a student N(delta, 1) whose fake score still is that of N(0, 1), and the true posterior means."""
+    x0, tau = delta + torch.randn(count, 1, 2, 2), renoising_times(torch.rand(count), schedule)
+    alpha, sigma = schedule.scales(tau, x0)
+    x_tau = schedule.add_noise(x0, torch.randn_like(x0), tau)
+    teacher, fake, true = (posterior_mean(mean, x_tau, alpha, sigma) for mean in (TEACHER_MEAN, 0.0, delta))
+    scales = dict(alpha=alpha.flatten(), sigma=sigma.flatten(), tau=tau / 1000)
+    return make_estimate(x0, teacher, fake, **scales), true
+
+
+def by_tau(values: Tensor, e: RewardEstimate) -> Tensor:
+    """The mean in each of five bins of tau."""
+    bins = (e.tau * 5).long()
+    return torch.stack([values[bins == b].mean() for b in range(5)])
+
+
+@pytest.mark.parametrize("group_size", [2, 4, 8])
+def test_leave_one_out_mean_is_the_mean_of_the_others(group_size: int) -> None:
+    values = torch.randn(SHAPE)
+    means = leave_one_out_mean(values, group_size)
+    for i in range(len(values)):
+        first = i - i % group_size
+        others = [values[j] for j in range(first, first + group_size) if j != i]
+        assert torch.allclose(means[i], torch.stack(others).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", BIAS_ESTIMATORS)
+def test_a_group_of_one_shows_no_bias(estimator: str) -> None:
+    e = random_estimate()
+    assert torch.equal(leave_one_out_mean(e.reward, 1), torch.zeros(SHAPE))
+    assert torch.equal(fake_score_bias(e, 1, estimator), torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("estimator", BIAS_ESTIMATORS)
+def test_the_bias_is_what_its_formula_says(estimator: str) -> None:
+    e = random_estimate()
+    residual, share = e.fake_x0 - e.x0, e.sigma**2 / (e.alpha**2 + e.sigma**2)
+    bias = fake_score_bias(e, GROUP, estimator)
+    for i in range(len(residual)):
+        others = [j for j in range(i - i % GROUP, i - i % GROUP + GROUP) if j != i]
+        if estimator == "shift":
+            expected = share[i] * sum(residual[j] for j in others) / sum(share[j] for j in others)
+        else:
+            expected = e.sigma[i] * sum(residual[j] / e.sigma[j] for j in others) / 3
+        assert torch.allclose(bias[i], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize("delta", [0.5, -1.0])
+def test_the_shift_estimator_undoes_what_a_fake_score_misses_of_a_student_that_moved(
+    schedule: NoiseSchedule, delta: float
+) -> None:
+    e, true = moved_student(schedule, delta)
+    wanted = e.teacher_x0 - true
+    missed = by_tau(e.reward - wanted, e) / delta
+    left = by_tau(e.reward + fake_score_bias(e, GROUP, "shift") - wanted, e) / delta
+    assert missed.abs().max() > 0.8  # of the shift, at high noise
+    assert left.abs().max() < 0.04  # at every noise
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize("estimator", BIAS_ESTIMATORS)
+def test_a_perfect_fake_score_shows_no_bias_on_average(schedule: NoiseSchedule, estimator: str) -> None:
+    e, true = moved_student(schedule, 0.0)
+    assert torch.allclose(e.fake_x0, true)
+    assert by_tau(fake_score_bias(e, GROUP, estimator), e).abs().max() < 0.04
+
+
+def test_both_estimators_agree_where_all_tau_are_one() -> None:
+    e = random_estimate()
+    e = replace(e, alpha=torch.full((8,), 0.8), sigma=torch.full((8,), 0.6))
+    shift, noise = (fake_score_bias(e, GROUP, estimator) for estimator in ("shift", "noise"))
+    assert torch.allclose(shift, noise, atol=1e-6)
+    assert torch.allclose(shift, leave_one_out_mean(e.fake_x0 - e.x0, GROUP), atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", BIAS_ESTIMATORS)
+def test_a_samples_bias_depends_on_the_others_of_its_group_alone(estimator: str) -> None:
+    e = random_estimate()
+    before = fake_score_bias(e, GROUP, estimator)
+    fake = e.fake_x0.clone()
+    fake[5] += 10
+    after = fake_score_bias(replace(e, fake_x0=fake), GROUP, estimator)
+    changed = [not torch.allclose(one, other, atol=1e-5) for one, other in zip(before, after, strict=True)]
+    assert changed == [False] * 4 + [True, False, True, True]
+
+
+@pytest.mark.parametrize("pool", [2, 3, 8, 16])
+def test_low_pass_gives_every_pixel_the_mean_of_its_tile(pool: int) -> None:
+    latents = torch.randn(2, 3, 8, 8)
+    smooth = low_pass(latents, pool)
+    assert smooth.shape == latents.shape
+    for row in range(0, 8, pool):
+        for column in range(0, 8, pool):
+            tile = (..., slice(row, row + pool), slice(column, column + pool))
+            mean = latents[tile].mean((-2, -1), keepdim=True)
+            assert torch.allclose(smooth[tile], mean.expand_as(smooth[tile]), atol=1e-6)
+
+
+def test_a_pooled_bias_is_the_low_pass_of_the_bias() -> None:
+    e = random_estimate()
+    pooled, whole = fake_score_bias(e, GROUP, pool=4), fake_score_bias(e, GROUP)
+    assert torch.allclose(pooled, low_pass(whole, 4), atol=1e-5)
+    assert torch.equal(low_pass(whole, 1), whole)
+    assert torch.allclose(GNDM(GROUP, 1.0, debias_pool=4).advantage(e, RunningMeans()).correction, pooled)
+
+
+def shrunk(e: RewardEstimate, statistics: RunningMeans | None = None) -> Tensor:
+    """James and Stein's lambda of each sample `[M]`."""
+    means = RunningMeans() if statistics is None else statistics
+    correction = GNDM(GROUP, "james_stein").advantage(e, means).correction
+    return (correction / fake_score_bias(e, GROUP)).flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(("delta", "low", "high"), [(0.0, 0.0, 0.06), (8.0, 0.94, 1.0)])
+def test_james_steins_lambda_is_near_0_for_a_perfect_fake_score_and_near_1_for_a_biased_one(
+    delta: float, low: float, high: float
+) -> None:
+    strength = by_tau(shrunk(e := moved_student(SCHEDULES["flow"], delta)[0]), e)
+    assert low <= strength.min() <= strength.max() <= high + 1e-6
+
+
+def test_james_steins_lambda_is_the_share_of_the_bias_in_what_the_others_show() -> None:
+    count, bias, spread = 40_000, 0.5, 1.0
+    x0 = torch.randn(count, 1, 1, 1)
+    e = make_estimate(x0, x0, x0 + bias + spread * torch.randn_like(x0))  # all at one tau
+    assert shrunk(e).mean() == pytest.approx(bias**2 / (bias**2 + spread**2 / (GROUP - 1)), abs=0.03)
+
+
+def test_james_steins_lambda_remembers_earlier_updates_for_each_bin_of_tau() -> None:
+    statistics, (biased, _) = RunningMeans(), moved_student(SCHEDULES["flow"], 8.0)
+    first = by_tau(shrunk(biased, statistics), biased)
+    x0 = torch.randn(8, 1, 2, 2)
+    tau = torch.full((8,), 0.1)
+    one_bin = make_estimate(x0, x0, x0 + torch.randn_like(x0), tau=tau)
+    assert shrunk(one_bin, statistics).mean() == pytest.approx(first[0].item(), abs=0.05)
+    assert torch.allclose(by_tau(shrunk(biased, statistics), biased)[1:], first[1:], atol=0.01)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_every_normaliser_is_what_it_says(normalization: str) -> None:
+    e = random_estimate()
+    distance = torch.stack([(e.x0[i] - e.teacher_x0[i]).abs().mean() for i in range(8)])
+    reward = e.teacher_x0 - e.fake_x0
+    expected = []
+    for i in range(8):
+        group = range(i - i % GROUP, i - i % GROUP + GROUP)
+        mean = sum(reward[j] for j in group) / GROUP
+        expected.append(
+            {
+                "sample": distance[i],
+                "group": sum(distance[j] for j in group) / GROUP,
+                "batch": distance.mean(),
+                "rms": (sum((reward[j] ** 2).mean() for j in group) / GROUP) ** 0.5,
+                "std": (sum(((reward[j] - mean) ** 2).mean() for j in group) / GROUP) ** 0.5,
+                "none": torch.tensor(1.0),
+            }[normalization]
+        )
+    assert torch.allclose(e.distance, distance)
+    assert torch.allclose(normalizer(e, normalization, GROUP), torch.stack(expected))
+    advantage = GNDM(GROUP, 0.0, normalization).advantage(e, RunningMeans())
+    assert torch.allclose(advantage.value, reward / expand(torch.stack(expected), reward), rtol=1e-4)
+    assert torch.allclose(advantage.normalizer, torch.stack(expected))
+
+
+def test_a_running_mean_counts_its_first_update_in_full_and_then_forgets_slowly() -> None:
+    means = RunningMeans()
+    assert means.update("a", torch.tensor(6.0), torch.tensor(2), 0.9) == 3
+    value = means.update("a", torch.tensor(10.0), torch.tensor(1), 0.9)
+    assert value == pytest.approx((0.9 * 6 + 10) / (0.9 * 2 + 1))
+    assert means.mean("a") == value
+    assert value.dtype == torch.float32
+    with pytest.raises(KeyError):
+        means.mean("b")
+
+
+def test_a_bin_without_samples_keeps_its_mean_and_an_empty_update_changes_nothing() -> None:
+    means = RunningMeans()
+    assert means.update("a", torch.tensor([6.0, 0.0]), torch.tensor([2, 0]), 0.9).tolist() == [3, 0]
+    assert means.update("a", torch.tensor([0.0, 8.0]), torch.tensor([0, 2]), 0.9).tolist() == pytest.approx([3, 4])
+    before = means.state["a"].clone()
+    means.update("a", torch.zeros(2), torch.zeros(2), 0.9)
+    assert torch.equal(means.state["a"], before)
+
+
+def test_running_means_are_those_of_all_processes_together() -> None:
+    means = RunningMeans(reduce=lambda tensor: tensor + torch.tensor([4.0, 3.0]))  # what another process adds
+    assert means.update("a", torch.tensor(6.0), torch.tensor(2), 0.9) == 2
