@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -117,9 +118,10 @@ COMPARISONS = {
         marks=6,
     ),
     "pareto": Comparison(
-        "GNDMR against DMDR's weighted sum: reward tiny_bold against the distance",
-        {f"sum {w:g}": dict(DMDR, reward=f"tiny_bold:{w:g}") for w in (0.03, 0.1, 0.3, 1.0)}
-        | {f"share {rho:g}": dict(BOLD, reward_share=rho) for rho in (0.05, 0.1, 0.2, 0.4)},
+        "GNDMR against DMDR's weighted sum, and against the same sum with GNDM: tiny_bold against the distance",
+        {f"DMDR {w:g}": dict(DMDR, reward=f"tiny_bold:{w:g}") for w in (0.03, 0.1, 0.3, 1.0)}
+        | {f"sum {w:g}": dict(BOLD, reward=f"tiny_bold:{w:g}", reward_combination="sum") for w in (0.1, 0.3, 1.0)}
+        | {f"GNDMR {rho:g}": dict(BOLD, reward_share=rho) for rho in (0.05, 0.1, 0.2, 0.4)},
     ),
     "rewards": Comparison(
         "rewards scaled, conflicting, and as black boxes",
@@ -215,6 +217,7 @@ def summary(comparison: Comparison, runs: dict[str, dict[int, dict]]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comparisons", nargs="+", choices=tuple(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--only", default="", help="run only variants that match this regular expression")
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--num_images", type=int, default=960, help="pictures per measurement")
@@ -237,7 +240,8 @@ def pending(args: argparse.Namespace) -> list[tuple]:
         comparison = COMPARISONS[name]
         for seed in range(args.seeds):
             for teacher in [teacher for teacher in args.teachers if teacher in comparison.teachers]:
-                for flags in comparison.variants.values():
+                chosen = [flags for name, flags in comparison.variants.items() if re.search(args.only, name)]
+                for flags in chosen:
                     path = run_of(teacher, seed, comparison, flags, args.num_images, args.work_dir)
                     runs[path] = (path, teacher, seed, comparison.budget, comparison.marks, args.num_images, flags)
     return [run for path, run in runs.items() if not path.exists()]

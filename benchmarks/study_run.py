@@ -119,7 +119,8 @@ def distil(
 
     finite = True
     try:
-        train(run, state, args, accelerator, validate)
+        if not train(run, state, args, accelerator, validate):
+            raise KeyboardInterrupt
     except RuntimeError as error:  # a diverged run is a result, too
         finite = False
         print(f"{teacher_name} {seed} {flags}: {error}")
