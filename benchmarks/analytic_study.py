@@ -108,13 +108,14 @@ ROWS: dict[str, tuple[Settings, str]] = {  # the row's settings, and the vanilla
     "gndm-group-16": (replace(GROUPED, group_size=16), "vanilla"),
     "gndm-shift": (SHIFT, "vanilla"),
 }
-VARIANTS: dict[str, dict] = {  # settings that vanilla DMD is run with too
+VARIANTS: dict[str, dict] = {  # settings that vanilla DMD is run with too, where need be at a rate that suits it better
     "ratio-1": {"fake_updates": 1},
     "ratio-2-group-4": {"fake_updates": 2, "group_size": 4},
     "guidance-3": {"guidance_scale": 3.0},
+    "guidance-3-10-times-the-rate": {"guidance_scale": 3.0, "learning_rate": 10 * VANILLA.learning_rate},
     "flow": {"prediction_type": "flow_prediction"},
-    "2-steps": {"num_steps": 2},
-    "1-step": {"num_steps": 1},
+    "2-steps": {"num_steps": 2, "learning_rate": 4 * VANILLA.learning_rate},
+    "1-step": {"num_steps": 1, "learning_rate": 10 * VANILLA.learning_rate},
     "4-times-the-rate": {"learning_rate": 4 * VANILLA.learning_rate},
     "3-times-the-updates": {"updates": 3 * VANILLA.updates},
 }

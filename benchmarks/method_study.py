@@ -74,6 +74,12 @@ COMPARISONS = {
         budget=60_000,
         marks=6,
     ),
+    "main, lr 2e-3": Comparison(
+        "the same at the learning rate that was best for both on the flow teacher",
+        {"DMD": dict(DMD, learning_rate=2e-3), "GNDM": dict(GNDM, learning_rate=2e-3)},
+        budget=60_000,
+        marks=6,
+    ),
     "tuning": Comparison("stability over learning rates and fake updates", rates(), budget=40_000, marks=2),
     "lambda": Comparison(
         "the strength of the correction against the number of fake updates",

@@ -51,10 +51,11 @@ def draw_main(record: dict) -> None:
     """The distance to the teacher over network calls."""
     import matplotlib.pyplot as plt
 
-    teachers = [teacher for teacher in ("tiny", "tiny-flow") if teacher in record]
-    figure, panels = plt.subplots(1, len(teachers), figsize=(5 * len(teachers), 3.6), squeeze=False)
-    for axes, teacher in zip(panels[0], teachers, strict=True):
-        for name, entry in record[teacher].items():
+    chosen = [("tiny", "main"), ("tiny-flow", "main, lr 2e-3")]
+    chosen = [(teacher, name) for teacher, name in chosen if teacher in record[name]]
+    figure, panels = plt.subplots(1, len(chosen), figsize=(5 * len(chosen), 3.6), squeeze=False)
+    for axes, (teacher, comparison) in zip(panels[0], chosen, strict=True):
+        for name, entry in record[comparison][teacher].items():
             axes.errorbar(*curve(entry)[:2], yerr=curve(entry)[2], marker="o", capsize=2, label=name)
         axes.set(xlabel="network calls", ylabel="Fréchet distance to the teacher", title=teacher, yscale="log")
         axes.grid(alpha=0.3, which="both")
@@ -90,7 +91,7 @@ def main() -> None:
         for teacher in ("tiny", "tiny-flow"):
             if teacher in comparison:
                 print(table(comparison, teacher), end="\n\n")
-    draw_main(record["comparisons"]["main"])
+    draw_main(record["comparisons"])
     draw_pareto(record["comparisons"]["pareto"])
 
 
