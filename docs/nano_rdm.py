@@ -78,8 +78,7 @@ def fake_score_bias(residual, sigma, group_size):
     """The fake score's error at each sample, as the *others* of its group show it; 0 in groups of one.
 
     A perfect fake score is right on average, so over a group its residuals (fake x0 - x̂) cancel. What does not cancel
-    is its lag. A sample's own residual stays out, as it would only pull the sample to the middle of its group.
-    """
+    is its lag. A sample's own residual stays out, as it would only pull the sample to the middle of its group."""
     share = sigma**2  # of a move of the student that the fake score misses: the more, the more the noise hides
     groups = (values.unflatten(0, (-1, group_size)) for values in (residual, share))
     others, missed = (values.sum(1, keepdim=True) - values for values in groups)

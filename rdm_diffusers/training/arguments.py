@@ -30,11 +30,11 @@ ALGORITHMS = ("dmd", "gndm", "gndmr")
 
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
-    # name          what is corrected                    divided by                            fake score
-    "dmd2":         dict(gndm_lambda=0.0,                advantage_normalization="sample",     fake_updates_per_step=5),
-    "gndm":         dict(gndm_lambda=1.0,                advantage_normalization="group",      fake_updates_per_step=2),
-    "gndm-literal": dict(gndm_lambda=0.0,                advantage_normalization="std",        fake_updates_per_step=5),
-    "gndm-fast":    dict(gndm_lambda=1.0,                advantage_normalization="group",      fake_updates_per_step=1),
+    # name          what is corrected  what R_dm is divided by            fake score               updates a rollout serves
+    "dmd2":         dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=5, reuse_rollouts=1),
+    "gndm":         dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=1),
+    "gndm-literal": dict(gndm_lambda=0.0, advantage_normalization="std",    fake_updates_per_step=5, reuse_rollouts=1),
+    "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=4),
 }
 ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
 # fmt: on
@@ -113,7 +113,7 @@ def _add_method(add) -> None:
         help="tell the fake score which student step a sample comes from")
     add("--steps_per_rollout", type=int, default=1,
         help="how many states of each rollout are trained on, chosen at random")
-    add("--reuse_rollouts", type=int, default=1, help="updates that one rollout serves")
+    add("--reuse_rollouts", type=int, help="updates that one rollout serves; the preset's by default")
     add("--importance_weighting", default="none", choices=IMPORTANCE_WEIGHTINGS,
         help="how reused rollouts are weighed by their likelihood now")
     add("--rank", "--lora_rank", type=int, default=64, help="rank of both LoRAs")
@@ -204,11 +204,11 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """
     _check_positive(args)
     args.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    _check_algorithm(args)
     preset = args.preset or ALGORITHM_PRESETS[args.algorithm]
     for name, value in PRESETS[preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    _check_algorithm(args)
     for name in ("fake_updates_per_step", "monitor_images"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be 0 or more.")
