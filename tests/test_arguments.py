@@ -277,11 +277,11 @@ def test_the_tiny_teacher_has_defaults_of_its_own_that_flags_override() -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], ("group", 2, 1.0)),
-        (["--gndm_lambda", "0"], ("group", 2, 0.0)),
-        (["--gndm_lambda", "james_stein"], ("group", 2, "james_stein")),
+        ([], ("group", 1, 1.0)),
+        (["--gndm_lambda", "0"], ("group", 1, 0.0)),
+        (["--gndm_lambda", "james_stein"], ("group", 1, "james_stein")),
         (["--algorithm", "dmd"], ("sample", 5, 0.0)),
-        (["--algorithm", "gndmr", "--reward", "tiny_bold"], ("group", 2, 1.0)),
+        (["--algorithm", "gndmr", "--reward", "tiny_bold"], ("group", 1, 1.0)),
         (["--advantage_normalization", "batch", "--fake_updates_per_step", "3"], ("batch", 3, 1.0)),
         (["--preset", "gndm-fast"], ("group", 1, 1.0)),
         (["--preset", "gndm-literal"], ("std", 5, 0.0)),

@@ -30,7 +30,7 @@ ALGORITHMS = ("dmd", "gndm", "gndmr")
 
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
-    # name          what is corrected  what R_dm is divided by            fake score               updates a rollout serves
+    # name          correction            what R_dm is divided by           fake score               rollouts
     "dmd2":         dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=5, reuse_rollouts=1),
     "gndm":         dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=1),
     "gndm-literal": dict(gndm_lambda=0.0, advantage_normalization="std",    fake_updates_per_step=5, reuse_rollouts=1),
