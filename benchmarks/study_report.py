@@ -12,6 +12,7 @@ from statistics import mean, stdev
 
 from runs import RESULTS, ROOT
 
+GRIDS = ("tuning", "lambda")
 IMAGES = ROOT / "docs" / "images"
 
 
@@ -30,6 +31,19 @@ def table(comparison: dict, teacher: str) -> str:
             f"| {name} | {means['fd_to_teacher']:.2f}{plus_minus(errors['fd_to_teacher'], 2)}{ruined} | {changed} "
             f"| {means['prompt_accuracy']:.3f} | {means['tiny_bold']:.3f} | {len(entry['seeds'])} |"
         )
+    return "\n".join(lines)
+
+
+def grid(comparison: dict, teacher: str) -> str:
+    """Variants named `row, n fake updates` as a grid of mean distances; the number of seeds in brackets."""
+    entries = comparison.get(teacher, {})
+    rows = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in entries))
+    columns = ["1 fake updates", "2 fake updates", "5 fake updates"]
+    lines = [f"| {teacher}, fd_to_teacher | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        cells = [entries.get(f"{row}, {column}") for column in columns]
+        shown = [f"{e['mean']['fd_to_teacher']:.2f} ({len(e['seeds'])})" if e else "" for e in cells]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -90,7 +104,7 @@ def main() -> None:
         print(f"\n### {name}: {comparison['about']} ({comparison['network_calls']:,} network calls)\n")
         for teacher in ("tiny", "tiny-flow"):
             if teacher in comparison:
-                print(table(comparison, teacher), end="\n\n")
+                print((grid if name in GRIDS else table)(comparison, teacher), end="\n\n")
     draw_main(record["comparisons"])
     draw_pareto(record["comparisons"]["pareto"])
 
