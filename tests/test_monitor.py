@@ -22,7 +22,7 @@ from rdm_diffusers.training.monitor import CollapseError, Monitor, batch_health,
 UPDATES, TURN, SOON = 500, 150, 200
 HEALTHY = {
     "distance": 0.2, "bias_share": 0.1, "fake_loss": 0.05, "contrast": 0.9, "log_ratio": -0.01,
-    "reward/bold": 0.3, "reward_invalid/bold": 0.0, "student_grad_norm": 1.0,
+    "reward/bold": 0.3, "reward_invalid/bold": 0.0, "reward_share_effective": 0.2, "student_grad_norm": 1.0,
 }  # fmt: skip
 
 
@@ -51,8 +51,9 @@ def after_the_turn(**sick: float) -> Callable[[int], dict[str, float]]:
         ({"fake_loss": 0.2}, "The fake score's loss is", ["--fake_learning_rate", "--learning_rate"]),
         ({"distance": 0.36, "reward/bold": 0.6}, "The reward bold rises", ["--reward_share", "--projection_guard"]),
         ({"reward_invalid/bold": 0.3}, "The reward bold is not finite", []),
+        ({"reward_share_effective": 0.99}, "The rewards' part of a step is", ["--reward_share"]),
     ],
-    ids=["fake_score_lags", "contrast_up", "contrast_down", "fidelity", "fake_loss", "hacking", "invalid"],
+    ids=["fake_score_lags", "contrast_up", "contrast_down", "fidelity", "fake_loss", "hacking", "invalid", "share"],
 )
 def test_an_alarm_rings_once_after_the_run_turns_sick_and_names_its_flags(
     sick: dict, saying: str, flags: list[str]

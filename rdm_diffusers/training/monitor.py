@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..distillation import Advantage, RewardEstimate, Samples
 
-WARM_UP, SETTLED, DECAY = 20, 100, 0.99  # updates before alarms, and before lowest values count
+WARM_UP, SETTLED, DECAY = 10, 100, 0.99  # updates before alarms, and before lowest values count
 FAKE_LOSS_BINS = 4
-BIAS_SHARE, CONTRAST_DRIFT = 0.5, 1.4
+BIAS_SHARE, REWARD_SHARE, CONTRAST_DRIFT = 0.5, 0.5, 1.4
 
 
 class CollapseError(RuntimeError):
@@ -122,6 +122,12 @@ class Monitor:
         """Every alarm: its name, whether it rings, and what it says."""
         yield self._lag()
         yield self._contrast()
+        share = self._now("reward_share_effective")
+        text = (
+            f"The rewards' part of a step is {share:.2f} times R_dm's, so fidelity will be lost: lower --reward_share "
+            "(or the weights, with --reward_combination sum)."
+        )
+        yield "reward_share", share > REWARD_SHARE, text
         gap, loss = self._rise("distance"), self._rise("fake_loss")
         text = (
             f"The distance to the teacher is {gap:.1f} times its lowest so far: lower --learning_rate, and resume from "
