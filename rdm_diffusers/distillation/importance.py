@@ -47,8 +47,7 @@ def log_ratios(now: Trajectory, then: Trajectory) -> Tensor:
     Exact: the transitions are Gaussian. The first state is 0, and deterministic transitions count nothing.
     """
     steps = [
-        gaussian_log_prob(following, mean, std.expand(len(mean), *(1,) * (mean.ndim - 1)))
-        - gaussian_log_prob(following, old, std.expand(len(mean), *(1,) * (mean.ndim - 1)))
+        gaussian_log_prob(following, mean, std) - gaussian_log_prob(following, old, std)
         for following, mean, old, std in zip(then.next, now.mean, then.mean, then.std, strict=True)
     ]
     return torch.stack([torch.zeros_like(steps[0]), *steps[:-1]]).cumsum(0)

@@ -18,6 +18,7 @@ from ..distillation import (
     group_gradients,
     perturbation_gradients,
 )
+from ..distillation.advantages import grouped
 from ..distillation.reward_gradients import Decode
 from ..rewards import Reward
 
@@ -96,7 +97,7 @@ class ExternalRewards:
             health[f"reward_cosine/{name}"] = torch.cosine_similarity(
                 ascent.flatten(1), found.gradient.flatten(1), dim=1
             ).mean()
-            groups = found.values.unflatten(0, (-1, self.draws.group_size))
+            groups = grouped(found.values, self.draws.group_size)
             spread = groups.std(1, correction=0)
             for k in step.unique().tolist():
                 at_k = step[:: self.draws.group_size] == k

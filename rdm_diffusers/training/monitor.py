@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..distillation import Advantage, RewardEstimate, Samples
+from ..distillation.advantages import grouped
 
 WARM_UP, SETTLED, DECAY = 10, 100, 0.99  # updates before alarms, and before lowest values count
 FAKE_LOSS_BINS = 4
@@ -48,7 +49,7 @@ def bias_shares(estimate: RewardEstimate, group_size: int) -> dict[str, Tensor]:
     """For each student step, power of the group's shared residual over its whole power; unbiased, so it may be < 0."""
     if group_size == 1:
         return {}
-    residual = (estimate.fake_x0 - estimate.x0).unflatten(0, (-1, group_size)).flatten(2)
+    residual = grouped(estimate.fake_x0 - estimate.x0, group_size).flatten(2)
     power = residual.square().mean((1, 2))
     shared = (group_size * residual.mean(1).square().mean(1) - power) / (group_size - 1)
     step = estimate.step[::group_size]
