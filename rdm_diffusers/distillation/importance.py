@@ -10,7 +10,7 @@ from torch import Tensor
 from ..families import Conditioning
 from ..schedulers import RdmScheduler
 from ..schedulers.scheduling_rdm import gaussian_log_prob
-from .rollout import PredictX0, Trajectory
+from .rollout import PredictX0, Trajectory, predict_in_parts
 
 IMPORTANCE_WEIGHTINGS = ("none", "clipped", "self_normalized")
 CLIP = 0.2
@@ -35,8 +35,7 @@ def revisit(
     """
     size, x0, means = micro_batch_size or trajectory.x_t.shape[1], [], []
     for state, t in zip(trajectory.x_t, trajectory.t, strict=True):
-        parts = [slice(start, start + size) for start in range(0, len(state), size)]
-        x0.append(torch.cat([predict(state[p], t.expand(len(state[p])), conditioning[p]) for p in parts]))
+        x0.append(predict_in_parts(predict, state, t, conditioning, size))
         means.append(scheduler.transition(x0[-1], state, t, scheduler.previous_timestep(t).to(t.device))[0])
     return replace(trajectory, x0=torch.stack(x0), mean=torch.stack(means))
 

@@ -66,6 +66,12 @@ class Samples:
         return (slice(start, start + size) for start in range(0, len(self), size))
 
 
+def predict_in_parts(predict: PredictX0, state: Tensor, t: Tensor, conditioning: Conditioning, size: int) -> Tensor:
+    """x0 of states `[B, C, H, W]` at one time `t`, at most `size` samples at once."""
+    parts = [slice(start, start + size) for start in range(0, len(state), size)]
+    return torch.cat([predict(state[part], t.expand(len(state[part])), conditioning[part]) for part in parts])
+
+
 @torch.no_grad()
 def rollout(
     predict: PredictX0,
@@ -89,13 +95,7 @@ def rollout(
     size = micro_batch_size or len(noise[0])
     state, steps = noise[0], []
     for k, t in enumerate(grid):
-        starts = range(0, len(state), size)
-        x0 = torch.cat(
-            [
-                predict(state[i : i + size], t.expand(len(state[i : i + size])), conditioning[i : i + size])
-                for i in starts
-            ]
-        )
+        x0 = predict_in_parts(predict, state, t, conditioning, size)
         mean, std = scheduler.transition(x0, state, t, scheduler.previous_timestep(t).to(t.device))
         following = mean + std * noise[k + 1] if std > 0 else mean
         steps.append((state, t, x0, mean, std, following))
