@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -292,9 +293,8 @@ def prepare_output(args: argparse.Namespace) -> Path:
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own for every process
+            pass
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
     if args.resume_from_checkpoint is None and (any(folder.glob("checkpoint-*")) or (folder / LORA_FILE).exists()):
