@@ -19,7 +19,7 @@ from rdm_diffusers.distillation import (
     normalizer,
     renoising_times,
 )
-from rdm_diffusers.distillation.advantages import bias_unit
+from rdm_diffusers.distillation.advantages import bias_unit, variance_within_groups
 from rdm_diffusers.prediction import NoiseSchedule, expand
 
 SHAPE = (8, 4, 8, 8)
@@ -83,7 +83,8 @@ def test_a_groups_common_bias_is_removed_wholly_at_lambda_one_and_half_at_a_half
     x0, teacher, sigma = torch.randn(SHAPE), torch.randn(SHAPE), 0.1 + 0.8 * torch.rand(8)
     bias = torch.randn(2, *SHAPE[1:]).repeat_interleave(GROUP, 0)  # one for each group, in the estimator's units
     perfect = make_estimate(x0, teacher, x0, sigma=sigma)
-    biased = make_estimate(x0, teacher, x0 + expand(bias_unit(perfect, estimator), bias) * bias, sigma=sigma)
+    unit = bias_unit(perfect, estimator, variance_within_groups(perfect, GROUP, RunningMeans()))
+    biased = make_estimate(x0, teacher, x0 + expand(unit, bias) * bias, sigma=sigma)
     whole, half = (corrected(GNDM(GROUP, strength, bias_estimator=estimator), biased) for strength in (1.0, 0.5))
     assert torch.allclose(whole, perfect.reward, atol=1e-5)
     assert torch.allclose(half, (perfect.reward + biased.reward) / 2, atol=1e-5)

@@ -20,7 +20,7 @@ from rdm_diffusers.distillation import (
     normalizer,
     renoising_times,
 )
-from rdm_diffusers.distillation.advantages import low_pass
+from rdm_diffusers.distillation.advantages import low_pass, variance_within_groups
 from rdm_diffusers.prediction import NoiseSchedule, expand
 
 SHAPE = (8, 4, 8, 8)
@@ -38,19 +38,26 @@ def random_estimate() -> RewardEstimate:
     return make_estimate(x0, x0 + 0.3 * teacher, x0 + 0.3 * fake, sigma=0.1 + 0.8 * torch.rand(8))
 
 
-def posterior_mean(mean: float, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """E[x0 | x_t] of data N(mean, 1)."""
-    return mean + alpha / (alpha**2 + sigma**2) * (x_t - alpha * mean)
+def posterior_mean(mean: float, variance: float, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """E[x0 | x_t] of data N(mean, variance)."""
+    return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * mean)
 
 
-def moved_student(schedule: NoiseSchedule, delta: float, count: int = 40_000) -> tuple[RewardEstimate, Tensor]:
-    """R_dm of a student N(delta, 1) whose fake score still is that of N(0, 1), and the true posterior means."""
-    x0, tau = delta + torch.randn(count, 1, 2, 2), renoising_times(torch.rand(count), schedule)
+def moved_student(schedule: NoiseSchedule, delta: float, variance: float = 1.0) -> tuple[RewardEstimate, Tensor]:
+    """R_dm of a student N(delta, v) whose fake score still is that of N(0, v), and the true posterior means."""
+    count = 40_000
+    x0, tau = delta + variance**0.5 * torch.randn(count, 1, 2, 2), renoising_times(torch.rand(count), schedule)
     alpha, sigma = schedule.scales(tau, x0)
     x_tau = schedule.add_noise(x0, torch.randn_like(x0), tau)
-    teacher, fake, true = (posterior_mean(mean, x_tau, alpha, sigma) for mean in (TEACHER_MEAN, 0.0, delta))
+    means = (TEACHER_MEAN, 0.0, delta)
+    teacher, fake, true = (posterior_mean(mean, variance, x_tau, alpha, sigma) for mean in means)
     scales = dict(alpha=alpha.flatten(), sigma=sigma.flatten(), tau=tau / 1000)
     return make_estimate(x0, teacher, fake, **scales), true
+
+
+def corrected(objective: GNDM, e: RewardEstimate) -> Tensor:
+    """R' = R + lambda b."""
+    return e.reward + objective.advantage(e, RunningMeans()).correction
 
 
 def by_tau(values: Tensor, e: RewardEstimate) -> Tensor:
@@ -91,14 +98,14 @@ def test_the_bias_is_what_its_formula_says(estimator: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-@pytest.mark.parametrize("delta", [0.5, -1.0])
+@pytest.mark.parametrize(("delta", "variance"), [(0.5, 1.0), (-1.0, 1.0), (0.3, 0.1)])
 def test_the_shift_estimator_undoes_what_a_fake_score_misses_of_a_student_that_moved(
-    schedule: NoiseSchedule, delta: float
+    schedule: NoiseSchedule, delta: float, variance: float
 ) -> None:
-    e, true = moved_student(schedule, delta)
+    e, true = moved_student(schedule, delta, variance)
     wanted = e.teacher_x0 - true
     missed = by_tau(e.reward - wanted, e) / delta
-    left = by_tau(e.reward + fake_score_bias(e, GROUP, "shift") - wanted, e) / delta
+    left = by_tau(corrected(GNDM(GROUP, 1.0), e) - wanted, e) / delta
     assert missed.abs().max() > 0.8  # of the shift, at high noise
     assert left.abs().max() < 0.04  # at every noise
 
@@ -117,6 +124,16 @@ def test_both_estimators_agree_where_all_tau_are_one() -> None:
     shift, noise = (fake_score_bias(e, GROUP, estimator) for estimator in ("shift", "noise"))
     assert torch.allclose(shift, noise, atol=1e-6)
     assert torch.allclose(shift, leave_one_out_mean(e.fake_x0 - e.x0, GROUP), atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_the_variance_within_groups_is_unbiased_and_does_not_count_what_groups_differ_in(group_size: int) -> None:
+    x0 = torch.randn(4000, 1, 1, 1).repeat_interleave(group_size, 0) + 0.5 * torch.randn(4000 * group_size, 1, 2, 2)
+    statistics = RunningMeans()
+    measured = variance_within_groups(make_estimate(x0, x0, x0), group_size, statistics)
+    assert measured == pytest.approx(0.25, rel=0.05)
+    after = variance_within_groups(make_estimate(2 * x0, x0, x0), group_size, statistics)
+    assert 0.25 < after < 1.0  # remembers the update before
 
 
 @pytest.mark.parametrize("estimator", BIAS_ESTIMATORS)
@@ -147,14 +164,15 @@ def test_a_pooled_bias_is_the_low_pass_of_the_bias() -> None:
     pooled, whole = fake_score_bias(e, GROUP, pool=4), fake_score_bias(e, GROUP)
     assert torch.allclose(pooled, low_pass(whole, 4), atol=1e-5)
     assert torch.equal(low_pass(whole, 1), whole)
-    assert torch.allclose(GNDM(GROUP, 1.0, debias_pool=4).advantage(e, RunningMeans()).correction, pooled)
+    pooled, whole = (GNDM(GROUP, 1.0, debias_pool=pool).advantage(e, RunningMeans()).correction for pool in (4, 1))
+    assert torch.allclose(pooled, low_pass(whole, 4), atol=1e-5)
 
 
 def shrunk(e: RewardEstimate, statistics: RunningMeans | None = None) -> Tensor:
     """James and Stein's lambda of each sample `[M]`."""
     means = RunningMeans() if statistics is None else statistics
-    correction = GNDM(GROUP, "james_stein").advantage(e, means).correction
-    return (correction / fake_score_bias(e, GROUP)).flatten(1).mean(1)
+    shrunk, whole = (GNDM(GROUP, strength).advantage(e, means).correction for strength in ("james_stein", 1.0))
+    return (shrunk / whole).flatten(1).mean(1)
 
 
 @pytest.mark.parametrize(("delta", "low", "high"), [(0.0, 0.0, 0.06), (8.0, 0.94, 1.0)])

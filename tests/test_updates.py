@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rdm_diffusers.distillation import Draws, RunningMeans
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER
-from rdm_diffusers.training.updates import NonFiniteError, collect, fake_score_update, reuse, student_update
+from rdm_diffusers.training.updates import NonFiniteError, collect, fake_score_update, judge, reuse, student_update
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def gradients(argv: list[str], fresh: bool = False) -> dict[str, list[Tensor]]:
     it = make_run(argv)
     if not fresh:
         randomise_adapters(it.networks)
-    batch = collect(it.run, 0)
+    batch, _ = judge(it.run, collect(it.run, 0), it.state.statistics)
     student_update(it.run, batch, it.state.statistics)
     fake_score_update(it.run, batch, 0)
     return {role: [p.grad for p in it.networks.parameters(role)] for role in (STUDENT, FAKE_SCORE)}
@@ -233,12 +233,30 @@ def test_a_fake_score_loss_that_is_not_finite_names_term_prompt_and_step(argv) -
     assert f"The fake score loss is not finite {where}" in str(caught.value)
 
 
+def test_black_boxes_reweigh_the_fake_scores_loss_and_nothing_else_of_it(argv) -> None:
+    it = make_run(argv(**GNDMR))
+    batch, _ = judge(it.run, collect(it.run, 0), it.state.statistics)
+    assert batch.samples.weight is not None
+    assert batch.samples.weight.std() > 0.05
+
+    def of_weights(weight: Tensor | None) -> list[Tensor]:
+        for parameter in it.networks.parameters(FAKE_SCORE):
+            parameter.grad = None
+        fake_score_update(it.run, replace(batch, samples=replace(batch.samples, weight=weight)), 0)
+        return [parameter.grad.clone() for parameter in it.networks.parameters(FAKE_SCORE)]
+
+    ones = torch.ones(len(batch.samples))
+    plain, tripled, tilted = (of_weights(weight) for weight in (None, 3 * ones, batch.samples.weight))
+    assert relative_error(tripled, [3 * g for g in plain]) < 1e-5
+    assert relative_error(tilted, plain) > 0.01
+
+
 @pytest.mark.parametrize("options", [{}, GNDMR], ids=["gndm", "gndmr"])
 def test_the_health_numbers_are_finite_and_the_correction_has_a_share(argv, options: dict) -> None:
     it = make_run(argv(steps_per_rollout=2, **options))
     randomise_adapters(it.networks)
-    batch = collect(it.run, 0)
-    health = student_update(it.run, batch, it.state.statistics) | fake_score_update(it.run, batch, 0)
+    batch, health = judge(it.run, collect(it.run, 0), it.state.statistics)
+    health |= student_update(it.run, batch, it.state.statistics) | fake_score_update(it.run, batch, 0)
     assert {"reward_over_distance", "correction_over_reward", "log_ratio", "fake_loss", "contrast"} <= health.keys()
     assert all(value.ndim == 0 and value.isfinite() for value in health.values())
     assert health["correction_over_reward"] > 0

@@ -11,9 +11,11 @@ from .reward_gradients import (
     differentiable_gradients,
     group_gradients,
     perturbation_gradients,
+    reward_values,
 )
 from .rollout import Samples, Trajectory, executed_index, executed_samples, rollout
 from .statistics import RunningMeans
+from .tilting import standardised_advantage, tilted_weight
 
 __all__ = [
     "BIAS_ESTIMATORS",
@@ -46,5 +48,8 @@ __all__ = [
     "perturbation_gradients",
     "renoising_times",
     "revisit",
+    "reward_values",
     "rollout",
+    "standardised_advantage",
+    "tilted_weight",
 ]

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..prediction import expand
 from .distribution_matching import RewardEstimate
+from .statistics import RunningMeans
 
 NORMALIZATIONS = ("sample", "group", "batch", "rms", "std", "none")
 BIAS_ESTIMATORS = ("shift", "noise")
+VARIANCE_DECAY = 0.95
 
 
 def grouped(values: Tensor, group_size: int) -> Tensor:
@@ -30,26 +32,41 @@ def leave_one_out_mean(values: Tensor, group_size: int) -> Tensor:
     return (others / (group_size - 1)).flatten(0, 1)
 
 
-def bias_unit(estimate: RewardEstimate, estimator: str) -> Tensor:
+def variance_within_groups(estimate: RewardEstimate, group_size: int, statistics: RunningMeans) -> Tensor:
+    """v, by how much the student's samples of one prompt and step differ: unbiased, over the last updates, a scalar."""
+    deviations = (estimate.x0 - leave_one_out_mean(estimate.x0, group_size)).square().flatten(1).mean(1)
+    count = torch.tensor(float(len(deviations)), device=deviations.device)
+    mean = statistics.update("variance_within_groups", deviations.sum(), count, VARIANCE_DECAY)
+    return mean * (group_size - 1) / group_size
+
+
+def bias_unit(estimate: RewardEstimate, estimator: str, variance: float | Tensor = 1.0) -> Tensor:
     """How much of one unit of bias shows at each sample's tau `[M]`.
 
     Args:
         estimate: for its scales a, s at tau.
         estimator: `shift` reads the bias as a shift of the student's mean that the fake score has not seen yet. Of such
-            a shift a denoiser of data of unit variance misses the share s^2 / (a^2 + s^2) that x_tau leaves open.
+            a shift a denoiser of data of variance v misses the share s^2 / (a^2 v + s^2) that x_tau leaves open.
             `noise` reads it as an error in noise units, s.
+        variance: v, of the student's samples of one prompt and step.
 
     Raises:
         ValueError: for an unknown estimator.
     """
     if estimator == "shift":
-        return estimate.sigma**2 / (estimate.alpha**2 + estimate.sigma**2)
+        return estimate.sigma**2 / (estimate.alpha**2 * variance + estimate.sigma**2)
     if estimator == "noise":
         return estimate.sigma
     raise ValueError(f"Unknown bias estimator {estimator!r}; use one of {', '.join(BIAS_ESTIMATORS)}.")
 
 
-def fake_score_bias(estimate: RewardEstimate, group_size: int, estimator: str = "shift", pool: int = 1) -> Tensor:
+def fake_score_bias(
+    estimate: RewardEstimate,
+    group_size: int,
+    estimator: str = "shift",
+    pool: int = 1,
+    variance: float | Tensor = 1.0,
+) -> Tensor:
     """b, the bias of each sample's fake x0 as the *other* members of its group show it: `[M, C, H, W]`.
 
     A perfect fake score is the posterior mean of the student's own samples, so its residuals average to zero over a
@@ -59,13 +76,19 @@ def fake_score_bias(estimate: RewardEstimate, group_size: int, estimator: str = 
         shift: b_i = u_i * sum_j (fake_j - x̂_j) / sum_j u_j      (the least-squares weights for a shift)
         noise: b_i = u_i * mean_j (fake_j - x̂_j) / u_j
 
+    Where samples have weights, the fake score is the posterior mean of the weighted ones, and it is the residuals times
+    these weights that average to zero.
+
     Args:
         estimate: R_dm of M samples.
         group_size: G.
         estimator: one of `BIAS_ESTIMATORS`.
         pool: keep only what varies more slowly than so many latent pixels; 1 keeps all.
+        variance: v of the `bias_unit`.
     """
-    residual, unit = estimate.fake_x0 - estimate.x0, bias_unit(estimate, estimator)
+    residual, unit = estimate.fake_x0 - estimate.x0, bias_unit(estimate, estimator, variance)
+    if estimate.weight is not None:
+        residual = expand(estimate.weight, residual) * residual
     if group_size == 1:
         return torch.zeros_like(residual)
     if estimator == "shift":

@@ -49,25 +49,26 @@ class GNDMR:
 
         Args:
             advantage: d `[M, C, H, W]`.
-            gradients: by reward, of the same samples. Invalid ones count in no statistic and push nowhere; where all
-                are invalid the result is d and the statistics stay as they were.
+            gradients: by reward, of the same samples, of those that have one. Invalid ones count in no statistic and
+                push nowhere; where all are invalid the result is d and the statistics stay as they were.
             statistics: updated.
         """
         self._note_values(gradients, statistics)
         if self.combination == "sum":
             size = advantage[0].numel()  # a mean over samples beside a mean over elements
-            part = sum((w * size * gradients[m].gradient for m, w in self.weights.items()), torch.zeros_like(advantage))
+            pushes = (self.weights[name] * size * found.gradient for name, found in gradients.items())
+            part = sum(pushes, torch.zeros_like(advantage))
         else:
             part = self._share(advantage, gradients, statistics)
         return advantage + (guarded(part, advantage) if self.projection_guard else part)
 
     def _share(self, advantage: Tensor, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> Tensor:
-        total = sum(abs(weight) for weight in self.weights.values())
         part = torch.zeros_like(advantage)
+        if not gradients:
+            return part
         rewarded = torch.stack([gradient.valid for gradient in gradients.values()]).any(0)
         size = running_rms("R_dm", advantage, rewarded, statistics)
-        for name, weight in self.weights.items():
-            found = gradients[name]
+        for name, found in gradients.items():
             # The slower mean remembers a reward's strength, so that one that is satisfied fades instead of shouting.
             rms = torch.maximum(
                 *(
@@ -75,8 +76,12 @@ class GNDMR:
                     for decay in (RMS_DECAY, SLOW_DECAY)
                 )
             )
-            part += self.reward_share * size * weight / total / rms.clamp(min=TINY) * found.gradient
+            part += self.reward_share * size * self.proportion(name) / rms.clamp(min=TINY) * found.gradient
         return part
+
+    def proportion(self, name: str) -> float:
+        """A reward's weight, so that the sizes of all add up to 1."""
+        return self.weights[name] / sum(abs(weight) for weight in self.weights.values())
 
     def _note_values(self, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> None:
         """Keeps the running within-group variance of each reward, for the log."""

@@ -25,6 +25,7 @@ class RewardEstimate:
         alpha, sigma: the scales a, s of each sample's tau `[M]`.
         tau: the re-noising times as shares of the training timesteps `[M]`, in [0, 1).
         step: which of the student's steps each sample is `[M]`.
+        weight: the samples' weights for the fake score `[M]`, if any.
     """
 
     x0: Tensor
@@ -34,6 +35,7 @@ class RewardEstimate:
     sigma: Tensor
     tau: Tensor
     step: Tensor
+    weight: Tensor | None = None
 
     @property
     def reward(self) -> Tensor:
@@ -89,4 +91,5 @@ def estimate_reward(
         networks.schedule.sigma(tau),
         tau / networks.schedule.num_train_timesteps,
         samples.step,
+        samples.weight,
     )

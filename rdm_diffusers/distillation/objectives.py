@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..prediction import expand
-from .advantages import fake_score_bias, normalizer
+from .advantages import fake_score_bias, normalizer, variance_within_groups
 from .distribution_matching import RewardEstimate
 from .statistics import RunningMeans
 
@@ -58,7 +58,7 @@ class GNDM:
     debias_pool: int = 1
 
     def advantage(self, estimate: RewardEstimate, statistics: RunningMeans) -> Advantage:
-        """R' / n and its parts. Updates `statistics` if lambda is James and Stein's."""
+        """R' / n and its parts. Updates `statistics`."""
         correction = self._correction(estimate, statistics)
         n = normalizer(estimate, self.normalization, self.group_size).clamp(min=EPS)
         return Advantage((estimate.reward + correction) / expand(n, correction), estimate.reward, correction, n)
@@ -71,7 +71,8 @@ class GNDM:
     def _correction(self, estimate: RewardEstimate, statistics: RunningMeans) -> Tensor:
         if self.gndm_lambda == 0 or self.group_size == 1:
             return torch.zeros_like(estimate.reward)
-        bias = fake_score_bias(estimate, self.group_size, self.bias_estimator, self.debias_pool)
+        variance = variance_within_groups(estimate, self.group_size, statistics)
+        bias = fake_score_bias(estimate, self.group_size, self.bias_estimator, self.debias_pool, variance)
         if isinstance(self.gndm_lambda, str):
             return expand(shrinkage(estimate, bias, statistics), bias) * bias
         return self.gndm_lambda * bias

@@ -79,7 +79,9 @@ def perturbation_gradients(
     """
     totals = [(torch.zeros(len(x0), device=x0.device), torch.zeros_like(x0)) for _ in rewards]
     for e in noise:
-        ahead, behind = (_values(rewards, decode, x0 + sign * scale * e, prompts, micro_batch_size) for sign in (1, -1))
+        ahead, behind = (
+            reward_values(rewards, decode, x0 + sign * scale * e, prompts, micro_batch_size) for sign in (1, -1)
+        )
         totals = [
             (value + (plus + minus) / 2, gradient + expand((plus - minus) / (2 * scale), e) * e)
             for (value, gradient), plus, minus in zip(totals, ahead, behind, strict=True)
@@ -103,7 +105,7 @@ def group_gradients(
     lie. Groups of 1, and groups whose rewards are all equal, give 0.
     """
     gradients = []
-    for values in _values(rewards, decode, x0, prompts, micro_batch_size):
+    for values in reward_values(rewards, decode, x0, prompts, micro_batch_size):
         finite = grouped(values.isfinite(), group_size)
         numbers = torch.where(finite, grouped(values, group_size), 0)
         count = finite.sum(1, keepdim=True).clamp(min=1)
@@ -115,10 +117,11 @@ def group_gradients(
     return gradients
 
 
-def _values(
+@torch.no_grad()
+def reward_values(
     rewards: Sequence[Reward], decode: Decode, x0: Tensor, prompts: Sequence[str], micro_batch_size: int
 ) -> list[Tensor]:
-    """Each reward of every sample, `[M]`."""
+    """Each reward of every sample, `[M]`; arguments as above. No gradients."""
     parts = []
     for start in range(0, len(x0), micro_batch_size):
         images = decode(x0[start : start + micro_batch_size])

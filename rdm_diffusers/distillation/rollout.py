@@ -46,6 +46,7 @@ class Samples:
         x0: the student's detached prediction `[M, C, H, W]`.
         step: which of the student's steps each is, `[M]`, 0 the noisiest.
         conditioning: of length M.
+        weight: of each for the fake score `[M]`, about 1 on average (`tilting.py`); None where all count alike.
     """
 
     x_t: Tensor
@@ -53,13 +54,16 @@ class Samples:
     x0: Tensor
     step: Tensor
     conditioning: Conditioning
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x_t)
 
     def __getitem__(self, index: Tensor | slice) -> Samples:
         """The chosen samples."""
-        return Samples(*(getattr(self, field.name)[index] for field in fields(self)))
+        picked = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "weight"}
+        weight = None if self.weight is None else self.weight[index]
+        return Samples(**{name: value[index] for name, value in picked.items()}, weight=weight)
 
     def micro_batches(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` samples that cover all."""

@@ -131,8 +131,10 @@ def _add_rewards(add) -> None:
     add("--reward_combination", default="share", choices=COMBINATIONS,
         help="share: normalised, with --reward_share; sum: DMDR's plain weighted sum of losses")
     add("--projection_guard", action="store_true", help="drop what of the rewards' part opposes R_dm")
-    add("--black_box_form", default="group", choices=BLACK_BOX_FORMS,
-        help="how rewards without gradients get a direction")
+    add("--black_box_form", default="tilt", choices=BLACK_BOX_FORMS,
+        help="how rewards without gradients act: as a tilt of the target, or by a direction of their own")
+    add("--reward_tilt", type=float, default=1.0,
+        help="kappa, by how many of their standard deviations such rewards are to rise, about, for tilt")
     add("--num_perturbations", type=int, default=4, help="pairs of perturbed copies per sample, for perturbation")
     add("--perturbation_scale", type=float, default=0.1, help="their size in units of the latents")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ from ..distillation import (
     differentiable_gradients,
     group_gradients,
     perturbation_gradients,
+    reward_values,
+    standardised_advantage,
+    tilted_weight,
 )
 from ..distillation.advantages import grouped
 from ..distillation.reward_gradients import Decode
 from ..rewards import Reward
 
-BLACK_BOX_FORMS = ("group", "perturbation")
+BLACK_BOX_FORMS = ("tilt", "group", "perturbation")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class ExternalRewards:
         decode: latents -> images in [0, 1], differentiable.
         draws: the run's randomness.
         micro_batch_size: pictures decoded and judged at once.
-        black_box: how rewards without gradients get a direction, one of `BLACK_BOX_FORMS`.
+        black_box: how rewards without gradients act, one of `BLACK_BOX_FORMS`: by a tilt of the target, or by a
+            direction from the group or from perturbations.
+        tilt: kappa, by how many standard deviations within a prompt the rewards are to rise, about, for `tilt`.
         num_perturbations: pairs of perturbed copies per sample, for `perturbation`.
         perturbation_scale: their size in units of the latents.
     """
@@ -45,9 +50,32 @@ class ExternalRewards:
     decode: Decode
     draws: Draws
     micro_batch_size: int
-    black_box: str = "group"
+    black_box: str = "tilt"
+    tilt: float = 1.0
     num_perturbations: int = 4
     perturbation_scale: float = 0.1
+
+    def tilted(
+        self, samples: Samples, prompts: Sequence[str], statistics: RunningMeans
+    ) -> tuple[Samples, dict[str, Tensor]]:
+        """The samples with the weights that black boxes give them, and the health numbers; unchanged in other forms.
+
+        Args:
+            samples: M samples; their x̂ is judged.
+            prompts: length M.
+            statistics: the method's running means; updated.
+        """
+        boxes = [reward for reward in self.rewards if not reward.differentiable]
+        if not boxes or self.black_box != "tilt":
+            return samples, {}
+        tilt = samples.x0.new_zeros(len(samples))
+        health: dict[str, Tensor] = {}
+        judged = reward_values(boxes, self.decode, samples.x0, prompts, self.micro_batch_size)
+        for reward, values in zip(boxes, judged, strict=True):
+            advantage = standardised_advantage(reward.name, values, self.draws.group_size, statistics)
+            tilt += self.tilt * self.combination.proportion(reward.name) * advantage
+            health |= self._health_of_values(reward.name, values, values.isfinite(), samples.step)
+        return replace(samples, weight=tilted_weight(tilt, statistics)), health
 
     def join(
         self,
@@ -83,24 +111,27 @@ class ExternalRewards:
             numbers = range(visit * self.num_perturbations, (visit + 1) * self.num_perturbations)
             noise = [self.draws.normal(f"perturbation/{n}", keys, x0.shape[1:]) for n in numbers]
             found += perturbation_gradients(*common, noise, self.perturbation_scale)
-        elif boxes:
+        elif boxes and self.black_box == "group":
             found += group_gradients(*common, self.draws.group_size)
-        return {reward.name: gradient for reward, gradient in zip(exact + boxes, found, strict=True)}
+        return {reward.name: gradient for reward, gradient in zip(exact + boxes, found, strict=False)}
 
     def _health(
         self, ascent: Tensor, joined: Tensor, gradients: dict[str, RewardGradient], step: Tensor
     ) -> dict[str, Tensor]:
         health = {"reward_share_effective": (joined - ascent).square().mean().sqrt() / ascent.square().mean().sqrt()}
         for name, found in gradients.items():
-            health[f"reward/{name}"] = found.values[found.valid].mean()
-            health[f"reward_invalid/{name}"] = (~found.valid).float().mean()
+            health |= self._health_of_values(name, found.values, found.valid, step)
             health[f"reward_cosine/{name}"] = torch.cosine_similarity(
                 ascent.flatten(1), found.gradient.flatten(1), dim=1
             ).mean()
-            groups = grouped(found.values, self.draws.group_size)
-            spread = groups.std(1, correction=0)
-            for k in step.unique().tolist():
-                at_k = step[:: self.draws.group_size] == k
-                health[f"reward/{name}/step_{k + 1}"] = groups[at_k].mean()
-                health[f"reward_std/{name}/step_{k + 1}"] = spread[at_k].mean()
+        return health
+
+    def _health_of_values(self, name: str, values: Tensor, valid: Tensor, step: Tensor) -> dict[str, Tensor]:
+        health = {f"reward/{name}": values[valid].mean(), f"reward_invalid/{name}": (~valid).float().mean()}
+        groups = grouped(values, self.draws.group_size)
+        spread = groups.std(1, correction=0)
+        for k in step.unique().tolist():
+            at_k = step[:: self.draws.group_size] == k
+            health[f"reward/{name}/step_{k + 1}"] = groups[at_k].mean()
+            health[f"reward_std/{name}/step_{k + 1}"] = spread[at_k].mean()
         return health

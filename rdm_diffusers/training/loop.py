@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..networks import FAKE_SCORE, STUDENT
 from .checkpoints import TrainState, save_checkpoint
 from .monitor import CollapseError
-from .updates import Distillation, collect, fake_score_update, reuse, student_update
+from .updates import Distillation, collect, fake_score_update, judge, reuse, student_update
 
 SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
 
@@ -49,7 +49,8 @@ def train(
             batch = collect(run, state.update // args.reuse_rollouts)
             for visit in range(args.reuse_rollouts):
                 batch = reuse(run, batch) if visit else batch
-                health = student_update(run, batch, state.statistics)
+                batch, health = judge(run, batch, state.statistics)
+                health |= student_update(run, batch, state.statistics)
                 health["student_grad_norm"] = step(state, STUDENT)
                 for repeat in range(args.fake_updates_per_step):
                     health |= fake_score_update(run, batch, visit * args.fake_updates_per_step + repeat)

@@ -130,6 +130,7 @@ def make_rewards(teacher: Teacher, draws: Draws, args: argparse.Namespace) -> Ex
         draws=draws,
         micro_batch_size=args.train_batch_size,
         black_box=args.black_box_form,
+        tilt=args.reward_tilt,
         num_perturbations=args.num_perturbations,
         perturbation_scale=args.perturbation_scale,
     )

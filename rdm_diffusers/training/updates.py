@@ -149,6 +149,14 @@ def reuse(run: Distillation, batch: Batch) -> Batch:
     return replace(batch, samples=samples, visit=batch.visit + 1, log_ratio=ratio)
 
 
+def judge(run: Distillation, batch: Batch, statistics: RunningMeans) -> tuple[Batch, dict[str, Tensor]]:
+    """Asks the rewards that tilt the target, if there are any; the batch with its weights, and the health numbers."""
+    if run.rewards is None:
+        return batch, {}
+    samples, health = run.rewards.tilted(batch.samples, batch.sample_prompts, statistics)
+    return replace(batch, samples=samples), health
+
+
 def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) -> dict[str, Tensor]:
     """Accumulates the student's gradients: a direction for all samples first, then one backward per micro-batch.
 
@@ -204,6 +212,8 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     noise = run.draws.normal(f"fake_noise/{repeat}", batch.keys, run.latent_shape)
     x_t = schedule.add_noise(samples.x0, noise, t)
     weight = output_weight(run.networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
+    if samples.weight is not None:
+        weight = weight * samples.weight
     losses = []
     for part in samples.micro_batches(run.micro_batch_size):
         chunk = samples[part]
