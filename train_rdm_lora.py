@@ -38,6 +38,7 @@ from rdm_diffusers.training.optimizers import NonFiniteError
 from rdm_diffusers.training.prompts import load_prompts
 from rdm_diffusers.training.setup import (
     DTYPES,
+    load_rewards,
     make_accelerator,
     make_distillation,
     make_networks,
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         check_resumable(args, read_arguments(checkpoint))
     prompts = load_prompts(args)
     accelerator = make_accelerator(args)
+    rewards = load_rewards(args, accelerator.device)
 
     # 2. The teacher, and the three roles on its network.
     teacher = load_teacher(
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     networks = make_networks(teacher, args)
 
     # 3. Prompts (encoded once), the objective, the student's sampler; optimisers and the moving average.
-    run = make_distillation(teacher, networks, prompts, args, accelerator)
+    run = make_distillation(teacher, networks, prompts, rewards, args, accelerator)
     state = make_state(networks, accelerator, args)
     state.monitor.teacher_contrast = teacher_contrast(teacher, prompts, args)
     if checkpoint:

@@ -26,6 +26,7 @@ from rdm_diffusers.training.checkpoints import TrainState
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.monitor import Monitor
 from rdm_diffusers.training.setup import (
+    load_rewards,
     make_accelerator,
     make_distillation,
     make_networks,
@@ -97,9 +98,10 @@ def distil(
     args.validation_steps, args.checkpointing_steps = args.max_train_steps // marks, args.max_train_steps * 10
     prepare_output(args)
     accelerator = make_accelerator(args)
+    rewards = load_rewards(args, accelerator.device)
     teacher = load_teacher(teacher_name, torch.float32)
     networks = make_networks(teacher, args)
-    run = make_distillation(teacher, networks, list(CAPTIONS), args, accelerator)
+    run = make_distillation(teacher, networks, list(CAPTIONS), rewards, args, accelerator)
     state = make_state(networks, accelerator, args)
     state.monitor = RecordingMonitor(teacher_contrast(teacher, list(CAPTIONS), args))
     curve: list[dict] = []

@@ -24,6 +24,7 @@ from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.prompts import load_prompts
 from rdm_diffusers.training.setup import (
     DTYPES,
+    load_rewards,
     make_accelerator,
     make_distillation,
     make_networks,
@@ -147,9 +148,10 @@ def make_run(argv: list[str]) -> SimpleNamespace:
     args = parse_args(argv)
     prepare_output(args)
     accelerator = make_accelerator(args)
+    rewards = load_rewards(args, accelerator.device)
     teacher = load_teacher(args.pretrained_model_name_or_path, DTYPES[args.mixed_precision])
     networks, prompts = make_networks(teacher, args), load_prompts(args)
-    run = make_distillation(teacher, networks, prompts, args, accelerator)
+    run = make_distillation(teacher, networks, prompts, rewards, args, accelerator)
     state = make_state(networks, accelerator, args)
     state.monitor.teacher_contrast = teacher_contrast(teacher, prompts, args)
     return SimpleNamespace(args=args, teacher=teacher, networks=networks, run=run, state=state, accelerator=accelerator)

@@ -172,6 +172,14 @@ def test_a_preset_that_contradicts_the_algorithm(complaint) -> None:
     assert said.endswith("--algorithm dmd is the preset dmd2; leave --preset gndm-fast out or use gndm.")
 
 
+def test_a_black_box_in_groups_of_one(complaint) -> None:
+    said = complaint(algorithm="gndmr", reward="tiny_prompt_black_box", group_size=1, gndm_lambda=0)
+    assert said == (
+        "The reward tiny_prompt_black_box gives no gradients, and --black_box_form tilt compares the members of a "
+        "group: raise --group_size above 1, or choose perturbation."
+    )
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5])
 def test_a_reward_share_that_leaves_nothing_to_fidelity(complaint, share: float) -> None:
     said = complaint(algorithm="gndmr", reward="tiny_bold", reward_share=share)

@@ -1,14 +1,17 @@
 """The embedded tiny teachers: real pipelines that draw coloured handwritten digits.
 
-`tiny` is a Stable Diffusion pipeline that predicts noise, `tiny-flow` a Stable Diffusion 3 pipeline of flow matching.
+`tiny` is a Stable Diffusion pipeline that predicts noise, `tiny-v` its fine-tune that predicts v, `tiny-flow` a Stable
+Diffusion 3 pipeline of flow matching.
 """
 
 from pathlib import Path
 
 TINY_NAME = "tiny"
+TINY_V_NAME = "tiny-v"
 TINY_FLOW_NAME = "tiny-flow"
 TINY_TEACHERS: dict[str, str] = {
     TINY_NAME: str(Path(__file__).parent / "teacher"),
+    TINY_V_NAME: str(Path(__file__).parent / "teacher_v"),
     TINY_FLOW_NAME: str(Path(__file__).parent / "teacher_flow"),
 }
 TINY_TEACHER = TINY_TEACHERS[TINY_NAME]
@@ -20,6 +23,7 @@ __all__ = [
     "TINY_NAME",
     "TINY_TEACHER",
     "TINY_TEACHERS",
+    "TINY_V_NAME",
     "is_tiny",
     "resolve_teacher",
 ]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..frechet import GaussianStatistics, frechet_distance
-from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_NAME, TINY_TEACHERS
+from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_NAME, TINY_TEACHERS, TINY_V_NAME
 from .captions import CAPTIONS, DRAWINGS
 from .classifier import DrawingClassifier
 from .handwriting import Handwriting
@@ -33,7 +33,7 @@ class Reference:
         sampler: the same in words.
         guidance_scale: w in u + w (c - u).
         statistics, quality: file names.
-        absent: components that the pipeline is saved without, as `from_pretrained` wants to be told.
+        load_options: what `from_pretrained` wants to be told: the dtype, and components that are not there.
     """
 
     solver: type[SchedulerMixin]
@@ -41,11 +41,14 @@ class Reference:
     guidance_scale: float
     statistics: str
     quality: str
-    absent: Mapping[str, None]
+    load_options: Mapping[str, Any]
 
 
 REFERENCES = {
     TINY_NAME: Reference(DDIMScheduler, "50 DDIM steps", 4.0, "reference.safetensors", "quality.json", {}),
+    TINY_V_NAME: Reference(
+        DDIMScheduler, "50 DDIM steps", 4.0, "reference_v.safetensors", "quality_v.json", {"torch_dtype": torch.float32}
+    ),
     TINY_FLOW_NAME: Reference(
         FlowMatchEulerDiscreteScheduler,
         "50 Euler steps",
@@ -103,7 +106,7 @@ def reference_pictures(folder: Path, name: str) -> dict[str, Tensor]:
     """The pictures behind a reference, `[N, 3, 32, 32]` in [0, 1]: those of `SETS`, and `fresh` ones of the teacher."""
     reference = REFERENCES[name]
     pipeline = DiffusionPipeline.from_pretrained(
-        folder / Path(TINY_TEACHERS[name]).name, use_safetensors=True, **reference.absent
+        folder / Path(TINY_TEACHERS[name]).name, use_safetensors=True, **reference.load_options
     )
     pipeline.scheduler = reference.solver.from_config(pipeline.scheduler.config)
     options = {"max_sequence_length": MAX_SEQUENCE_LENGTHS[name]} if name in MAX_SEQUENCE_LENGTHS else {}

@@ -269,7 +269,7 @@ def _check_positive(args: argparse.Namespace) -> None:
     for name in ("num_student_steps", "group_size", "steps_per_rollout", "rank", "train_batch_size",
                  "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
                  "learning_rate", "fake_learning_rate", "lora_alpha", "num_renoisings", "reuse_rollouts",
-                 "debias_pool", "num_perturbations", "perturbation_scale",
+                 "debias_pool", "num_perturbations", "perturbation_scale", "reward_tilt",
                  "num_validation_images", "max_train_samples"):  # fmt: skip
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1 (a rate above 0).")

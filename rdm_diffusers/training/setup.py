@@ -15,7 +15,7 @@ from peft import LoraConfig
 from ..distillation import GNDMR, Draws, RunningMeans
 from ..families import Teacher
 from ..networks import FAKE_SCORE, STUDENT, Networks, SharedBase
-from ..rewards import load_reward
+from ..rewards import WeightedReward, load_reward
 from ..schedulers import RdmScheduler
 from .arguments import groups_per_update, make_objective
 from .checkpoints import TrainState
@@ -83,7 +83,12 @@ def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
 
 
 def make_distillation(
-    teacher: Teacher, networks: Networks, prompts: list[str], args: argparse.Namespace, accelerator: Accelerator
+    teacher: Teacher,
+    networks: Networks,
+    prompts: list[str],
+    rewards: list[WeightedReward],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
 ) -> Distillation:
     """Gathers what stays the same through a run; encodes the prompts, or finds them cached."""
     draws = Draws(args.seed, args.group_size, accelerator.device)
@@ -99,7 +104,7 @@ def make_distillation(
         groups_per_update=groups_per_update(args),
         steps_per_rollout=args.steps_per_rollout,
         micro_batch_size=args.train_batch_size,
-        rewards=make_rewards(teacher, draws, args) if args.reward else None,
+        rewards=join_rewards(rewards, teacher, draws, args) if rewards else None,
         num_renoisings=args.num_renoisings,
         importance_weighting=args.importance_weighting,
         process_index=accelerator.process_index,
@@ -107,22 +112,35 @@ def make_distillation(
     )
 
 
-def make_rewards(teacher: Teacher, draws: Draws, args: argparse.Namespace) -> ExternalRewards:
+def load_rewards(args: argparse.Namespace, device: torch.device) -> list[WeightedReward]:
     """The external rewards that the arguments name.
 
     Raises:
         ValueError: as `load_reward`, and if two have one name.
     """
-    loaded = [load_reward(spec, draws.device) for spec in args.reward]
-    weights = {weighted.reward.name: weighted.weight for weighted in loaded}
-    if len(weights) < len(loaded):
+    loaded = [load_reward(spec, device) for spec in args.reward or ()]
+    if len({weighted.reward.name for weighted in loaded}) < len(loaded):
         raise ValueError(f"Two of the rewards {', '.join(args.reward)} have one name; name each once.")
-    if args.gradient_checkpointing:
-        teacher.pipeline.vae.enable_gradient_checkpointing()
-    if args.reward_share > 0.5 and args.reward_combination == "share":
+    boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
+    if boxes and args.group_size == 1 and args.black_box_form != "perturbation":
+        raise ValueError(
+            f"The reward {boxes[0]} gives no gradients, and --black_box_form {args.black_box_form} compares the "
+            "members of a group: raise --group_size above 1, or choose perturbation."
+        )
+    if loaded and args.reward_share > 0.5 and args.reward_combination == "share":
         print(
             f"warning: --reward_share {args.reward_share} lets the rewards outweigh fidelity; above 0.5 is not advised."
         )
+    return loaded
+
+
+def join_rewards(
+    loaded: list[WeightedReward], teacher: Teacher, draws: Draws, args: argparse.Namespace
+) -> ExternalRewards:
+    """Rewards as a run asks them: through the teacher's decoder, and joined as the arguments say."""
+    weights = {weighted.reward.name: weighted.weight for weighted in loaded}
+    if args.gradient_checkpointing:
+        teacher.pipeline.vae.enable_gradient_checkpointing()
     return ExternalRewards(
         rewards=[weighted.reward for weighted in loaded],
         combination=GNDMR(args.group_size, weights, args.reward_share, args.reward_combination, args.projection_guard),
