@@ -30,8 +30,9 @@ from rdm_diffusers.families import load_teacher
 from rdm_diffusers.hub import export_lora, write_card
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.tiny import is_tiny
-from rdm_diffusers.training.arguments import check_resumable, parse_args, prepare_output
+from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint, read_arguments
+from rdm_diffusers.training.checks import check_resumable, prepare_output
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.monitor import CollapseError
 from rdm_diffusers.training.optimizers import NonFiniteError

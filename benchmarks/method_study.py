@@ -19,7 +19,7 @@ import os
 import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,10 +27,13 @@ from typing import Any
 
 from runs import write_result
 
-TEACHERS = ("tiny", "tiny-flow")
+TEACHERS = ("tiny", "tiny-flow", "tiny-v")
+STUDIED = ("tiny", "tiny-flow")
+RATES: dict[str, dict[str, Any]] = {"tiny-flow": dict(learning_rate=2e-3)}  # best for both methods there
 # Each at the number of fake-score updates that was best for it in `tuning`.
 DMD, GNDM = dict(algorithm="dmd", fake_updates_per_step=5), dict(algorithm="gndm", fake_updates_per_step=1)
 BOLD = dict(GNDM, algorithm="gndmr", reward="tiny_bold")
+BLACK_BOX = dict(BOLD, reward="benchmarks/study_rewards.py:bold_black_box")
 DMDR = dict(DMD, algorithm="gndmr", preset="dmd2", reward="tiny_bold", reward_combination="sum")
 LAMBDAS = {"0": dict(gndm_lambda=0.0), "0.25": dict(gndm_lambda=0.25), "0.5": dict(gndm_lambda=0.5),
            "1": dict(gndm_lambda=1.0), "James-Stein": dict(gndm_lambda="james_stein"),
@@ -52,18 +55,26 @@ class Comparison:
     variants: dict[str, dict[str, Any]]
     budget: int = 24_000
     marks: int = 1
-    teachers: tuple[str, ...] = field(default=TEACHERS)
+    teachers: tuple[str, ...] = STUDIED
 
 
-def rates(**flags: Any) -> dict[str, dict[str, Any]]:
-    """Learning rates x4 around the middle, and 1, 2 and 5 fake updates."""
-    return {
-        f"{algorithm['algorithm']}, lr {rate:g}, {fake} fake updates": dict(
-            algorithm, learning_rate=rate, fake_updates_per_step=fake, **flags
+def rates(best: float) -> dict[str, dict[str, Any]]:
+    """Learning rates x4 around the best one with 1, 2 and 5 fake updates; and fake scores that learn faster."""
+    grid = {
+        f"{base['algorithm']}, lr {rate:g}, {fake} fake updates": dict(
+            base, learning_rate=rate, fake_updates_per_step=fake
         )
-        for algorithm in (DMD, GNDM)
-        for rate in (5e-4, 1e-3, 2e-3)
+        for base in (DMD, GNDM)
+        for rate in (best / 2, best, best * 2)
         for fake in (1, 2, 5)
+    }
+    return grid | {
+        f"{base['algorithm']}, lr {best:g}, fake score's x {ratio}, {fake} fake updates": dict(
+            base, learning_rate=best, fake_updates_per_step=fake, fake_learning_rate=ratio * best
+        )
+        for base in (DMD, GNDM)
+        for ratio in (2, 4)
+        for fake in (1, 2)
     }
 
 
@@ -73,14 +84,10 @@ COMPARISONS = {
         {"DMD": DMD, "GNDM": GNDM},
         budget=60_000,
         marks=6,
+        teachers=TEACHERS,
     ),
-    "main, lr 2e-3": Comparison(
-        "the same at the learning rate that was best for both on the flow teacher",
-        {"DMD": dict(DMD, learning_rate=2e-3), "GNDM": dict(GNDM, learning_rate=2e-3)},
-        budget=60_000,
-        marks=6,
-    ),
-    "tuning": Comparison("stability over learning rates and fake updates", rates(), budget=40_000, marks=2),
+    "tuning": Comparison("learning rates and fake updates", rates(1e-3), budget=40_000, marks=2, teachers=("tiny",)),
+    "tuning, flow": Comparison("the same", rates(2e-3), budget=40_000, marks=2, teachers=("tiny-flow",)),
     "lambda": Comparison(
         "the strength of the correction against the number of fake updates",
         {
@@ -100,6 +107,7 @@ COMPARISONS = {
             "correction in noise units": dict(GNDM, bias_estimator="noise"),
             "correction and group normaliser": GNDM,
             "all three": dict(GNDM, fake_score_steps=True),
+            "correction over all steps": dict(GNDM, pool_steps=True),
             "2 re-noisings": dict(GNDM, num_renoisings=2),
         },
     ),
@@ -137,11 +145,9 @@ COMPARISONS = {
             "share 0.2, reward x 100": dict(BOLD, reward="benchmarks/study_rewards.py:bold_100"),
             "no reward": GNDM,
             "prompt and bold": dict(BOLD, reward=["tiny_prompt", "tiny_bold"]),
-            "black box, group": dict(BOLD, reward="benchmarks/study_rewards.py:bold_black_box"),
-            "black box, perturbation": dict(
-                BOLD, reward="benchmarks/study_rewards.py:bold_black_box", black_box_form="perturbation"
-            ),
-        },
+        }
+        | {f"black box, {form}": dict(BLACK_BOX, black_box_form=form) for form in ("group", "perturbation")}
+        | {f"black box, tilt {kappa:g}": dict(BLACK_BOX, reward_tilt=kappa) for kappa in (0.25, 0.5, 1.0)},
     ),
     "reuse": Comparison(
         "one rollout for N updates, with and without importance weights",
@@ -149,10 +155,15 @@ COMPARISONS = {
         | {
             f"N {n}, {weighting}": dict(GNDM, reuse_rollouts=n, importance_weighting=weighting)
             for n in (2, 4, 8)
-            for weighting in ("none", "clipped", "self_normalized")
+            for weighting in ("none", "clipped")
         },
     ),
 }
+
+
+def flags_of(teacher: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """A variant's flags on one teacher."""
+    return RATES.get(teacher, {}) | flags
 
 
 def run_of(teacher: str, seed: int, comparison: Comparison, flags: dict[str, Any], images: int, folder: Path) -> Path:
@@ -247,7 +258,7 @@ def pending(args: argparse.Namespace) -> list[tuple]:
         for seed in range(args.seeds):
             for teacher in [teacher for teacher in args.teachers if teacher in comparison.teachers]:
                 chosen = [flags for name, flags in comparison.variants.items() if re.search(args.only, name)]
-                for flags in chosen:
+                for flags in (flags_of(teacher, flags) for flags in chosen):
                     path = run_of(teacher, seed, comparison, flags, args.num_images, args.work_dir)
                     runs[path] = (path, teacher, seed, comparison.budget, comparison.marks, args.num_images, flags)
     return [run for path, run in runs.items() if not path.exists()]
@@ -263,7 +274,7 @@ def write_down(args: argparse.Namespace) -> None:
             runs: dict[str, dict[int, dict]] = {}
             for variant, flags in comparison.variants.items():
                 for seed in range(100):
-                    path = run_of(teacher, seed, comparison, flags, args.num_images, args.work_dir)
+                    path = run_of(teacher, seed, comparison, flags_of(teacher, flags), args.num_images, args.work_dir)
                     if path.exists():
                         found = json.loads(path.read_text())
                         record.setdefault("common_arguments", found["arguments"])

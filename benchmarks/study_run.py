@@ -21,8 +21,9 @@ from rdm_diffusers.rewards import evaluate, load_reward
 from rdm_diffusers.tiny.captions import CAPTIONS, parse_caption
 from rdm_diffusers.tiny.classifier import load_classifier
 from rdm_diffusers.tiny.reference import load_statistics
-from rdm_diffusers.training.arguments import parse_args, prepare_output
+from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.checkpoints import TrainState
+from rdm_diffusers.training.checks import prepare_output
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.monitor import Monitor
 from rdm_diffusers.training.setup import (

@@ -19,7 +19,8 @@ from rdm_diffusers.networks import FAKE_SCORE, STUDENT, SharedBase
 from rdm_diffusers.prediction import NoiseSchedule
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
-from rdm_diffusers.training.arguments import parse_args, prepare_output
+from rdm_diffusers.training.arguments import parse_args
+from rdm_diffusers.training.checks import prepare_output
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.prompts import load_prompts
 from rdm_diffusers.training.setup import (

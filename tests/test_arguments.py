@@ -15,11 +15,11 @@ from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.training.arguments import (
     TINY_DEFAULTS,
-    check_resumable,
     groups_per_update,
     make_objective,
     parse_args,
 )
+from rdm_diffusers.training.checks import check_resumable
 from rdm_diffusers.training.prompts import load_prompts
 
 

@@ -76,6 +76,15 @@ def test_leave_one_out_mean_is_the_mean_of_the_others(group_size: int) -> None:
         assert torch.allclose(means[i], torch.stack(others).mean(0), atol=1e-6)
 
 
+def test_over_several_states_the_others_are_all_states_of_the_other_rollouts() -> None:
+    values = torch.randn(2, 3, GROUP, 5)  # two groups, three states of each rollout
+    means = leave_one_out_mean(values.flatten(0, 2), GROUP, states=3).unflatten(0, values.shape[:3])
+    for member in range(GROUP):
+        others = [j for j in range(GROUP) if j != member]
+        expected = values[:, :, others].mean((1, 2))[:, None].expand(-1, 3, -1)
+        assert torch.allclose(means[:, :, member], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("estimator", BIAS_ESTIMATORS)
 def test_a_group_of_one_shows_no_bias(estimator: str) -> None:
     e = random_estimate()

@@ -23,13 +23,19 @@ def grouped(values: Tensor, group_size: int) -> Tensor:
     return values.unflatten(0, (-1, group_size))
 
 
-def leave_one_out_mean(values: Tensor, group_size: int) -> Tensor:
-    """The mean of the *other* members of each sample's group, shaped as `values [M, ...]`; 0 for groups of 1."""
+def leave_one_out_mean(values: Tensor, group_size: int, states: int = 1) -> Tensor:
+    """The mean over the *other* rollouts of each sample's group, shaped as `values [M, ...]`; 0 for groups of 1.
+
+    Args:
+        values: of the samples, the G members of a group side by side.
+        group_size: G.
+        states: how many groups that follow each other are states of the same G rollouts; all of them count.
+    """
     if group_size == 1:
         return torch.zeros_like(values)
-    groups = grouped(values, group_size)
-    others = groups.sum(1, keepdim=True) - groups
-    return (others / (group_size - 1)).flatten(0, 1)
+    rollouts = values.unflatten(0, (-1, states, group_size))
+    others = rollouts.sum((1, 2), keepdim=True) - rollouts.sum(1, keepdim=True)
+    return (others / (states * (group_size - 1))).expand_as(rollouts).flatten(0, 2)
 
 
 def variance_within_groups(estimate: RewardEstimate, group_size: int, statistics: RunningMeans) -> Tensor:
@@ -66,8 +72,9 @@ def fake_score_bias(
     estimator: str = "shift",
     pool: int = 1,
     variance: float | Tensor = 1.0,
+    states: int = 1,
 ) -> Tensor:
-    """b, the bias of each sample's fake x0 as the *other* members of its group show it: `[M, C, H, W]`.
+    """b, the bias of each sample's fake x0 as the *other* rollouts of its group show it: `[M, C, H, W]`.
 
     A perfect fake score is the posterior mean of the student's own samples, so its residuals average to zero over a
     group; what is left is its bias for this prompt, measured at no extra network call. It is 0 for groups of 1. With u
@@ -85,6 +92,8 @@ def fake_score_bias(
         estimator: one of `BIAS_ESTIMATORS`.
         pool: keep only what varies more slowly than so many latent pixels; 1 keeps all.
         variance: v of the `bias_unit`.
+        states: as in `leave_one_out_mean`. The fake score learns from all of them, so its residuals average to zero
+            over them together; and more residuals make less noise.
     """
     residual, unit = estimate.fake_x0 - estimate.x0, bias_unit(estimate, estimator, variance)
     if estimate.weight is not None:
@@ -92,9 +101,10 @@ def fake_score_bias(
     if group_size == 1:
         return torch.zeros_like(residual)
     if estimator == "shift":
-        mean = leave_one_out_mean(residual, group_size) / expand(leave_one_out_mean(unit, group_size), residual)
+        total, share = (leave_one_out_mean(values, group_size, states) for values in (residual, unit))
+        mean = total / expand(share, residual)
     else:
-        mean = leave_one_out_mean(residual / expand(unit, residual), group_size)
+        mean = leave_one_out_mean(residual / expand(unit, residual), group_size, states)
     return expand(unit, residual) * low_pass(mean, pool)
 
 

@@ -49,6 +49,7 @@ class GNDM:
         normalization: one of `advantages.NORMALIZATIONS`.
         bias_estimator: one of `advantages.BIAS_ESTIMATORS`.
         debias_pool: b keeps only what varies more slowly than so many latent pixels; 1 keeps all.
+        states: how many states of each rollout b is measured over, all that are trained on or 1, its own.
     """
 
     group_size: int = 4
@@ -56,6 +57,7 @@ class GNDM:
     normalization: str = "group"
     bias_estimator: str = "shift"
     debias_pool: int = 1
+    states: int = 1
 
     def advantage(self, estimate: RewardEstimate, statistics: RunningMeans) -> Advantage:
         """R' / n and its parts. Updates `statistics`."""
@@ -72,7 +74,7 @@ class GNDM:
         if self.gndm_lambda == 0 or self.group_size == 1:
             return torch.zeros_like(estimate.reward)
         variance = variance_within_groups(estimate, self.group_size, statistics)
-        bias = fake_score_bias(estimate, self.group_size, self.bias_estimator, self.debias_pool, variance)
+        bias = fake_score_bias(estimate, self.group_size, self.bias_estimator, self.debias_pool, variance, self.states)
         if isinstance(self.gndm_lambda, str):
             return expand(shrinkage(estimate, bias, statistics), bias) * bias
         return self.gndm_lambda * bias

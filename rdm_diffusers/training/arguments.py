@@ -1,4 +1,4 @@
-"""The arguments of a run, in the names of the diffusers example scripts, and the checks that need no network.
+"""The arguments of a run, in the names of the diffusers example scripts.
 
 `PRESETS` are the method's variants by name; a flag that is given beats its preset. `TINY_DEFAULTS` is what changes when
 an embedded tiny teacher is distilled, on two CPU cores in about ten minutes.
@@ -7,11 +7,8 @@ an embedded tiny teacher is distilled, on two CPU cores in about ten minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..distillation import (
@@ -22,9 +19,9 @@ from ..distillation import (
     JAMES_STEIN,
     NORMALIZATIONS,
 )
-from ..families import LORA_FILE
 from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
+from .checks import check_arguments
 from .external_rewards import BLACK_BOX_FORMS
 
 ALGORITHMS = ("dmd", "gndm", "gndmr")
@@ -51,15 +48,6 @@ TINY_DEFAULTS = dict(
     fold_adapters=True,
     num_eval_images=5000,
 )
-
-# A resumed run may change these; everything else must be as it was. Where the learning rate is scheduled to the end of
-# the run, that end is no longer free.
-FREE_ON_RESUME = {
-    "output_dir", "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "validation_prompt", "monitor_images", "num_validation_images", "validation_steps",
-    "num_eval_images", "sample_guidance_scale", "max_train_steps", "learning_rate", "fake_learning_rate",
-    "max_grad_norm", "cache_dir", "gradient_checkpointing", "allow_tf32", "stop_on_collapse",
-}  # fmt: skip
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -106,6 +94,8 @@ def _add_method(add) -> None:
         help=f"strength of GNDM's bias correction, 0 to 1 or {JAMES_STEIN}; the preset's by default")
     add("--bias_estimator", default="shift", choices=BIAS_ESTIMATORS,
         help="how a group's residuals make a bias: as a shift of the student's mean, or in noise units")
+    add("--pool_steps", action="store_true",
+        help="measure the bias over all trained states of the group's rollouts, not at each step by itself")
     add("--debias_pool", type=int, default=1, help="correct only what varies more slowly than so many latent pixels")
     add("--advantage_normalization", choices=NORMALIZATIONS, help="what R_dm is divided by; the preset's by default")
     add("--num_renoisings", type=int, default=1, help="re-noised copies of each sample that estimate R_dm")
@@ -133,7 +123,7 @@ def _add_rewards(add) -> None:
     add("--projection_guard", action="store_true", help="drop what of the rewards' part opposes R_dm")
     add("--black_box_form", default="tilt", choices=BLACK_BOX_FORMS,
         help="how rewards without gradients act: as a tilt of the target, or by a direction of their own")
-    add("--reward_tilt", type=float, default=1.0,
+    add("--reward_tilt", type=float, default=0.5,
         help="kappa, by how many of their standard deviations such rewards are to rise, about, for tilt")
     add("--num_perturbations", type=int, default=4, help="pairs of perturbed copies per sample, for perturbation")
     add("--perturbation_scale", type=float, default=0.1, help="their size in units of the latents")
@@ -194,85 +184,30 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         parser.set_defaults(**TINY_DEFAULTS, sample_guidance_scale=REFERENCES[name].guidance_scale)
     args = parser.parse_args(argv)
     try:
-        return check_arguments(args)
+        return fill_in(args)
     except ValueError as error:
         parser.error(str(error))
 
 
-def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in the defaults that depend on others, and checks the batch arithmetic.
+def fill_in(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in the defaults that depend on others, and checks all.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
-    _check_positive(args)
     args.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     preset = args.preset or ALGORITHM_PRESETS[args.algorithm]
     for name, value in PRESETS[preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    _check_algorithm(args)
-    for name in ("fake_updates_per_step", "monitor_images"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 0 or more.")
-    args.fake_learning_rate = args.fake_learning_rate or args.learning_rate
-    args.lora_alpha = args.lora_alpha or args.rank
+    if args.fake_learning_rate is None:
+        args.fake_learning_rate = args.learning_rate
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
     if args.sample_guidance_scale is None:
         args.sample_guidance_scale = args.guidance_scale
-    if args.gndm_lambda != 0 and args.group_size == 1:
-        raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
-    if args.eta not in (0, 1):
-        raise ValueError(f"--eta is {args.eta}; it must be 1 or 0, because no stock scheduler samples in between.")
-    if args.gndm_lambda != JAMES_STEIN and not 0 <= args.gndm_lambda <= 1:
-        raise ValueError(f"--gndm_lambda is {args.gndm_lambda}; it must lie in [0, 1], or be {JAMES_STEIN}.")
-    if args.steps_per_rollout > args.num_student_steps:
-        raise ValueError(
-            f"--steps_per_rollout {args.steps_per_rollout} is more than the {args.num_student_steps} steps of a "
-            "rollout; lower it."
-        )
-    samples, unit = args.train_batch_size * args.gradient_accumulation_steps, args.group_size * args.steps_per_rollout
-    if samples % unit:
-        raise ValueError(
-            f"An update has {samples} samples (--train_batch_size x --gradient_accumulation_steps), which is not a "
-            f"multiple of {unit} (--group_size x --steps_per_rollout); change one of these four."
-        )
+    check_arguments(args)
     return args
-
-
-def _check_algorithm(args: argparse.Namespace) -> None:
-    if args.algorithm == "gndmr" and not args.reward:
-        raise ValueError("--algorithm gndmr needs external rewards: add --reward name, for example --reward tiny_bold.")
-    if args.algorithm != "gndmr" and args.reward:
-        raise ValueError(f"--algorithm {args.algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
-    if args.algorithm == "dmd" and args.preset not in (None, "dmd2"):
-        raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {args.preset} out or use gndm.")
-    if args.algorithm == "dmd" and args.gndm_lambda not in (None, 0):
-        raise ValueError(f"--algorithm dmd corrects nothing; leave --gndm_lambda {args.gndm_lambda} out or use gndm.")
-    if not 0 <= args.reward_share <= 1 or (args.reward_share == 1 and not args.projection_guard):
-        raise ValueError(
-            f"--reward_share is {args.reward_share}; it must lie in [0, 1), or be 1 with --projection_guard."
-        )
-    if args.importance_weighting != "none" and (args.reuse_rollouts == 1 or args.eta == 0):
-        raise ValueError(
-            "--importance_weighting weighs reused rollouts of a stochastic student: it needs --reuse_rollouts above 1 "
-            "and --eta above 0."
-        )
-    for name in ("max_train_steps", "checkpointing_steps"):
-        if getattr(args, name) % args.reuse_rollouts:
-            raise ValueError(
-                f"--{name} is {getattr(args, name)}; it must be a multiple of --reuse_rollouts {args.reuse_rollouts}, "
-                "so that no checkpoint falls into the middle of a rollout's service."
-            )
-
-
-def _check_positive(args: argparse.Namespace) -> None:
-    for name in ("num_student_steps", "group_size", "steps_per_rollout", "rank", "train_batch_size",
-                 "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
-                 "learning_rate", "fake_learning_rate", "lora_alpha", "num_renoisings", "reuse_rollouts",
-                 "debias_pool", "num_perturbations", "perturbation_scale", "reward_tilt",
-                 "num_validation_images", "max_train_samples"):  # fmt: skip
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1 (a rate above 0).")
 
 
 def groups_per_update(args: argparse.Namespace) -> int:
@@ -283,39 +218,11 @@ def groups_per_update(args: argparse.Namespace) -> int:
 
 def make_objective(args: argparse.Namespace) -> GNDM:
     """The objective that the arguments name, without the rewards."""
-    return GNDM(args.group_size, args.gndm_lambda, args.advantage_normalization, args.bias_estimator, args.debias_pool)
-
-
-def prepare_output(args: argparse.Namespace) -> Path:
-    """Makes the output folder.
-
-    Raises:
-        ValueError: if it cannot be written, or holds another run and nothing says to resume.
-    """
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own for every process
-            pass
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
-    if args.resume_from_checkpoint is None and (any(folder.glob("checkpoint-*")) or (folder / LORA_FILE).exists()):
-        raise ValueError(
-            f"--output_dir {folder} holds the checkpoints or the student of another run; add --resume_from_checkpoint "
-            "latest, or choose another folder."
-        )
-    return folder
-
-
-def check_resumable(args: argparse.Namespace, saved: dict) -> None:
-    """Refuses to resume with arguments that would make another run of it.
-
-    Raises:
-        ValueError: naming the flags that differ.
-    """
-    now = json.loads(json.dumps(vars(args)))
-    free = FREE_ON_RESUME - (set() if args.lr_scheduler.startswith("constant") else {"max_train_steps"})
-    changed = [name for name in saved if name not in free and now.get(name) != saved[name]]
-    if changed:
-        flags = ", ".join(f"--{name} (was {saved[name]}, is {now.get(name)})" for name in changed)
-        raise ValueError(f"The checkpoint was made with other arguments: {flags}; set them back or start a new run.")
+    return GNDM(
+        args.group_size,
+        args.gndm_lambda,
+        args.advantage_normalization,
+        args.bias_estimator,
+        args.debias_pool,
+        args.steps_per_rollout if args.pool_steps else 1,
+    )

@@ -1,0 +1,121 @@
+"""What can be wrong with a run's arguments, each said in one sentence before any long work starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from ..distillation import JAMES_STEIN
+from ..families import LORA_FILE
+
+# A resumed run may change these; everything else must be as it was. Where the learning rate is scheduled to the end of
+# the run, that end is no longer free.
+FREE_ON_RESUME = {
+    "output_dir", "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "validation_prompt", "monitor_images", "num_validation_images", "validation_steps",
+    "num_eval_images", "sample_guidance_scale", "max_train_steps", "learning_rate", "fake_learning_rate",
+    "max_grad_norm", "cache_dir", "gradient_checkpointing", "allow_tf32", "stop_on_collapse",
+}  # fmt: skip
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Checks what needs neither teacher nor files.
+
+    Raises:
+        ValueError: one sentence on what is wrong and what to do.
+    """
+    _check_numbers(args)
+    _check_algorithm(args)
+    if args.gndm_lambda != 0 and args.group_size == 1:
+        raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
+    if args.eta not in (0, 1):
+        raise ValueError(f"--eta is {args.eta}; it must be 1 or 0, because no stock scheduler samples in between.")
+    if args.gndm_lambda != JAMES_STEIN and not 0 <= args.gndm_lambda <= 1:
+        raise ValueError(f"--gndm_lambda is {args.gndm_lambda}; it must lie in [0, 1], or be {JAMES_STEIN}.")
+    if args.steps_per_rollout > args.num_student_steps:
+        raise ValueError(
+            f"--steps_per_rollout {args.steps_per_rollout} is more than the {args.num_student_steps} steps of a "
+            "rollout; lower it."
+        )
+    samples, unit = args.train_batch_size * args.gradient_accumulation_steps, args.group_size * args.steps_per_rollout
+    if samples % unit:
+        raise ValueError(
+            f"An update has {samples} samples (--train_batch_size x --gradient_accumulation_steps), which is not a "
+            f"multiple of {unit} (--group_size x --steps_per_rollout); change one of these four."
+        )
+
+
+def _check_algorithm(args: argparse.Namespace) -> None:
+    if args.algorithm == "gndmr" and not args.reward:
+        raise ValueError("--algorithm gndmr needs external rewards: add --reward name, for example --reward tiny_bold.")
+    if args.algorithm != "gndmr" and args.reward:
+        raise ValueError(f"--algorithm {args.algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
+    if args.algorithm == "dmd" and args.preset not in (None, "dmd2"):
+        raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {args.preset} out or use gndm.")
+    if args.algorithm == "dmd" and args.gndm_lambda not in (None, 0):
+        raise ValueError(f"--algorithm dmd corrects nothing; leave --gndm_lambda {args.gndm_lambda} out or use gndm.")
+    if not 0 <= args.reward_share <= 1 or (args.reward_share == 1 and not args.projection_guard):
+        raise ValueError(
+            f"--reward_share is {args.reward_share}; it must lie in [0, 1), or be 1 with --projection_guard."
+        )
+    if args.importance_weighting != "none" and (args.reuse_rollouts == 1 or args.eta == 0):
+        raise ValueError(
+            "--importance_weighting weighs reused rollouts of a stochastic student: it needs --reuse_rollouts above 1 "
+            "and --eta above 0."
+        )
+    for name in ("max_train_steps", "checkpointing_steps"):
+        if getattr(args, name) % args.reuse_rollouts:
+            raise ValueError(
+                f"--{name} is {getattr(args, name)}; it must be a multiple of --reuse_rollouts {args.reuse_rollouts}, "
+                "so that no checkpoint falls into the middle of a rollout's service."
+            )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("num_student_steps", "group_size", "steps_per_rollout", "rank", "train_batch_size",
+                 "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
+                 "learning_rate", "fake_learning_rate", "lora_alpha", "num_renoisings", "reuse_rollouts",
+                 "debias_pool", "num_perturbations", "perturbation_scale", "reward_tilt",
+                 "num_validation_images", "max_train_samples"):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1 (a rate above 0).")
+    for name in ("fake_updates_per_step", "monitor_images"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 0 or more.")
+
+
+def prepare_output(args: argparse.Namespace) -> Path:
+    """Makes the output folder.
+
+    Raises:
+        ValueError: if it cannot be written, or holds another run and nothing says to resume.
+    """
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own for every process
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
+    if args.resume_from_checkpoint is None and (any(folder.glob("checkpoint-*")) or (folder / LORA_FILE).exists()):
+        raise ValueError(
+            f"--output_dir {folder} holds the checkpoints or the student of another run; add --resume_from_checkpoint "
+            "latest, or choose another folder."
+        )
+    return folder
+
+
+def check_resumable(args: argparse.Namespace, saved: dict) -> None:
+    """Refuses to resume with arguments that would make another run of it.
+
+    Raises:
+        ValueError: naming the flags that differ.
+    """
+    now = json.loads(json.dumps(vars(args)))
+    free = FREE_ON_RESUME - (set() if args.lr_scheduler.startswith("constant") else {"max_train_steps"})
+    changed = [name for name in saved if name not in free and now.get(name) != saved[name]]
+    if changed:
+        flags = ", ".join(f"--{name} (was {saved[name]}, is {now.get(name)})" for name in changed)
+        raise ValueError(f"The checkpoint was made with other arguments: {flags}; set them back or start a new run.")
