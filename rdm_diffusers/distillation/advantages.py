@@ -92,8 +92,7 @@ def fake_score_bias(
         estimator: one of `BIAS_ESTIMATORS`.
         pool: keep only what varies more slowly than so many latent pixels; 1 keeps all.
         variance: v of the `bias_unit`.
-        states: as in `leave_one_out_mean`. The fake score learns from all of them, so its residuals average to zero
-            over them together; and more residuals make less noise.
+        states: over how many states of the rollouts the bias is measured, as in `leave_one_out_mean`.
     """
     residual, unit = estimate.fake_x0 - estimate.x0, bias_unit(estimate, estimator, variance)
     if estimate.weight is not None:

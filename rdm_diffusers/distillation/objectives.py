@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,7 +50,10 @@ class GNDM:
         normalization: one of `advantages.NORMALIZATIONS`.
         bias_estimator: one of `advantages.BIAS_ESTIMATORS`.
         debias_pool: b keeps only what varies more slowly than so many latent pixels; 1 keeps all.
-        states: how many states of each rollout b is measured over, all that are trained on or 1, its own.
+        states: how many states of each rollout are trained on, in groups that follow each other.
+        pool_steps: the share of b that is measured over all those states, 0 to 1; the rest is over the sample's own
+            step. The fake score learns from all states, so both average to zero once it is perfect: all of them make
+            less noise, the step's own know it better.
     """
 
     group_size: int = 4
@@ -58,6 +62,7 @@ class GNDM:
     bias_estimator: str = "shift"
     debias_pool: int = 1
     states: int = 1
+    pool_steps: float = 0.5
 
     def advantage(self, estimate: RewardEstimate, statistics: RunningMeans) -> Advantage:
         """R' / n and its parts. Updates `statistics`."""
@@ -73,11 +78,17 @@ class GNDM:
     def _correction(self, estimate: RewardEstimate, statistics: RunningMeans) -> Tensor:
         if self.gndm_lambda == 0 or self.group_size == 1:
             return torch.zeros_like(estimate.reward)
-        variance = variance_within_groups(estimate, self.group_size, statistics)
-        bias = fake_score_bias(estimate, self.group_size, self.bias_estimator, self.debias_pool, variance, self.states)
+        bias = self._bias(estimate, statistics)
         if isinstance(self.gndm_lambda, str):
             return expand(shrinkage(estimate, bias, statistics), bias) * bias
         return self.gndm_lambda * bias
+
+    def _bias(self, estimate: RewardEstimate, statistics: RunningMeans) -> Tensor:
+        variance = variance_within_groups(estimate, self.group_size, statistics)
+        measured = partial(fake_score_bias, estimate, self.group_size, self.bias_estimator, self.debias_pool, variance)
+        if self.states == 1 or self.pool_steps == 0:
+            return measured()
+        return torch.lerp(measured(), measured(self.states), self.pool_steps)
 
 
 def shrinkage(estimate: RewardEstimate, bias: Tensor, statistics: RunningMeans) -> Tensor:

@@ -94,8 +94,8 @@ def _add_method(add) -> None:
         help=f"strength of GNDM's bias correction, 0 to 1 or {JAMES_STEIN}; the preset's by default")
     add("--bias_estimator", default="shift", choices=BIAS_ESTIMATORS,
         help="how a group's residuals make a bias: as a shift of the student's mean, or in noise units")
-    add("--pool_steps", action="store_true",
-        help="measure the bias over all trained states of the group's rollouts, not at each step by itself")
+    add("--pool_steps", type=float, default=0.5,
+        help="share of the bias that is measured over all trained states of a rollout, 0 to 1, not at its step alone")
     add("--debias_pool", type=int, default=1, help="correct only what varies more slowly than so many latent pixels")
     add("--advantage_normalization", choices=NORMALIZATIONS, help="what R_dm is divided by; the preset's by default")
     add("--num_renoisings", type=int, default=1, help="re-noised copies of each sample that estimate R_dm")
@@ -224,5 +224,6 @@ def make_objective(args: argparse.Namespace) -> GNDM:
         args.advantage_normalization,
         args.bias_estimator,
         args.debias_pool,
-        args.steps_per_rollout if args.pool_steps else 1,
+        args.steps_per_rollout,
+        args.pool_steps,
     )

@@ -34,6 +34,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--eta is {args.eta}; it must be 1 or 0, because no stock scheduler samples in between.")
     if args.gndm_lambda != JAMES_STEIN and not 0 <= args.gndm_lambda <= 1:
         raise ValueError(f"--gndm_lambda is {args.gndm_lambda}; it must lie in [0, 1], or be {JAMES_STEIN}.")
+    if not 0 <= args.pool_steps <= 1:
+        raise ValueError(f"--pool_steps is {args.pool_steps}; it must lie in [0, 1].")
     if args.steps_per_rollout > args.num_student_steps:
         raise ValueError(
             f"--steps_per_rollout {args.steps_per_rollout} is more than the {args.num_student_steps} steps of a "
