@@ -44,6 +44,7 @@ from rdm_diffusers.training.setup import (
     make_distillation,
     make_networks,
     make_state,
+    prompt_options,
     teacher_contrast,
 )
 from rdm_diffusers.training.validation import averaged_student, spread, validate
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         DTYPES[args.mixed_precision],
         args.revision,
         args.variant,
-        args.max_sequence_length,
+        prompt_options(args),
     )
     teacher.pipeline.to(accelerator.device)
     networks = make_networks(teacher, args)

@@ -141,7 +141,7 @@ class Networks(ABC):
         both = Conditioning.cat([self.null_conditioning.expand(len(x_t)), conditioning])
         output = self._output(TEACHER, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         unconditional, conditional = output.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        return self.family.guide(unconditional, conditional, self.guidance_scale)
 
 
 class SeparateNetworks(Networks):

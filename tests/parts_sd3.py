@@ -10,7 +10,7 @@ from parts import randomise_adapters
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
-from rdm_diffusers.families import Teacher, load_teacher
+from rdm_diffusers.families import PromptOptions, Teacher, load_teacher
 from rdm_diffusers.hub import export_lora
 from rdm_diffusers.networks import SharedBase
 from rdm_diffusers.schedulers import RdmScheduler
@@ -70,7 +70,7 @@ def make_shared(teacher: Teacher, guidance_scale: float = 1.0, rank: int = 2, al
     torch.manual_seed(1)
     networks = SharedBase(
         teacher.denoiser, config, False, teacher.family, teacher.schedule, teacher.prediction_type,
-        teacher.encode_prompts([""]), guidance_scale,
+        teacher.encode_nothing(), guidance_scale,
     )  # fmt: skip
     randomise_adapters(networks)
     return networks
@@ -85,7 +85,7 @@ def rdm_scheduler(steps: int, eta: float) -> RdmScheduler:
 
 def make_student(teacher_folder: Path | str, folder: Path, steps: int, eta: float) -> Path:
     """A LoRA student of the teacher in `teacher_folder`, exported into `folder`."""
-    teacher = load_teacher(str(teacher_folder), torch.float32, max_sequence_length=TOKENS)
+    teacher = load_teacher(str(teacher_folder), torch.float32, options=PromptOptions(TOKENS))
     folder.mkdir(exist_ok=True)
     export_lora(folder, teacher, make_shared(teacher), rdm_scheduler(steps, eta))
     return folder

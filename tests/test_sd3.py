@@ -17,7 +17,7 @@ from torch import Tensor
 
 import train_rdm_lora
 from rdm_diffusers.evaluation import FLOW_SOLVERS, save_samples, solvers_of, teacher_sampler
-from rdm_diffusers.families import FAMILIES, Teacher, load_teacher
+from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher, load_teacher
 from rdm_diffusers.hub import write_card
 from rdm_diffusers.networks import STUDENT, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline, RdmStableDiffusion3Pipeline
@@ -44,7 +44,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def teacher(teacher_folder: Path) -> Teacher:
-    return load_teacher(str(teacher_folder), torch.float32, max_sequence_length=TOKENS)
+    return load_teacher(str(teacher_folder), torch.float32, options=PromptOptions(TOKENS))
 
 
 @pytest.fixture(scope="module", params=[1, 0], ids=["stochastic", "deterministic"])
@@ -96,14 +96,14 @@ def test_a_flow_teacher_is_loaded_as_one(teacher: Teacher) -> None:
 @pytest.mark.parametrize("third_encoder", [False, True])
 def test_prompts_are_encoded_as_the_stock_pipeline_encodes_them(third_encoder: bool) -> None:
     pipeline, prompts = make_sd3_pipeline(third_encoder=third_encoder), list(PROMPTS[:2])
-    teacher = Teacher(pipeline, FAMILY, "me/teacher", max_sequence_length=TOKENS)
+    teacher = Teacher(pipeline, FAMILY, "me/teacher", PromptOptions(TOKENS))
     tensors = teacher.encode_prompts(prompts).tensors
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, max_sequence_length=TOKENS)
     assert torch.equal(tensors["prompt_embeds"], embeds)
     assert torch.equal(tensors["pooled_prompt_embeds"], pooled)
     assert embeds.shape[1] == MAX_TOKENS + TOKENS and pooled.shape == (2, sum(TEXT_DIMS))
-    default = teacher.family.encode_prompts(pipeline, prompts).tensors["prompt_embeds"]
+    default = teacher.family.encode_prompts(pipeline, prompts, PromptOptions()).tensors["prompt_embeds"]
     assert default.shape[1] == MAX_TOKENS + 256
 
 
@@ -271,7 +271,8 @@ def test_a_full_student_draws_the_same_whoever_loads_it(student: Path, loader, t
     pipeline = loader.from_pretrained(tmp_path, **({} if own else WITHOUT_T5))
     options = {} if own else dict(num_inference_steps=STEPS, guidance_scale=0.0, max_sequence_length=TOKENS)
     assert difference(draw_from_latents(pipeline, **options), draw_from_latents(lora)) < TOLERANCE
-    assert json.loads((tmp_path / "rdm_config.json").read_text())["max_sequence_length"] == TOKENS
+    arguments = json.loads((tmp_path / "rdm_config.json").read_text())["call_arguments"]
+    assert arguments == {"guidance_scale": 0.0, "max_sequence_length": TOKENS}
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusion3Pipeline"
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]

@@ -27,13 +27,12 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "dataset
 
 def student_sampler(student: RdmDistillationPipeline, batch_size: int = 250) -> Sampler:
     """The student with its trained settings."""
-    return Sampler(student, student.student.num_inference_steps, student.student.guidance_scale, batch_size)
+    return Sampler(student, student.student.num_inference_steps, False, batch_size)
 
 
 def teacher_options(student: RdmDistillationPipeline) -> dict[str, Any]:
     """What the student's teacher must be called with to read prompts as the student does."""
-    length = student.student.max_sequence_length
-    return {} if length is None else {"max_sequence_length": length}
+    return {key: value for key, value in student.student.call_arguments.items() if key == "max_sequence_length"}
 
 
 def best_few_step_teacher(

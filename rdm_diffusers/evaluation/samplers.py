@@ -17,8 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..families import rebuilt
-from ..prediction import NoiseSchedule
+from ..families import FAMILIES, rebuilt
 
 Solver = Callable[[SchedulerMixin, int], SchedulerMixin]  # the teacher's own scheduler, steps -> what samples it
 
@@ -53,21 +52,21 @@ class Sampler:
     Args:
         pipeline: any text-to-image pipeline.
         steps: sampling steps.
-        guidance_scale: w in u + w (c - u), two network calls a step when above 1; at most 1 is off, with one call.
+        guided: whether a step takes two network calls, one of them without the prompt.
         batch_size: pictures drawn at once; a picture depends on its seed only.
         call_options: what else the pipeline is called with, for example `max_sequence_length`.
     """
 
     pipeline: DiffusionPipeline
     steps: int
-    guidance_scale: float
+    guided: bool
     batch_size: int = 250
     call_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nfe(self) -> int:
         """Network calls for one picture, guidance included."""
-        return self.steps * (2 if self.guidance_scale > 1 else 1)
+        return self.steps * (2 if self.guided else 1)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, float]:
@@ -83,7 +82,6 @@ class Sampler:
             output = self.pipeline(
                 list(prompts[part]),
                 num_inference_steps=self.steps,
-                guidance_scale=self.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 output_type="pt",
                 **self.call_options,
@@ -94,7 +92,8 @@ class Sampler:
 
 def solvers_of(pipeline: DiffusionPipeline) -> dict[str, Solver]:
     """The solvers that sample this teacher: `TEACHER_SOLVERS`, or for flow matching `FLOW_SOLVERS`."""
-    return FLOW_SOLVERS if NoiseSchedule.from_scheduler(pipeline.scheduler).is_flow else TEACHER_SOLVERS
+    family = FAMILIES[type(pipeline).__name__]
+    return FLOW_SOLVERS if family.prediction_type(pipeline.scheduler) == "flow_prediction" else TEACHER_SOLVERS
 
 
 def teacher_sampler(
@@ -106,7 +105,8 @@ def teacher_sampler(
     **call_options: Any,
 ) -> Sampler:
     """The teacher with one of `solvers_of` it, on a copy of the pipeline that shares its networks."""
-    scheduler = solvers_of(pipeline)[solver](pipeline.scheduler, steps)
-    return Sampler(
-        rebuilt(type(pipeline), pipeline, scheduler=scheduler), steps, guidance_scale, batch_size, call_options
-    )
+    family = FAMILIES[type(pipeline).__name__]
+    copy = rebuilt(type(pipeline), pipeline, scheduler=solvers_of(pipeline)[solver](pipeline.scheduler, steps))
+    calls_twice = guidance_scale > 1 and not family.embeds_guidance(pipeline)
+    call_options = {**family.guided(guidance_scale), **call_options}
+    return Sampler(copy, steps, calls_twice, batch_size, call_options)

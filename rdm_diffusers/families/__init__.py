@@ -1,6 +1,6 @@
 """What differs between teachers, one file each."""
 
-from .base import Conditioning, Family, rebuilt
+from .base import Conditioning, Family, PromptOptions, rebuilt
 from .loading import (
     FAMILIES,
     LORA_FILE,
@@ -17,6 +17,7 @@ __all__ = [
     "LORA_FILE",
     "Conditioning",
     "Family",
+    "PromptOptions",
     "Teacher",
     "absent_components",
     "family_of",

@@ -44,6 +44,38 @@ class Conditioning:
         return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
+@dataclass(frozen=True)
+class PromptOptions:
+    """How prompts are read, by teacher and student alike.
+
+    Args:
+        max_sequence_length: tokens that the large text encoder reads, where there is one; by default as many as the
+            stock pipeline.
+        resolution: pixels per side, for families that tell their denoiser; by default the teacher's own.
+        embedded_guidance: the guidance that a guidance-distilled denoiser is told, for families that have one.
+    """
+
+    max_sequence_length: int | None = None
+    resolution: int | None = None
+    embedded_guidance: float | None = None
+
+    @property
+    def length(self) -> dict[str, int]:
+        """`max_sequence_length` as an argument of the stock pipeline, where it is given."""
+        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+
+
+def square_latents(channels: int, resolution: int, factor: int, patch: int = 1) -> tuple[int, int, int]:
+    """`(C, H, W)` of the latents of square images, for a denoiser that reads patches of `patch` x `patch`.
+
+    Raises:
+        ValueError: if the resolution does not make whole patches.
+    """
+    if resolution % (factor * patch):
+        raise ValueError(f"--resolution is {resolution}; this teacher needs a multiple of {factor * patch}.")
+    return channels, resolution // factor, resolution // factor
+
+
 def rebuilt(pipeline_class: type[DiffusionPipeline], pipeline: DiffusionPipeline, **replaced) -> DiffusionPipeline:
     """A pipeline of a class that shares `pipeline`'s components and settings, but for those replaced by name."""
     _, settings = pipeline._get_signature_keys(pipeline)
@@ -60,6 +92,7 @@ class Family(ABC):
         time_embedding_name: the denoiser's module whose output `[B, D]` tells its layers the time.
         lora_target_modules: where a student's LoRA goes by default.
         load_options: what `from_pretrained` is told beyond the usual.
+        has_lora: whether the stock pipeline loads LoRAs; without, students are full ones.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -67,23 +100,49 @@ class Family(ABC):
     time_embedding_name: str
     lora_target_modules: tuple[str, ...]
     load_options: dict[str, Any] = {}
+    has_lora: bool = True
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""
         return getattr(pipeline, self.denoiser_name)
 
+    def guided(self, guidance_scale: float) -> dict[str, Any]:
+        """What the stock pipeline is called with for the teacher's guidance w in u + w (c - u); at most 1 is off."""
+        return {"guidance_scale": guidance_scale}
+
+    def unguided(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, Any]:
+        """What the stock pipeline is called with for a student: guidance off, or the value that is told to it."""
+        return {"guidance_scale": 0.0}
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+        """The teacher's guided output u + w (c - u), of its outputs without and with the prompt `[B, C, H, W]`."""
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:
+        """Whether the denoiser is guidance-distilled: told its guidance as a number, and called once a step."""
+        return False
+
+    def prediction_type(self, scheduler: SchedulerMixin) -> str:
+        """What the denoiser's output means, one of `prediction.PREDICTION_TYPES`."""
+        return scheduler.config.get("prediction_type", "flow_prediction")
+
     @abstractmethod
     def encode_prompts(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int | None = None
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
         """Prompts (length B) -> conditioning of length B, on the pipeline's device. No gradients.
+
+        Whatever the prompts, the tensors have the same shapes, so that conditionings can be joined.
 
         Args:
             pipeline: the teacher's.
             prompts: B texts.
-            max_sequence_length: tokens that the large text encoder reads, where there is one; by default as many as
-                the stock pipeline.
+            options: how they are read.
         """
+
+    def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
+        """What the stock pipeline guides away from where no negative prompt is given: of length 1. No gradients."""
+        return self.encode_prompts(pipeline, [""], options)
 
     @abstractmethod
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,28 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, resolve_teacher
-from .base import Conditioning, Family
+from .base import Conditioning, Family, PromptOptions
+from .flux import FluxFamily
+from .pixart_sigma import PixArtSigmaFamily
+from .qwen_image import QwenImageFamily
+from .sana import SanaFamily
 from .sd3 import StableDiffusion3Family
 from .sd_unet import StableDiffusionFamily
+from .sdxl import StableDiffusionXLFamily
+from .z_image import ZImageFamily
 
-FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": StableDiffusionFamily(),
-    "StableDiffusion3Pipeline": StableDiffusion3Family(),
-}
+KNOWN: tuple[Family, ...] = (
+    StableDiffusionFamily(),
+    StableDiffusionXLFamily(),
+    StableDiffusion3Family(),
+    FluxFamily(),
+    PixArtSigmaFamily(),
+    SanaFamily(),
+    ZImageFamily(),
+    QwenImageFamily(),
+)
+FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family for family in KNOWN}
+DEFAULT_OPTIONS = PromptOptions()
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -31,14 +45,13 @@ class Teacher:
         pipeline: the stock pipeline.
         family: how it is used.
         name: what it was loaded by.
-        max_sequence_length: tokens of the large text encoder, for teacher and student alike; None for the stock
-            pipeline's own number.
+        options: how prompts are read, by teacher and student alike.
     """
 
     pipeline: DiffusionPipeline
     family: Family
     name: str
-    max_sequence_length: int | None = None
+    options: PromptOptions = DEFAULT_OPTIONS
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -48,21 +61,27 @@ class Teacher:
     @property
     def schedule(self) -> NoiseSchedule:
         """The teacher's noise schedule."""
+        if self.prediction_type == "flow_prediction":  # some flow schedulers carry betas all the same
+            return NoiseSchedule(None, self.pipeline.scheduler.config.num_train_timesteps)
         return NoiseSchedule.from_scheduler(self.pipeline.scheduler)
 
     @property
     def prediction_type(self) -> str:
         """What the denoiser's output means, one of `prediction.PREDICTION_TYPES`."""
-        return self.pipeline.scheduler.config.get("prediction_type", "flow_prediction")
+        return self.family.prediction_type(self.pipeline.scheduler)
 
     @property
     def call_options(self) -> dict[str, Any]:
         """What the stock pipeline must be called with to read prompts as `encode_prompts` does."""
-        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+        return self.options.length
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts (length B) -> conditioning of length B, on the pipeline's device. No gradients."""
-        return self.family.encode_prompts(self.pipeline, prompts, self.max_sequence_length)
+        return self.family.encode_prompts(self.pipeline, prompts, self.options)
+
+    def encode_nothing(self) -> Conditioning:
+        """What the teacher guides away from, of length 1. No gradients."""
+        return self.family.encode_nothing(self.pipeline, self.options)
 
 
 def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:
@@ -121,7 +140,7 @@ def load_teacher(
     dtype: torch.dtype,
     revision: str | None = None,
     variant: str | None = None,
-    max_sequence_length: int | None = None,
+    options: PromptOptions = DEFAULT_OPTIONS,
 ) -> Teacher:
     """Loads a teacher from a folder, from the Hub, or an embedded one by its name; safetensors only.
 
@@ -129,7 +148,7 @@ def load_teacher(
         name_or_path: a folder, a Hub id, `tiny` or `tiny-flow`.
         dtype: of its weights.
         revision, variant: of a Hub repository.
-        max_sequence_length: as in `Teacher`; an embedded teacher knows its own.
+        options: how it reads prompts; an embedded teacher knows its own length.
 
     Raises:
         ValueError: as `pipeline_config` and `family_of`.
@@ -146,6 +165,6 @@ def load_teacher(
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    if max_sequence_length is None:
-        max_sequence_length = MAX_SEQUENCE_LENGTHS.get(name_or_path)
-    return Teacher(pipeline, family, name_or_path, max_sequence_length)
+    if options.max_sequence_length is None:
+        options = replace(options, max_sequence_length=MAX_SEQUENCE_LENGTHS.get(name_or_path))
+    return Teacher(pipeline, family, name_or_path, options)

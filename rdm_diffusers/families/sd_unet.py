@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 
-from .base import Conditioning, Family
+from .base import Conditioning, Family, PromptOptions, square_latents
 
 
 class StableDiffusionFamily(Family):
@@ -19,14 +19,14 @@ class StableDiffusionFamily(Family):
     denoiser_name = "unet"
     time_embedding_name = "time_embedding"
     load_options = {"safety_checker": None, "requires_safety_checker": False}
-    lora_target_modules = (
+    lora_target_modules: tuple[str, ...] = (
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
         "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     )  # fmt: skip
 
     @torch.no_grad()
     def encode_prompts(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int | None = None
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
         embeds, _ = pipeline.encode_prompt(
             list(prompts), pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -38,11 +38,8 @@ class StableDiffusionFamily(Family):
         return denoiser(x_t.to(embeds.dtype), t, embeds, return_dict=False)[0]
 
     def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        factor = pipeline.vae_scale_factor
-        resolution = resolution or pipeline.unet.config.sample_size * factor
-        if resolution % factor:
-            raise ValueError(f"--resolution is {resolution}; this teacher needs a multiple of {factor}.")
-        return pipeline.unet.config.in_channels, resolution // factor, resolution // factor
+        config, factor = pipeline.unet.config, pipeline.vae_scale_factor
+        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor)
 
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         vae = pipeline.vae

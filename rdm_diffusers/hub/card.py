@@ -37,7 +37,7 @@ from diffusers import {scheduler_class}, {pipeline_class}
 pipeline = {pipeline_class}.from_pretrained({base_arguments})
 pipeline.load_lora_weights({student!r})
 pipeline.scheduler = {scheduler_class}.from_pretrained({student!r}, subfolder="scheduler")
-pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale=0.0{length}).images[0]
+pipeline({prompt!r}, num_inference_steps={steps}, {arguments}).images[0]
 ```
 {seeding}
 {table}
@@ -59,7 +59,7 @@ def write_card(folder: Path, pipeline_class: str, table: str, prompt: str, args)
         prompt: an example.
         args: the run's arguments.
     """
-    name, length = args.pretrained_model_name_or_path, StudentConfig.load(str(folder)).max_sequence_length
+    name, student = args.pretrained_model_name_or_path, StudentConfig.load(str(folder))
     absent = [f"{each}=None" for each in absent_components(pipeline_config(name, revision=args.revision))]
     tiny = is_tiny(name)
     base = f"the embedded teacher `{name}`" if tiny else name
@@ -82,7 +82,7 @@ def write_card(folder: Path, pipeline_class: str, table: str, prompt: str, args)
         pipeline_class=pipeline_class,
         scheduler_class=scheduler_class,
         seeding=SEEDING.format(scheduler_class=scheduler_class) if scheduler.get("stochastic_sampling") else "",
-        length=f", max_sequence_length={length}" if length else "",
+        arguments=", ".join(f"{key}={value}" for key, value in student.call_arguments.items()),
         base_import="from rdm_diffusers.tiny import TINY_TEACHERS\n" if tiny else "",
         base_arguments=", ".join([f"TINY_TEACHERS[{name!r}]" if tiny else repr(base), *absent]),
         table=f"```\n{table}\n```" if table else "",

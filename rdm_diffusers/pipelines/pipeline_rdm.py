@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..families import FAMILIES, LORA_FILE, load_options, pipeline_config, rebuilt
 from ..schedulers import RdmScheduler
@@ -20,7 +20,8 @@ from ..tiny import resolve_teacher
 from .student_config import StudentConfig
 
 CLASSES: dict[str, type[RdmDistillationPipeline]] = {}
-TRAINED = ("num_inference_steps", "guidance_scale", "max_sequence_length")  # what a call takes from the student
+# What a call takes from the student where it is not given.
+TRAINED = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -32,6 +33,13 @@ class RdmDistillationPipeline(DiffusionPipeline):
     """
 
     student: StudentConfig
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass names its stock pipeline second, and is found by that one's name."""
+        super().__init_subclass__(**kwargs)
+        stock = cls.__bases__[1]
+        cls.__call__ = few_step_call(stock)
+        CLASSES[stock.__name__] = cls
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> RdmDistillationPipeline:
@@ -113,11 +121,9 @@ def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
     @wraps(stock.__call__)
     def __call__(self, *args, **kwargs):  # noqa: N807 - becomes the class's
         call = signature.bind_partial(self, *args, **kwargs)
-        for name in trained:
-            if call.arguments.get(name) is None:
-                call.arguments[name] = getattr(self.student, name)
-            if call.arguments[name] is None:
-                del call.arguments[name]
+        given = {name: value for name, value in call.arguments.items() if name not in trained or value is not None}
+        own = {"num_inference_steps": self.student.num_inference_steps, **self.student.call_arguments}
+        call.arguments = own | given
         with drawing_from(self.scheduler, call.arguments.get("generator")):
             return stock.__call__(*call.args, **call.kwargs)
 
@@ -127,19 +133,3 @@ def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
     ]
     setattr(__call__, "__signature__", signature.replace(parameters=defaults))  # noqa: B010 - functions have no such field
     return __call__
-
-
-class RdmStableDiffusionPipeline(RdmDistillationPipeline, StableDiffusionPipeline):
-    """A few-step student of a Stable Diffusion teacher."""
-
-    __call__ = few_step_call(StableDiffusionPipeline)
-
-
-class RdmStableDiffusion3Pipeline(RdmDistillationPipeline, StableDiffusion3Pipeline):
-    """A few-step student of a Stable Diffusion 3 teacher."""
-
-    __call__ = few_step_call(StableDiffusion3Pipeline)
-
-
-CLASSES["StableDiffusionPipeline"] = RdmStableDiffusionPipeline
-CLASSES["StableDiffusion3Pipeline"] = RdmStableDiffusion3Pipeline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -21,20 +21,18 @@ class StudentConfig:
         pipeline_class: the stock pipeline's class name.
         scheduler: the configuration of `RdmScheduler`, the trained grid included.
         num_inference_steps: the trained number of steps.
-        guidance_scale: the value that means off in the stock pipeline.
+        call_arguments: what else the stock pipeline is called with: the value that means that guidance is off, and the
+            tokens that its large text encoder reads, if they are not its own number.
         revision, variant: of the base model.
-        max_sequence_length: tokens of the large text encoder; None for the stock pipeline's own number, or where
-            there is no such encoder.
     """
 
     base_model_name_or_path: str | None
     pipeline_class: str
     scheduler: dict
     num_inference_steps: int
-    guidance_scale: float = 0.0
+    call_arguments: dict = field(default_factory=dict)
     revision: str | None = None
     variant: str | None = None
-    max_sequence_length: int | None = None
 
     def save(self, folder: Path) -> None:
         """Writes `rdm_config.json` into the folder."""

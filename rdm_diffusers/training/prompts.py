@@ -149,7 +149,7 @@ def _feature(row: Tensor):
 
 
 def _fingerprint(teacher: Teacher, prompts: Sequence[str]) -> str:
-    digest = hashlib.sha256(repr((list(prompts), teacher.max_sequence_length)).encode())
+    digest = hashlib.sha256(repr((list(prompts), teacher.options)).encode())
     for name, component in teacher.pipeline.components.items():
         if name.startswith("text_encoder") and isinstance(component, nn.Module):
             for parameter in component.parameters():

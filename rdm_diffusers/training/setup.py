@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from ..distillation import GNDMR, Draws, RunningMeans
-from ..families import Teacher
+from ..families import PromptOptions, Teacher
 from ..networks import FAKE_SCORE, STUDENT, Networks, SharedBase
 from ..rewards import WeightedReward, load_reward
 from ..schedulers import RdmScheduler
@@ -46,6 +46,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def prompt_options(args: argparse.Namespace) -> PromptOptions:
+    """How the arguments want prompts to be read."""
+    return PromptOptions(args.max_sequence_length, args.resolution, args.guidance_scale)
+
+
 def make_scheduler(teacher: Teacher, args: argparse.Namespace) -> RdmScheduler:
     """The student's sampler, trained on the very grid that the exported stock scheduler will lay."""
     stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, args.num_student_steps, args.eta)
@@ -73,8 +78,8 @@ def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
             teacher.family,
             teacher.schedule,
             teacher.prediction_type,
-            teacher.encode_prompts([""]),
-            args.guidance_scale,
+            teacher.encode_nothing(),
+            1.0 if teacher.family.embeds_guidance(teacher.pipeline) else args.guidance_scale,
         )
     if args.fake_score_steps:
         time_embedding = teacher.denoiser.get_submodule(teacher.family.time_embedding_name)
@@ -164,9 +169,9 @@ def teacher_contrast(teacher: Teacher, prompts: list[str], args: argparse.Namesp
         teacher.pipeline(
             prompt,
             num_inference_steps=20,
-            guidance_scale=args.guidance_scale,
             generator=torch.Generator().manual_seed(i),
             output_type="latent",
+            **teacher.family.guided(args.guidance_scale),
             **teacher.call_options,
         ).images
         for i, prompt in enumerate(chosen)

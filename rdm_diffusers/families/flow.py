@@ -1,0 +1,33 @@
+"""What the families of flow matching share."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+from .base import Family
+
+
+class FlowFamily(Family):
+    """Transformers that predict the flow `eps - x0`, and whose students are sampled on the even grid."""
+
+    denoiser_name = "transformer"
+    time_embedding_name = "time_text_embed"
+
+    def prediction_type(self, scheduler: SchedulerMixin) -> str:
+        return "flow_prediction"
+
+    def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        vae = pipeline.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def stock_scheduler(
+        self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
+    ) -> SchedulerMixin:
+        """As in `Family`; its sigmas are 1, 1 - 1/K, ..., 1/K, whatever shift the teacher is sampled with."""
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=teacher_scheduler.config.num_train_timesteps,
+            shift_terminal=1 / num_student_steps if num_student_steps > 1 else None,  # 1 would divide 0 by 0
+            stochastic_sampling=bool(eta),
+        )

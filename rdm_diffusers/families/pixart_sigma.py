@@ -1,0 +1,48 @@
+"""PixArt-Sigma: a transformer with cross-attention to T5, epsilon prediction; students are full ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline
+from torch import Tensor
+
+from .base import Conditioning, PromptOptions, square_latents
+from .sd_unet import StableDiffusionFamily
+
+
+class PixArtSigmaFamily(StableDiffusionFamily):
+    """Teachers that `PixArtSigmaPipeline` loads. Of its output, noise and variance, only the noise is used."""
+
+    pipeline_class = PixArtSigmaPipeline
+    denoiser_name = "transformer"
+    time_embedding_name = "adaln_single.emb"
+    load_options = {}
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    has_lora = False
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
+    ) -> Conditioning:
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            list(prompts), False, device=pipeline._execution_device, **options.length
+        )
+        return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask})
+
+    def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        embeds, mask = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_attention_mask"))
+        output = denoiser(
+            x_t.to(embeds.dtype),
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=mask,
+            timestep=t,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        return output[:, : x_t.shape[1]]
+
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+        config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor, config.patch_size)

@@ -1,0 +1,81 @@
+"""Qwen-Image: a two-stream transformer on patches of latents, flow matching, Qwen2.5-VL as the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, QwenImagePipeline
+from torch import Tensor
+
+from .base import Conditioning, PromptOptions, square_latents
+from .flow import FlowFamily
+from .packing import pack, unpack
+
+NOTHING = " "  # the negative prompt of the model's own examples
+
+
+class QwenImageFamily(FlowFamily):
+    """Teachers that `QwenImagePipeline` loads. Guidance is its `true_cfg_scale`, against a blank prompt."""
+
+    pipeline_class = QwenImagePipeline
+    lora_target_modules = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    )  # fmt: skip
+
+    def guided(self, guidance_scale: float) -> dict[str, Any]:
+        if guidance_scale <= 1:
+            return {"true_cfg_scale": 1.0}
+        return {"true_cfg_scale": guidance_scale, "negative_prompt": NOTHING}
+
+    def unguided(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, Any]:
+        return {"true_cfg_scale": 1.0}
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+        """As in `Family`, then each patch at the length that it has without guidance, as in the stock pipeline."""
+        guided = pack(super().guide(unconditional, conditional, guidance_scale))
+        length = pack(conditional).norm(dim=-1, keepdim=True)
+        return unpack(guided * (length / guided.norm(dim=-1, keepdim=True)), conditional)
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
+    ) -> Conditioning:
+        """Embeddings padded to one length, and the mask of those that count."""
+        longest = options.max_sequence_length or 512
+        embeds, mask = pipeline.encode_prompt(list(prompts), pipeline._execution_device, max_sequence_length=longest)
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        missing = longest - embeds.shape[1]
+        return Conditioning(
+            {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(mask, (0, missing))}
+        )
+
+    def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
+        return self.encode_prompts(pipeline, [NOTHING], options)
+
+    def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        embeds, mask = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_embeds_mask"))
+        longest = int(mask.sum(1).max())
+        output = denoiser(
+            hidden_states=pack(x_t).to(embeds.dtype),
+            timestep=t / 1000,
+            encoder_hidden_states=embeds[:, :longest],
+            encoder_hidden_states_mask=mask[:, :longest],
+            img_shapes=[[(1, x_t.shape[-2] // 2, x_t.shape[-1] // 2)]] * len(x_t),
+            return_dict=False,
+        )[0]
+        return unpack(output, x_t)
+
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+        factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config.in_channels // 4
+        return square_latents(channels, resolution or pipeline.default_sample_size * factor, factor, 2)
+
+    def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        vae, config = pipeline.vae, pipeline.vae.config
+        std, mean = (latents.new_tensor(v).reshape(1, -1, 1, 1) for v in (config.latents_std, config.latents_mean))
+        frames = (latents * std + mean).to(vae.dtype).unsqueeze(2)
+        return (vae.decode(frames, return_dict=False)[0][:, :, 0].float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,57 @@
+"""SANA: a linear-attention transformer on deeply compressed latents, flow matching, Gemma as the text encoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline, SanaPipeline
+from torch import Tensor
+
+from .base import Conditioning, PromptOptions, square_latents
+from .flow import FlowFamily
+
+INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+class SanaFamily(FlowFamily):
+    """Teachers that `SanaPipeline` loads; prompts go behind its standing instruction, as by default there."""
+
+    pipeline_class = SanaPipeline
+    time_embedding_name = "time_embed.emb"
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
+    ) -> Conditioning:
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            list(prompts), False, device=pipeline._execution_device, complex_human_instruction=INSTRUCTION,
+            **options.length,
+        )  # fmt: skip
+        return self._conditioning(pipeline, embeds, mask)
+
+    @torch.no_grad()
+    def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
+        """The empty prompt, without the instruction."""
+        _, _, embeds, mask = pipeline.encode_prompt([""], True, device=pipeline._execution_device, **options.length)
+        return self._conditioning(pipeline, embeds, mask)
+
+    def _conditioning(self, pipeline: DiffusionPipeline, embeds: Tensor, mask: Tensor) -> Conditioning:
+        scale = torch.full((len(embeds), 1), pipeline.transformer.config.timestep_scale, device=embeds.device)
+        return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask, "timestep_scale": scale})
+
+    def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        tensors = conditioning.tensors
+        return denoiser(
+            x_t.to(tensors["prompt_embeds"].dtype),
+            encoder_hidden_states=tensors["prompt_embeds"],
+            encoder_attention_mask=tensors["prompt_attention_mask"],
+            timestep=t * tensors["timestep_scale"].flatten(),
+            return_dict=False,
+        )[0]
+
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+        config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor, config.patch_size)

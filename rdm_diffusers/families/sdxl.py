@@ -1,0 +1,60 @@
+"""Stable Diffusion XL: a U-Net conditioned on two CLIP text encoders, and told the size and crop of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+
+from .base import Conditioning, PromptOptions
+from .sd_unet import StableDiffusionFamily
+
+
+class StableDiffusionXLFamily(StableDiffusionFamily):
+    """Teachers that `StableDiffusionXLPipeline` loads. Pictures are told to be whole and of the size they have."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    load_options = {}
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
+    ) -> Conditioning:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts), device=pipeline._execution_device, do_classifier_free_guidance=False
+        )
+        return self._conditioning(pipeline, embeds, pooled, options)
+
+    @torch.no_grad()
+    def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
+        """Zeros for teachers that want them (`force_zeros_for_empty_prompt`), else the empty prompt."""
+        _, embeds, _, pooled = pipeline.encode_prompt(
+            [""], device=pipeline._execution_device, do_classifier_free_guidance=True
+        )
+        return self._conditioning(pipeline, embeds, pooled, options)
+
+    def _conditioning(
+        self, pipeline: DiffusionPipeline, embeds: Tensor, pooled: Tensor, options: PromptOptions
+    ) -> Conditioning:
+        _, height, width = self.latent_shape(pipeline, options.resolution)
+        size = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
+        width = pooled.shape[-1] if pipeline.text_encoder_2 is None else pipeline.text_encoder_2.config.projection_dim
+        told = pipeline._get_add_time_ids(size, (0, 0), size, embeds.dtype, width).to(embeds.device)
+        return Conditioning(
+            {"prompt_embeds": embeds, "text_embeds": pooled, "time_ids": told.expand(len(embeds), -1).clone()}
+        )
+
+    def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        embeds = conditioning.tensors["prompt_embeds"]
+        told = {name: conditioning.tensors[name] for name in ("text_embeds", "time_ids")}
+        return denoiser(x_t.to(embeds.dtype), t, embeds, added_cond_kwargs=told, return_dict=False)[0]
+
+    def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        config = pipeline.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return super().decode(pipeline, latents)
+        scale, shift = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in (std, mean))
+        return super().decode(pipeline, latents * scale + shift * config.scaling_factor)

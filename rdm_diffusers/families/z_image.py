@@ -1,0 +1,52 @@
+"""Z-Image: a single-stream transformer, flow matching, Qwen3 as the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ZImagePipeline
+from torch import Tensor
+
+from .base import Conditioning, PromptOptions, square_latents
+from .flow import FlowFamily
+
+
+class ZImageFamily(FlowFamily):
+    """Teachers that `ZImagePipeline` loads.
+
+    Its own `guidance_scale` g means c + g (c - u), so that 0 is off and w = g + 1.
+    """
+
+    pipeline_class = ZImagePipeline
+    time_embedding_name = "t_embedder"
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+
+    def guided(self, guidance_scale: float) -> dict[str, Any]:
+        return {"guidance_scale": max(guidance_scale - 1.0, 0.0)}
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
+    ) -> Conditioning:
+        """Embeddings padded to one length, and how many of each count."""
+        embeds, _ = pipeline.encode_prompt(
+            list(prompts), pipeline._execution_device, do_classifier_free_guidance=False, **options.length
+        )
+        longest = options.max_sequence_length or 512
+        padded = torch.stack([F.pad(each, (0, 0, 0, longest - len(each))) for each in embeds])
+        lengths = torch.tensor([[len(each)] for each in embeds], device=padded.device)
+        return Conditioning({"prompt_embeds": padded, "prompt_length": lengths})
+
+    def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        embeds, lengths = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_length"))
+        captions = [each[:length] for each, length in zip(embeds, lengths.flatten().tolist(), strict=True)]
+        frames = list(x_t.to(embeds.dtype).unsqueeze(2).unbind(0))
+        # It is told the share of the signal, and puts out x0 - eps.
+        outputs = denoiser(frames, 1 - t / 1000, captions, return_dict=False)[0]
+        return -torch.stack(list(outputs)).squeeze(2)
+
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+        return square_latents(pipeline.transformer.in_channels, resolution or 1024, pipeline.vae_scale_factor, 2)
