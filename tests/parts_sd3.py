@@ -35,15 +35,15 @@ def make_sd3_pipeline(seed: int = 0, third_encoder: bool = False, **scheduler) -
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, latent_channels=4,
         sample_size=32, mid_block_add_attention=False, scaling_factor=1.5, shift_factor=0.1,
     )  # fmt: skip
-    encoders = [CLIPTextModelWithProjection(_text_config(tokenizer, dim)).eval() for dim in TEXT_DIMS]
+    encoders = [CLIPTextModelWithProjection(text_config(tokenizer, dim)).eval() for dim in TEXT_DIMS]
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), vae=vae.eval(),
         text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
-        text_encoder_3=_t5() if third_encoder else None, tokenizer_3=_t5_tokenizer() if third_encoder else None,
+        text_encoder_3=t5() if third_encoder else None, tokenizer_3=t5_tokenizer() if third_encoder else None,
     )  # fmt: skip
 
 
-def _text_config(tokenizer, dim: int) -> CLIPTextConfig:
+def text_config(tokenizer, dim: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=dim, projection_dim=dim,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=MAX_TOKENS,
@@ -51,13 +51,13 @@ def _text_config(tokenizer, dim: int) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _t5() -> T5EncoderModel:
+def t5() -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(vocab_size=64, d_model=JOINT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     ).eval()  # fmt: skip
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
     return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
 

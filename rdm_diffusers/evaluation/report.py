@@ -22,6 +22,7 @@ from .pictures import labelled_rows
 from .samplers import Sampler, solvers_of, teacher_sampler
 
 TEACHER_STEPS = 50
+READING = ("max_sequence_length", "height", "width", "use_resolution_binning")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors")
 
 
@@ -32,7 +33,7 @@ def student_sampler(student: RdmDistillationPipeline, batch_size: int = 250) -> 
 
 def teacher_options(student: RdmDistillationPipeline) -> dict[str, Any]:
     """What the student's teacher must be called with to read prompts as the student does."""
-    return {key: value for key, value in student.student.call_arguments.items() if key == "max_sequence_length"}
+    return {key: value for key, value in student.student.call_arguments.items() if key in READING}
 
 
 def best_few_step_teacher(

@@ -23,14 +23,24 @@ Solver = Callable[[SchedulerMixin, int], SchedulerMixin]  # the teacher's own sc
 
 
 def _flow_dpm_solver(own: SchedulerMixin, steps: int) -> SchedulerMixin:
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": own.config.shift}
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": _shift(own)}
     return DPMSolverMultistepScheduler.from_config(own.config, **flow)
+
+
+def _euler(own: SchedulerMixin, steps: int) -> SchedulerMixin:
+    return FlowMatchEulerDiscreteScheduler.from_config(own.config, shift=_shift(own))
 
 
 def _trailing_euler(own: SchedulerMixin, steps: int) -> SchedulerMixin:
     """The last step starts at sigma = 1/K, shifted; the default grid wastes it on a sigma of nearly 0."""
-    last = own.config.shift / (steps + own.config.shift - 1)
-    return FlowMatchEulerDiscreteScheduler.from_config(own.config, shift_terminal=last if steps > 1 else None)
+    if own.config.get("use_dynamic_shifting") or steps == 1:  # the pipeline lays the grid
+        return _euler(own, steps)
+    last = _shift(own) / (steps + _shift(own) - 1)
+    return FlowMatchEulerDiscreteScheduler.from_config(own.config, shift=_shift(own), shift_terminal=last)
+
+
+def _shift(own: SchedulerMixin) -> float:
+    return own.config.get("shift", own.config.get("flow_shift", 1.0))
 
 
 # The first of each is what a teacher's many steps are taken with, the last what samples.png shows at few steps.
@@ -39,7 +49,7 @@ TEACHER_SOLVERS: dict[str, Solver] = {
     "dpm-solver++": lambda own, steps: DPMSolverMultistepScheduler.from_config(own.config),
 }
 FLOW_SOLVERS: dict[str, Solver] = {
-    "euler": lambda own, steps: FlowMatchEulerDiscreteScheduler.from_config(own.config),
+    "euler": _euler,
     "dpm-solver++": _flow_dpm_solver,
     "euler-trailing": _trailing_euler,
 }

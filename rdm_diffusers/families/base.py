@@ -51,7 +51,7 @@ class PromptOptions:
     Args:
         max_sequence_length: tokens that the large text encoder reads, where there is one; by default as many as the
             stock pipeline.
-        resolution: pixels per side, for families that tell their denoiser; by default the teacher's own.
+        resolution: pixels per side; by default the teacher's own.
         embedded_guidance: the guidance that a guidance-distilled denoiser is told, for families that have one.
     """
 
@@ -125,6 +125,11 @@ class Family(ABC):
     def prediction_type(self, scheduler: SchedulerMixin) -> str:
         """What the denoiser's output means, one of `prediction.PREDICTION_TYPES`."""
         return scheduler.config.get("prediction_type", "flow_prediction")
+
+    def reading(self, options: PromptOptions) -> dict[str, Any]:
+        """What the stock pipeline is called with to read prompts and size pictures as the options say."""
+        size = {} if options.resolution is None else {"height": options.resolution, "width": options.resolution}
+        return {**options.length, **size}
 
     @abstractmethod
     def encode_prompts(

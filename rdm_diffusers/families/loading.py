@@ -73,7 +73,7 @@ class Teacher:
     @property
     def call_options(self) -> dict[str, Any]:
         """What the stock pipeline must be called with to read prompts as `encode_prompts` does."""
-        return self.options.length
+        return self.family.reading(self.options)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts (length B) -> conditioning of length B, on the pipeline's device. No gradients."""

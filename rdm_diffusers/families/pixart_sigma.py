@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, PixArtSigmaPipeline
@@ -21,6 +22,11 @@ class PixArtSigmaFamily(StableDiffusionFamily):
     load_options = {}
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     has_lora = False
+
+    def reading(self, options: PromptOptions) -> dict[str, Any]:
+        """A resolution of one's own is drawn as it is, not at the nearest of the teacher's."""
+        own = {} if options.resolution is None else {"use_resolution_binning": False}
+        return {**super().reading(options), **own}
 
     @torch.no_grad()
     def encode_prompts(

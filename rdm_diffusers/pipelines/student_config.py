@@ -21,8 +21,8 @@ class StudentConfig:
         pipeline_class: the stock pipeline's class name.
         scheduler: the configuration of `RdmScheduler`, the trained grid included.
         num_inference_steps: the trained number of steps.
-        call_arguments: what else the stock pipeline is called with: the value that means that guidance is off, and the
-            tokens that its large text encoder reads, if they are not its own number.
+        call_arguments: what else the stock pipeline is called with: the value that means that guidance is off, and what
+            differs from its own defaults of the pictures' size and of the tokens that are read.
         revision, variant: of the base model.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -129,8 +130,8 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
         """Lays the grid for sampling.
@@ -147,17 +148,18 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             ValueError: if no number and no grid is given, the number is not in [1, num_train_timesteps], or the grid
                 does not descend within the range.
         """
-        count = num_inference_steps or len(timesteps or sigmas or [])
+        given = next((list(grid) for grid in (timesteps, sigmas) if grid is not None), [])
+        count = num_inference_steps or len(given)
         if not 1 <= count <= self.config.num_train_timesteps:
             raise ValueError(
                 f"num_inference_steps is {count}; it must lie between 1 and {self.config.num_train_timesteps}."
             )
         if timesteps is not None:
-            grid = list(timesteps)
+            grid = given
         elif self.student_grid is not None and count == len(self.student_grid):
             grid = self.student_grid
         else:
-            grid = self._trailing_grid(count, sigmas, mu)
+            grid = self._trailing_grid(count, given, mu)
         self._check_grid(grid)
         dtype = torch.float32 if self.schedule.is_flow else torch.int64
         self.timesteps = torch.tensor(grid, dtype=dtype, device=device)
@@ -165,7 +167,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(grid)
         self._step_index = self._begin_index = None
 
-    def _trailing_grid(self, count: int, sigmas: list[float] | None, mu: float | None) -> list:
+    def _trailing_grid(self, count: int, sigmas: list[float], mu: float | None) -> list:
         train_steps = self.config.num_train_timesteps
         if not self.schedule.is_flow:
             return [round(train_steps * (count - i) / count) - 1 for i in range(count)]

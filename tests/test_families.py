@@ -1,0 +1,176 @@
+"""Every family: read, denoised, guided and decoded as its stock pipeline does, distilled, and sampled by anyone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from parts import PROMPTS, relative_error, run_arguments
+from parts_families import CALLS, MAKERS, make_pipeline
+from parts_sd3 import make_shared
+from torch import Tensor
+
+import rdm_diffusers.pipelines
+import train_rdm_lora
+from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher
+from rdm_diffusers.families.packing import pack
+from rdm_diffusers.networks import ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
+from rdm_diffusers.pipelines import RdmDistillationPipeline
+
+PACKED = ("FluxPipeline", "QwenImagePipeline")
+every = pytest.mark.parametrize("name", MAKERS)
+loras = pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
+
+
+def options_of(name: str) -> PromptOptions:
+    return PromptOptions(CALLS.get(name, {}).get("max_sequence_length"), CALLS.get(name, {}).get("height"), 3.5)
+
+
+def make_teacher(name: str) -> Teacher:
+    return Teacher(make_pipeline(name), FAMILIES[name], name, options_of(name))
+
+
+def make_networks(teacher: Teacher, guidance_scale: float) -> Networks:
+    """The roles, the student a little off the teacher; separate networks where the family has no LoRA."""
+    if teacher.family.has_lora:
+        return make_shared(teacher, guidance_scale)
+    denoisers = {role: copy.deepcopy(teacher.denoiser) for role in ROLES}
+    for parameter in denoisers[STUDENT].parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return SeparateNetworks(
+        denoisers, teacher.family, teacher.schedule, teacher.prediction_type, teacher.encode_nothing(), guidance_scale
+    )
+
+
+def stock_latents(name: str, latents: Tensor) -> Tensor:
+    """As the stock pipeline takes and gives them."""
+    return pack(latents) if name in PACKED else latents
+
+
+def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:3], first_seed: int = 0, **options: Any) -> Tensor:
+    """Pictures in [0, 1], each of its own seed."""
+    generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(list(prompts), generator=generators, output_type="pt", **options).images
+
+
+def test_every_family_has_its_pipeline_class() -> None:
+    for name in FAMILIES:
+        pipeline_class = getattr(rdm_diffusers.pipelines, f"Rdm{name}")
+        assert issubclass(pipeline_class, RdmDistillationPipeline)
+        assert issubclass(pipeline_class, getattr(diffusers, name))
+
+
+@every
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_guided_teacher_is_what_the_stock_pipeline_computes_in_one_step(name: str, guidance_scale: float) -> None:
+    teacher = make_teacher(name)
+    latents = torch.randn(2, *teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution))
+    stock = make_pipeline(name)
+    stock.scheduler = teacher.family.stock_scheduler(stock.scheduler, 1, eta=0)
+    told = teacher.family.embeds_guidance(stock)
+    guided = {"guidance_scale": 3.5} if told else teacher.family.guided(guidance_scale)
+    if "negative_prompt" in guided:
+        guided["negative_prompt"] = [guided["negative_prompt"]] * 2
+    with torch.no_grad():
+        expected = stock(
+            list(PROMPTS[:2]), latents=stock_latents(name, latents), num_inference_steps=1, output_type="latent",
+            **{**CALLS.get(name, {}), **guided},
+        ).images  # fmt: skip
+    conditioning = teacher.encode_prompts(PROMPTS[:2])
+    networks = make_networks(teacher, 1.0 if told else guidance_scale)
+    first = torch.full((2,), 1000.0 if teacher.schedule.is_flow else 999)
+    with torch.no_grad():
+        x0, adapted = (networks.predict(role, latents, first, conditioning) for role in (TEACHER, STUDENT))
+    assert relative_error(stock_latents(name, x0), expected) < 1e-5
+    assert relative_error(stock_latents(name, adapted), expected) > 1e-3
+
+
+@every
+def test_prompts_of_any_length_can_be_joined(name: str) -> None:
+    teacher = make_teacher(name)
+    parts = [teacher.encode_prompts([prompt]) for prompt in ("a", "a red seven on a blue background")]
+    joined = Conditioning.cat([*parts, teacher.encode_nothing()])
+    assert len(joined) == 3
+    once = teacher.encode_prompts(["a", "a red seven on a blue background"])
+    for key, tensor in once.tensors.items():
+        assert torch.allclose(joined.tensors[key][:2].float(), tensor.float(), atol=1e-5)
+
+
+@every
+def test_latents_are_decoded_as_by_the_stock_pipeline(name: str) -> None:
+    teacher = make_teacher(name)
+    shape = teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution)
+    options = dict(num_inference_steps=1, **CALLS.get(name, {}))
+    latents = torch.randn(2, *shape)
+    teacher.pipeline.scheduler = teacher.family.stock_scheduler(teacher.pipeline.scheduler, 1, eta=0)
+    with torch.no_grad():
+        pictures, raw = (
+            teacher.pipeline(
+                list(PROMPTS[:2]), latents=stock_latents(name, latents), output_type=kind, **options
+            ).images
+            for kind in ("pt", "latent")
+        )
+    if name in PACKED:
+        from rdm_diffusers.families.packing import unpack
+
+        raw = unpack(raw, latents)
+    assert (teacher.family.decode(teacher.pipeline, raw) - pictures).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def teacher_folders(tmp_path_factory: pytest.TempPathFactory):
+    """Saves a family's tiny teacher once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make_pipeline(name).save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@loras
+def test_a_lora_student_is_distilled_and_drawn_alike_by_anyone(
+    name: str, teacher_folders, prompts_file: Path, tmp_path: Path
+) -> None:
+    folder, reading = teacher_folders(name), CALLS.get(name, {})
+    own = {"resolution": reading.get("height"), "max_sequence_length": reading.get("max_sequence_length")}
+    options = dict(train_batch_size=4, num_student_steps=4, guidance_scale=3.5)
+    options |= {key: value for key, value in own.items() if value is not None}
+    train_rdm_lora.main(run_arguments(folder, prompts_file, tmp_path, **options))
+    student = RdmDistillationPipeline.from_pretrained(tmp_path)
+    assert isinstance(student, getattr(rdm_diffusers.pipelines, f"Rdm{name}"))
+    pictures = draw(student)
+    assert torch.equal(pictures, draw(student))
+    assert (draw(student, PROMPTS[1:3], first_seed=1) - pictures[1:]).abs().max() < 1e-4
+    stock = stock_student(name, folder, tmp_path)
+    latents = torch.randn(3, *FAMILIES[name].latent_shape(stock, reading.get("height")))
+    ours = draw_from(student, stock_latents(name, latents))
+    call = {"num_inference_steps": 4, **student.student.call_arguments}
+    assert (ours - draw_from(stock, stock_latents(name, latents), **call)).abs().max() < 1e-4
+
+
+def stock_student(name: str, teacher: Path, student: Path):
+    """The student as a user of stock diffusers loads it."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "StableDiffusion3Pipeline" else {}
+    pipeline = getattr(diffusers, name).from_pretrained(teacher, **absent)
+    pipeline.load_lora_weights(student)
+    config = json.loads((student / "scheduler" / "scheduler_config.json").read_text())
+    pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(student, subfolder="scheduler")
+    assert type(pipeline) is getattr(diffusers, name)
+    return pipeline
+
+
+def draw_from(pipeline, latents: Tensor, **options: Any) -> Tensor:
+    """Pictures of given noises; later noises come from the global generator, which every pipeline falls back on."""
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(6)
+    return pipeline(list(PROMPTS[:3]), latents=latents, output_type="pt", **options).images
