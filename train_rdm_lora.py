@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         args.revision,
         args.variant,
         prompt_options(args),
+        args.pretrained_vae_model_name_or_path,
     )
     teacher.pipeline.to(accelerator.device)
     networks = make_networks(teacher, args)
@@ -97,7 +98,13 @@ def main(argv: list[str] | None = None) -> None:
         export_lora(output_dir, teacher, networks, run.scheduler, revision=args.revision, variant=args.variant)
 
     # 6. The student, loaded as anyone would load it, beside its teacher.
-    stock = load_teacher(args.pretrained_model_name_or_path, DTYPES[args.mixed_precision], args.revision, args.variant)
+    stock = load_teacher(
+        args.pretrained_model_name_or_path,
+        DTYPES[args.mixed_precision],
+        args.revision,
+        args.variant,
+        vae=args.pretrained_vae_model_name_or_path,
+    )
     student = RdmDistillationPipeline.from_pretrained(output_dir, dtype=DTYPES[args.mixed_precision])
     for pipeline in (stock.pipeline, student):
         pipeline.to(accelerator.device)

@@ -1,16 +1,8 @@
 """What differs between teachers, one file each."""
 
-from .base import Conditioning, Family, PromptOptions, rebuilt
-from .loading import (
-    FAMILIES,
-    LORA_FILE,
-    Teacher,
-    absent_components,
-    family_of,
-    load_options,
-    load_teacher,
-    pipeline_config,
-)
+from .base import LORA_FILE, Conditioning, Family, PromptOptions, rebuilt
+from .loading import Teacher, absent_components, load_options, load_teacher, load_vae, pipeline_config
+from .registry import FAMILIES, family_of
 
 __all__ = [
     "FAMILIES",
@@ -23,6 +15,7 @@ __all__ = [
     "family_of",
     "load_options",
     "load_teacher",
+    "load_vae",
     "pipeline_config",
     "rebuilt",
 ]

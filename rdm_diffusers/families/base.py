@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
 
 @dataclass(frozen=True)
 class Conditioning:

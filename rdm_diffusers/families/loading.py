@@ -7,34 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, resolve_teacher
 from .base import Conditioning, Family, PromptOptions
-from .flux import FluxFamily
-from .pixart_sigma import PixArtSigmaFamily
-from .qwen_image import QwenImageFamily
-from .sana import SanaFamily
-from .sd3 import StableDiffusion3Family
-from .sd_unet import StableDiffusionFamily
-from .sdxl import StableDiffusionXLFamily
-from .z_image import ZImageFamily
+from .registry import family_of
+from .suitability import check_folder, check_no_student, check_teacher
 
-KNOWN: tuple[Family, ...] = (
-    StableDiffusionFamily(),
-    StableDiffusionXLFamily(),
-    StableDiffusion3Family(),
-    FluxFamily(),
-    PixArtSigmaFamily(),
-    SanaFamily(),
-    ZImageFamily(),
-    QwenImageFamily(),
-)
-FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family for family in KNOWN}
 DEFAULT_OPTIONS = PromptOptions()
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,12 +29,14 @@ class Teacher:
         family: how it is used.
         name: what it was loaded by.
         options: how prompts are read, by teacher and student alike.
+        vae: what the autoencoder was loaded by, if it is not the teacher's own.
     """
 
     pipeline: DiffusionPipeline
     family: Family
     name: str
     options: PromptOptions = DEFAULT_OPTIONS
+    vae: str | None = None
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -91,12 +76,7 @@ def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:
         ValueError: if a local folder is missing, is a LoRA, or is not a diffusers pipeline.
     """
     folder = Path(resolve_teacher(name_or_path))
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        if (folder / LORA_FILE).exists():
-            raise ValueError(f"{name_or_path} is a LoRA, not a teacher; give the model that it was trained on.")
-        raise ValueError(f"{name_or_path} has no model_index.json; give a folder that a diffusers pipeline saved.")
-    if not folder.is_dir() and (folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1):
-        raise ValueError(f"The teacher folder {name_or_path} does not exist; check the path or give a Hub model id.")
+    check_folder(name_or_path, folder)
     try:
         return DiffusionPipeline.load_config(resolve_teacher(name_or_path), **hub_options)
     except OSError as error:
@@ -106,18 +86,6 @@ def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:
             f"The teacher {name_or_path!r} is no local folder and could not be had from the Hub; check its name and "
             "your connection, and log in with `hf auth login` if it is gated."
         ) from error
-
-
-def family_of(config: dict[str, Any]) -> Family:
-    """The family that knows the pipeline class of a `pipeline_config`.
-
-    Raises:
-        ValueError: for a class that no family knows.
-    """
-    class_name = config["_class_name"]
-    if class_name not in FAMILIES:
-        raise ValueError(f"Teachers of class {class_name} are not supported; supported are {', '.join(FAMILIES)}.")
-    return FAMILIES[class_name]
 
 
 def absent_components(config: dict[str, Any]) -> dict[str, None]:
@@ -135,12 +103,18 @@ def load_options(config: dict[str, Any]) -> dict[str, Any]:
     return {"use_safetensors": True, **family_of(config).load_options, **absent_components(config)}
 
 
+def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype) -> ModelMixin:
+    """An autoencoder of the class that the `pipeline_config` names, from a folder or the Hub."""
+    return getattr(diffusers, config["vae"][1]).from_pretrained(name_or_path, use_safetensors=True, dtype=dtype)
+
+
 def load_teacher(
     name_or_path: str,
     dtype: torch.dtype,
     revision: str | None = None,
     variant: str | None = None,
     options: PromptOptions = DEFAULT_OPTIONS,
+    vae: str | None = None,
 ) -> Teacher:
     """Loads a teacher from a folder, from the Hub, or an embedded one by its name; safetensors only.
 
@@ -149,22 +123,27 @@ def load_teacher(
         dtype: of its weights.
         revision, variant: of a Hub repository.
         options: how it reads prompts; an embedded teacher knows its own length.
+        vae: another autoencoder than the teacher's, a folder or a Hub id.
 
     Raises:
-        ValueError: as `pipeline_config` and `family_of`.
+        ValueError: as `pipeline_config`, `family_of` and `check_teacher`.
     """
+    check_no_student(name_or_path, Path(resolve_teacher(name_or_path)))
     config = pipeline_config(name_or_path, revision=revision)
     family = family_of(config)
+    replaced = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
     pipeline = family.pipeline_class.from_pretrained(
         resolve_teacher(name_or_path),
         revision=revision,
         variant=variant,
         dtype=dtype,
         **load_options(config),
+        **replaced,
     )
+    check_teacher(name_or_path, pipeline)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     if options.max_sequence_length is None:
         options = replace(options, max_sequence_length=MAX_SEQUENCE_LENGTHS.get(name_or_path))
-    return Teacher(pipeline, family, name_or_path, options)
+    return Teacher(pipeline, family, name_or_path, options, vae)

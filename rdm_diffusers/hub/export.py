@@ -40,6 +40,7 @@ def export_lora(folder: Path, teacher: Teacher, networks: SharedBase, scheduler:
         pipeline_class=teacher.family.pipeline_class.__name__,
         scheduler={name: value for name, value in scheduler.config.items() if not name.startswith("_")},
         num_inference_steps=steps,
+        vae=teacher.vae,
         call_arguments={**teacher.family.unguided(teacher.pipeline, teacher.options), **teacher.call_options},
         **origin,
     ).save(folder)

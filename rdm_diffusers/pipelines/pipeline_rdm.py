@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from ..families import FAMILIES, LORA_FILE, load_options, pipeline_config, rebuilt
+from ..families import FAMILIES, LORA_FILE, load_options, load_vae, pipeline_config, rebuilt
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from .student_config import StudentConfig
@@ -58,10 +58,61 @@ class RdmDistillationPipeline(DiffusionPipeline):
             raise ValueError(
                 f"Students of {student.pipeline_class} are not supported; supported: {', '.join(CLASSES)}."
             )
-        pipeline = CLASSES[student.pipeline_class]._load(name, student, kwargs)
-        pipeline.scheduler = RdmScheduler.from_config(student.scheduler)
-        pipeline.student = student
-        return pipeline
+        return CLASSES[student.pipeline_class]._load(name, student, kwargs)._as(student)
+
+    @classmethod
+    def from_lora(cls, base: str | Path, lora: str | Path, **kwargs: Any) -> RdmDistillationPipeline:
+        """Loads a LoRA student on another base model than its teacher, for example on a fine-tune of it.
+
+        Args:
+            base: a folder or a Hub id, of the teacher's family.
+            lora: the student's folder or Hub id.
+            kwargs: as in `from_pretrained`; the Hub's options hold for the student.
+
+        Raises:
+            ValueError: if `lora` is no LoRA student, or `base` of another family.
+        """
+        found = StudentConfig.load(str(lora), **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        if found.base_model_name_or_path is None:
+            raise ValueError(f"{lora} is a full student, which stands alone; load it with from_pretrained.")
+        base_class = pipeline_config(str(base))["_class_name"]
+        if base_class != found.pipeline_class:
+            raise ValueError(f"{lora} is a student of a {found.pipeline_class}, and {base} is a {base_class}.")
+        student = replace(found, base_model_name_or_path=str(base), revision=None, variant=None)
+        return CLASSES[student.pipeline_class]._load(str(lora), student, kwargs)._as(student)
+
+    @classmethod
+    def from_pipe(
+        cls, pipeline: DiffusionPipeline, student: str | Path | None = None, **kwargs: Any
+    ) -> RdmDistillationPipeline:
+        """A few-step pipeline that shares the components of another one.
+
+        Args:
+            pipeline: a few-step pipeline, or a stock one into which the student's LoRA is loaded.
+            student: the folder or Hub id of a LoRA student, for stock pipelines.
+            kwargs: components to replace, and the Hub's options.
+
+        Raises:
+            ValueError: if a stock pipeline comes without a student, or with one of another family.
+        """
+        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        if student is None and not isinstance(pipeline, RdmDistillationPipeline):
+            raise ValueError("A stock pipeline knows no student; give its folder or Hub id as `student`.")
+        config = pipeline.student if student is None else StudentConfig.load(str(student), **hub)
+        target = CLASSES[config.pipeline_class]
+        if not isinstance(pipeline, target.__bases__[1]):
+            kind = type(pipeline).__name__
+            raise ValueError(f"{student} is a student of a {config.pipeline_class}, and the pipeline is a {kind}.")
+        shared = rebuilt(target, pipeline, **kwargs)
+        if student is not None:
+            shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
+        return shared._as(config)
+
+    def _as(self, student: StudentConfig) -> RdmDistillationPipeline:
+        """This pipeline, sampling as the student was trained."""
+        self.scheduler = RdmScheduler.from_config(student.scheduler)
+        self.student = student
+        return self
 
     @classmethod
     def _load(cls, name: str, student: StudentConfig, kwargs: dict[str, Any]) -> RdmDistillationPipeline:
@@ -72,7 +123,11 @@ class RdmDistillationPipeline(DiffusionPipeline):
             folder = str(Path(name).resolve()) if Path(name).is_dir() else name
             return load(folder, **hub, **{**load_options(pipeline_config(folder, **hub)), **kwargs})
         base, base_hub = student.base_model_name_or_path, {**hub, "revision": student.revision}
-        options = {"variant": student.variant, **load_options(pipeline_config(base, **base_hub)), **kwargs}
+        config = pipeline_config(base, **base_hub)
+        options = {"variant": student.variant, **load_options(config), **kwargs}
+        if student.vae is not None and "vae" not in kwargs:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
+            options["vae"] = load_vae(student.vae, config, dtype)
         pipeline = load(resolve_teacher(base), **base_hub, **options)
         pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
         return pipeline
@@ -95,7 +150,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
         replaced = {family.denoiser_name: denoiser, "scheduler": scheduler}
         stock = rebuilt(family.pipeline_class, self, **replaced)
         stock.save_pretrained(save_directory, **kwargs)
-        replace(self.student, base_model_name_or_path=None, revision=None, variant=None).save(Path(save_directory))
+        alone = replace(self.student, base_model_name_or_path=None, revision=None, variant=None, vae=None)
+        alone.save(Path(save_directory))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ class StudentConfig:
         call_arguments: what else the stock pipeline is called with: the value that means that guidance is off, and what
             differs from its own defaults of the pictures' size and of the tokens that are read.
         revision, variant: of the base model.
+        vae: another autoencoder than the base model's, a folder or a Hub id.
     """
 
     base_model_name_or_path: str | None
@@ -33,6 +34,7 @@ class StudentConfig:
     call_arguments: dict = field(default_factory=dict)
     revision: str | None = None
     variant: str | None = None
+    vae: str | None = None
 
     def save(self, folder: Path) -> None:
         """Writes `rdm_config.json` into the folder."""

@@ -1,0 +1,39 @@
+"""Every family by the name of its stock pipeline; adding one is one file and one row here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Family
+from .flux import FluxFamily
+from .pixart_sigma import PixArtSigmaFamily
+from .qwen_image import QwenImageFamily
+from .sana import SanaFamily
+from .sd3 import StableDiffusion3Family
+from .sd_unet import StableDiffusionFamily
+from .sdxl import StableDiffusionXLFamily
+from .z_image import ZImageFamily
+
+KNOWN: tuple[Family, ...] = (
+    StableDiffusionFamily(),
+    StableDiffusionXLFamily(),
+    StableDiffusion3Family(),
+    FluxFamily(),
+    PixArtSigmaFamily(),
+    SanaFamily(),
+    ZImageFamily(),
+    QwenImageFamily(),
+)
+FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family for family in KNOWN}
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family that knows the pipeline class of a `pipeline_config`.
+
+    Raises:
+        ValueError: for a class that no family knows.
+    """
+    class_name = config["_class_name"]
+    if class_name not in FAMILIES:
+        raise ValueError(f"Teachers of class {class_name} are not supported; supported are {', '.join(FAMILIES)}.")
+    return FAMILIES[class_name]

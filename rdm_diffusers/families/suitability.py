@@ -1,0 +1,64 @@
+"""Models that cannot be teachers, each refused in one sentence that says what to give instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
+
+from .base import LORA_FILE
+
+STUDENT_FILE = "rdm_config.json"
+LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's is 5e-3, zero terminal SNR is 6e-8
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Refuses what is no folder of a diffusers pipeline, where that can be seen without loading it.
+
+    Raises:
+        ValueError: if it is a single file, missing, a LoRA, or no pipeline's folder.
+    """
+    if folder.is_file():
+        raise ValueError(
+            f"{name} is a single file; save it as a folder first: in Python, the pipeline class's "
+            f"from_single_file({name!r}).save_pretrained('teacher')."
+        )
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise ValueError(f"The teacher folder {name} does not exist; check the path or give a Hub model id.")
+        return
+    if (folder / LORA_FILE).exists() and not (folder / "model_index.json").exists():
+        raise ValueError(f"{name} is a LoRA, not a teacher; give the model that it was trained on.")
+    if not (folder / "model_index.json").exists():
+        raise ValueError(f"{name} has no model_index.json; give a folder that a diffusers pipeline saved.")
+
+
+def check_no_student(name: str, folder: Path) -> None:
+    """Refuses what this package made itself. Raises ValueError."""
+    if (folder / STUDENT_FILE).exists():
+        raise ValueError(f"{name} is a few-step student already; give the teacher that it was distilled from.")
+
+
+def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:
+    """Refuses loaded pipelines that are no text-to-image teachers.
+
+    Raises:
+        ValueError: for inpainting models, models that are distilled already, and epsilon prediction at a time without
+            any signal, where the output says nothing of x0.
+    """
+    scheduler, unet = pipeline.scheduler, getattr(pipeline, "unet", None)
+    if unet is not None and unet.config.in_channels != pipeline.vae.config.latent_channels:
+        raise ValueError(
+            f"{name} has a U-Net of {unet.config.in_channels} input channels, as inpainting models do; give a "
+            "text-to-image model."
+        )
+    told = unet is not None and unet.config.get("time_cond_proj_dim") is not None
+    if told or isinstance(scheduler, LCMScheduler | TCDScheduler):
+        raise ValueError(f"{name} is distilled to few steps already; give the model that it was distilled from.")
+    signal = getattr(scheduler, "alphas_cumprod", None)
+    epsilon = scheduler.config.get("prediction_type") == "epsilon"
+    if epsilon and signal is not None and signal[-1] < LEAST_SIGNAL:
+        raise ValueError(
+            f"{name} predicts epsilon with zero terminal SNR, which leaves its first step undefined; set "
+            "rescale_betas_zero_snr to false in its scheduler_config.json, or give a v-prediction model."
+        )
