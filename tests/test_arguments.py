@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -309,12 +310,19 @@ def test_defaults_follow_the_algorithm_and_the_preset_and_a_flag_beats_both(flag
 def test_the_preset_dmd2_is_the_algorithm_dmd() -> None:
     preset, algorithm = vars(parse_args(["--preset", "dmd2"])), vars(parse_args(["--algorithm", "dmd"]))
     assert {name for name in preset if preset[name] != algorithm[name]} == {"preset", "algorithm"}
-    assert make_objective(Namespace(**preset)) == make_objective(Namespace(**algorithm)) == DMD(4)
+    objective = make_objective(Namespace(**preset))
+    assert objective == make_objective(Namespace(**algorithm)) == replace(DMD(4), states=4)
 
 
 def test_the_flags_of_the_correction_reach_the_objective() -> None:
     flags = ["--bias_estimator", "noise", "--debias_pool", "2", "--gndm_lambda", "0.25", "--group_size", "8"]
-    assert make_objective(parse_args(flags)) == GNDM(8, 0.25, "group", "noise", 2)
+    flags += ["--pool_steps", "0.75", "--steps_per_rollout", "2"]
+    assert make_objective(parse_args(flags)) == GNDM(8, 0.25, "group", "noise", 2, states=2, pool_steps=0.75)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_the_bias_outside_0_to_1(complaint, share: float) -> None:
+    assert complaint(pool_steps=share).endswith(f"--pool_steps is {share}; it must lie in [0, 1].")
 
 
 def test_an_updates_samples_are_groups_times_members_times_states() -> None:

@@ -85,6 +85,18 @@ def test_over_several_states_the_others_are_all_states_of_the_other_rollouts() -
         assert torch.allclose(means[:, :, member], expected, atol=1e-6)
 
 
+def test_the_bias_is_measured_half_over_the_samples_own_step_and_half_over_all() -> None:
+    e = replace(random_estimate(), step=torch.tensor([0] * 4 + [1] * 4))  # one group, two states of each rollout
+
+    def correction(**pooling) -> Tensor:
+        return GNDM(GROUP, 1.0, **pooling).advantage(e, RunningMeans()).correction
+
+    own, over_all = correction(), correction(states=2, pool_steps=1.0)
+    assert not torch.allclose(own, over_all, atol=1e-2)
+    assert torch.allclose(correction(states=2), (own + over_all) / 2, atol=1e-6)
+    assert torch.equal(correction(states=2, pool_steps=0.0), own)
+
+
 @pytest.mark.parametrize("estimator", BIAS_ESTIMATORS)
 def test_a_group_of_one_shows_no_bias(estimator: str) -> None:
     e = random_estimate()
