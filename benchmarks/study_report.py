@@ -1,36 +1,40 @@
 """The study's tables and plots: `python benchmarks/study_report.py`, from `results/method_study.json`.
 
-Prints Markdown; draws `docs/images/method_main.png` (distance over calls) and `method_pareto.png` (reward against
-distance).
+Writes each comparison's tables into `docs/method.md`, between the comments `study: <comparison>` and `end`, and draws
+`docs/images/method_main.png` (distance over calls) and `method_pareto.png` (reward against distance).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from statistics import mean, stdev
 
 from runs import RESULTS, ROOT
 
-GRIDS = ("tuning", "lambda")
+GRIDS = ("tuning", "tuning, flow", "lambda")
+TEACHERS = ("tiny", "tiny-flow", "tiny-v")
+METHOD = ROOT / "docs" / "method.md"
 IMAGES = ROOT / "docs" / "images"
 
 
 def table(comparison: dict, teacher: str) -> str:
     """One comparison on one teacher, a row per variant."""
-    lines = [
-        f"| {teacher} | fd_to_teacher | change, 100 ln | prompt accuracy | tiny_bold | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, entry in comparison.get(teacher, {}).items():
+    entries = comparison.get(teacher, {})
+    reused = any("reuse_rollouts" in entry["flags"] for entry in entries.values())
+    columns = [teacher, "fd_to_teacher", "change, 100 ln", "prompt accuracy", "tiny_prompt", "tiny_bold"]
+    columns += ["rollouts"] * reused + ["seeds"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, entry in entries.items():
         means, errors = entry["mean"], entry["standard_error"]
         change = entry.get("against_first")
         changed = f"{change['change_100_ln']:+.0f}{plus_minus(change['standard_error'])}" if change else ""
         ruined = f" ({len(entry['not_finite'])} not finite)" if entry["not_finite"] else ""
-        lines.append(
-            f"| {name} | {means['fd_to_teacher']:.2f}{plus_minus(errors['fd_to_teacher'], 2)}{ruined} | {changed} "
-            f"| {means['prompt_accuracy']:.3f} | {means['tiny_bold']:.3f} | {len(entry['seeds'])} |"
-        )
+        cells = [name, f"{means['fd_to_teacher']:.2f}{plus_minus(errors['fd_to_teacher'], 2)}{ruined}", changed]
+        cells += [f"{means[metric]:.3f}" for metric in ("prompt_accuracy", "tiny_prompt", "tiny_bold")]
+        cells += [f"{next(iter(entry['curves'].values()))[-1]['rollouts']:,}"] * reused + [str(len(entry["seeds"]))]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -65,9 +69,8 @@ def draw_main(record: dict) -> None:
     """The distance to the teacher over network calls."""
     import matplotlib.pyplot as plt
 
-    chosen = [("tiny", "main"), ("tiny-flow", "main, lr 2e-3")]
-    chosen = [(teacher, name) for teacher, name in chosen if teacher in record[name]]
-    figure, panels = plt.subplots(1, len(chosen), figsize=(5 * len(chosen), 3.6), squeeze=False)
+    chosen = [(teacher, "main") for teacher in TEACHERS if teacher in record["main"]]
+    figure, panels = plt.subplots(1, len(chosen), figsize=(4.5 * len(chosen), 3.6), squeeze=False)
     for axes, (teacher, comparison) in zip(panels[0], chosen, strict=True):
         for name, entry in record[comparison][teacher].items():
             axes.errorbar(*curve(entry)[:2], yerr=curve(entry)[2], marker="o", capsize=2, label=name)
@@ -82,7 +85,7 @@ def draw_pareto(record: dict) -> None:
     """The reward against the distance, one line a way of combining."""
     import matplotlib.pyplot as plt
 
-    teachers = [teacher for teacher in ("tiny", "tiny-flow") if teacher in record]
+    teachers = [teacher for teacher in TEACHERS if teacher in record]
     figure, panels = plt.subplots(1, len(teachers), figsize=(5 * len(teachers), 3.6), squeeze=False)
     for axes, teacher in zip(panels[0], teachers, strict=True):
         for way in sorted({name.split()[0] for name in record[teacher]}):
@@ -98,15 +101,22 @@ def draw_pareto(record: dict) -> None:
     figure.savefig(IMAGES / "method_pareto.png", dpi=130)
 
 
+def tables(name: str, comparison: dict) -> str:
+    """A comparison's tables, one a teacher."""
+    draw = grid if name in GRIDS else table
+    return "\n\n".join(draw(comparison, teacher) for teacher in TEACHERS if teacher in comparison)
+
+
 def main() -> None:
-    record = json.loads((RESULTS / "method_study.json").read_text())
-    for name, comparison in record["comparisons"].items():
-        print(f"\n### {name}: {comparison['about']} ({comparison['network_calls']:,} network calls)\n")
-        for teacher in ("tiny", "tiny-flow"):
-            if teacher in comparison:
-                print((grid if name in GRIDS else table)(comparison, teacher), end="\n\n")
-    draw_main(record["comparisons"])
-    draw_pareto(record["comparisons"]["pareto"])
+    record = json.loads((RESULTS / "method_study.json").read_text())["comparisons"]
+    text = METHOD.read_text()
+    for name, comparison in record.items():
+        marked = rf"(<!-- study: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        new = f"\n{tables(name, comparison)}\n\n"
+        text = re.sub(marked, lambda found, new=new: found[1] + new + found[2], text, flags=re.DOTALL)
+    METHOD.write_text(text)
+    draw_main(record)
+    draw_pareto(record["pareto"])
 
 
 if __name__ == "__main__":

@@ -13,14 +13,26 @@ from transformers import CLIPTokenizer
 
 from rdm_diffusers.evaluation import measure, teacher_sampler
 from rdm_diffusers.families import load_teacher
-from rdm_diffusers.tiny import TINY_FLOW_NAME, TINY_NAME, TINY_TEACHER, TINY_TEACHERS, is_tiny, resolve_teacher
+from rdm_diffusers.tiny import (
+    TINY_FLOW_NAME,
+    TINY_NAME,
+    TINY_TEACHER,
+    TINY_TEACHERS,
+    TINY_V_NAME,
+    is_tiny,
+    resolve_teacher,
+)
 from rdm_diffusers.tiny.captions import BACKGROUNDS, CAPTIONS, DRAWINGS, INKS, parse_caption
 from rdm_diffusers.tiny.classifier import FEATURE_DIM, DrawingClassifier, load_classifier
 from rdm_diffusers.tiny.reference import REFERENCES, load_quality, load_statistics
 from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
 
 FOLDER = Path(TINY_TEACHER).parent
-CLASSES = {TINY_NAME: StableDiffusionPipeline, TINY_FLOW_NAME: StableDiffusion3Pipeline}
+CLASSES = {
+    TINY_NAME: StableDiffusionPipeline,
+    TINY_V_NAME: StableDiffusionPipeline,
+    TINY_FLOW_NAME: StableDiffusion3Pipeline,
+}
 either = pytest.mark.parametrize("name", TINY_TEACHERS)
 
 
@@ -131,7 +143,8 @@ def test_an_embedded_teacher_is_a_stock_pipeline_that_names_no_foreign_path(name
 
 
 @pytest.mark.parametrize(
-    ("name", "prediction_type", "tokens"), [(TINY_NAME, "epsilon", 12), (TINY_FLOW_NAME, "flow_prediction", 13)]
+    ("name", "prediction_type", "tokens"),
+    [(TINY_NAME, "epsilon", 12), (TINY_V_NAME, "v_prediction", 12), (TINY_FLOW_NAME, "flow_prediction", 13)],
 )
 def test_an_embedded_teacher_is_loaded_frozen_and_found_by_name(name: str, prediction_type: str, tokens: int) -> None:
     teacher = load_teacher(name, torch.float32)
@@ -146,9 +159,10 @@ def test_any_other_name_is_no_embedded_teacher() -> None:
     assert not is_tiny("me/model") and resolve_teacher("me/model") == "me/model"
 
 
-def test_both_references_have_the_same_training_pictures() -> None:
-    one, other = (load_statistics(name)["data"] for name in TINY_TEACHERS)
-    assert torch.equal(one.mean, other.mean) and torch.equal(one.covariance, other.covariance)
+def test_all_references_have_the_same_training_pictures() -> None:
+    first, *others = (load_statistics(name)["data"] for name in TINY_TEACHERS)
+    for other in others:
+        assert torch.equal(first.mean, other.mean) and torch.equal(first.covariance, other.covariance)
 
 
 @either
@@ -169,7 +183,9 @@ def test_the_shipped_quality_names_what_the_metrics_need(name: str) -> None:
     assert quality["guidance_scale"] == REFERENCES[name].guidance_scale
 
 
-@pytest.mark.parametrize(("name", "options"), [(TINY_NAME, {}), (TINY_FLOW_NAME, {"max_sequence_length": 1})])
+@pytest.mark.parametrize(
+    ("name", "options"), [(TINY_NAME, {}), (TINY_V_NAME, {}), (TINY_FLOW_NAME, {"max_sequence_length": 1})]
+)
 def test_an_embedded_teacher_draws_what_it_is_asked_and_is_measured(name: str, options: dict) -> None:
     pipeline = load_teacher(name, torch.float32).pipeline
     sampler = teacher_sampler(pipeline, "dpm-solver++", 10, guidance_scale=2.0, **options)

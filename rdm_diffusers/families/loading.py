@@ -119,7 +119,7 @@ def load_teacher(
     """Loads a teacher from a folder, from the Hub, or an embedded one by its name; safetensors only.
 
     Args:
-        name_or_path: a folder, a Hub id, `tiny` or `tiny-flow`.
+        name_or_path: a folder, a Hub id, or an embedded teacher by its name.
         dtype: of its weights.
         revision, variant: of a Hub repository.
         options: how it reads prompts; an embedded teacher knows its own length.

@@ -66,7 +66,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 # fmt: off
 def _add_teacher(add) -> None:
     add("--pretrained_model_name_or_path", "--pretrained_model", "--pretrained_teacher_model", default=TINY_NAME,
-        help="teacher: a folder, a Hub id, or `tiny` or `tiny-flow` for an embedded one")
+        help="teacher: a folder, a Hub id, or `tiny`, `tiny-v` or `tiny-flow` for an embedded one")
     add("--pretrained_vae_model_name_or_path", help="another autoencoder than the teacher's: a folder or a Hub id")
     add("--revision", help="the teacher's Hub revision")
     add("--variant", help="the teacher's weight variant, for example fp16")

@@ -64,7 +64,14 @@ def make_scheduler(teacher: Teacher, args: argparse.Namespace) -> RdmScheduler:
 
 
 def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
-    """The three roles on the teacher's own network, with fresh LoRAs drawn from the seed."""
+    """The three roles on the teacher's own network, with fresh LoRAs drawn from the seed.
+
+    Raises:
+        ValueError: if the teacher's stock pipeline could not load them.
+    """
+    if not teacher.family.has_lora:
+        name = teacher.family.pipeline_class.__name__
+        raise ValueError(f"{name} loads no LoRAs, so its students are full ones, which this script does not train.")
     if args.gradient_checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
     layers = args.lora_layers.split(",") if args.lora_layers else list(teacher.family.lora_target_modules)

@@ -1,0 +1,134 @@
+"""Models that cannot be teachers are refused in one sentence; another autoencoder is taken; students on other bases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from parts import PROMPTS, run_arguments
+from parts_families import make_pipeline, make_sdxl, make_vae
+from torch import Tensor
+
+import train_rdm_lora
+from rdm_diffusers.families import FAMILIES, load_teacher
+from rdm_diffusers.pipelines import RdmDistillationPipeline, RdmStableDiffusionXLPipeline
+
+
+def refusal(pipeline, folder: Path) -> str:
+    """What is said of a pipeline, saved into `folder`, as a teacher."""
+    pipeline.save_pretrained(folder)
+    with pytest.raises(ValueError) as caught:
+        load_teacher(str(folder), torch.float32)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(folder), "TEACHER")
+
+
+def draw(pipeline) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Path:
+    """A LoRA student of a Stable Diffusion XL teacher that lies beside it, with another autoencoder."""
+    folder = tmp_path_factory.mktemp("student")
+    make_pipeline("StableDiffusionXLPipeline").save_pretrained(folder / "teacher")
+    torch.manual_seed(7)
+    make_vae(scaling_factor=0.9).save_pretrained(folder / "vae")
+    arguments = run_arguments(folder / "teacher", prompts_file, folder / "lora", train_batch_size=4)
+    train_rdm_lora.main([*arguments, "--pretrained_vae_model_name_or_path", str(folder / "vae")])
+    return folder / "lora"
+
+
+def test_epsilon_prediction_with_zero_terminal_snr(tmp_path: Path) -> None:
+    assert refusal(make_sdxl(rescale_betas_zero_snr=True), tmp_path) == (
+        "TEACHER predicts epsilon with zero terminal SNR, which leaves its first step undefined; set "
+        "rescale_betas_zero_snr to false in its scheduler_config.json, or give a v-prediction model."
+    )
+
+
+def test_v_prediction_with_zero_terminal_snr_is_taken(tmp_path: Path) -> None:
+    make_sdxl("v_prediction", rescale_betas_zero_snr=True).save_pretrained(tmp_path)
+    assert load_teacher(str(tmp_path), torch.float32).prediction_type == "v_prediction"
+
+
+def test_an_inpainting_model(tmp_path: Path) -> None:
+    pipeline = make_sdxl()
+    pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=9)
+    assert refusal(pipeline, tmp_path) == (
+        "TEACHER has a U-Net of 9 input channels, as inpainting models do; give a text-to-image model."
+    )
+
+
+def test_models_that_are_distilled_already(tmp_path: Path) -> None:
+    said = "TEACHER is distilled to few steps already; give the model that it was distilled from."
+    pipeline = make_sdxl()
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    assert refusal(pipeline, tmp_path / "lcm") == said
+    pipeline = make_sdxl()
+    pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=8)
+    assert refusal(pipeline, tmp_path / "told") == said
+
+
+def test_a_student_of_ours(student: Path, tmp_path: Path) -> None:
+    RdmDistillationPipeline.from_pretrained(student).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a few-step student already; give the teacher that it was distilled from"):
+        load_teacher(str(tmp_path), torch.float32)
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a single file; save it as a folder first"):
+        load_teacher(str(tmp_path / "model.safetensors"), torch.float32)
+
+
+def test_a_video_model(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    with pytest.raises(ValueError, match="Teachers of class WanPipeline are not supported; supported are StableDiff"):
+        load_teacher(str(tmp_path), torch.float32)
+
+
+def test_a_student_is_decoded_by_the_autoencoder_that_it_was_trained_with(student: Path) -> None:
+    pipeline = RdmDistillationPipeline.from_pretrained(student)
+    assert pipeline.vae.config.scaling_factor == 0.9
+    own = StableDiffusionXLPipeline.from_pretrained(student.parent / "teacher").vae
+    assert own.config.scaling_factor == 1.5
+    given = RdmDistillationPipeline.from_pretrained(student, vae=own)
+    assert not torch.allclose(draw(given), draw(pipeline), atol=1e-3)
+
+
+def test_a_student_may_be_put_on_another_base(student: Path, tmp_path: Path) -> None:
+    make_pipeline("StableDiffusionXLPipeline", seed=3).save_pretrained(tmp_path)
+    other = RdmDistillationPipeline.from_lora(tmp_path, student)
+    assert isinstance(other, RdmStableDiffusionXLPipeline)
+    same = RdmDistillationPipeline.from_lora(student.parent / "teacher", student)
+    assert torch.equal(draw(same), draw(RdmDistillationPipeline.from_pretrained(student)))
+    assert not torch.allclose(draw(other), draw(same), atol=1e-3)
+
+
+def test_a_student_on_a_base_of_another_family(student: Path, tmp_path: Path) -> None:
+    make_pipeline("FluxPipeline").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a student of a StableDiffusionXLPipeline, and .* is a FluxPipeline"):
+        RdmDistillationPipeline.from_lora(tmp_path, student)
+
+
+def test_a_stock_pipeline_becomes_a_student_and_shares_its_components(student: Path) -> None:
+    stock = StableDiffusionXLPipeline.from_pretrained(student.parent / "teacher")
+    stock.vae = RdmDistillationPipeline.from_pretrained(student).vae
+    pipeline = RdmDistillationPipeline.from_pipe(stock, student)
+    assert pipeline.unet is stock.unet and pipeline.vae is stock.vae
+    assert torch.equal(draw(pipeline), draw(RdmDistillationPipeline.from_pretrained(student)))
+    again = RdmDistillationPipeline.from_pipe(pipeline)
+    assert again.student == pipeline.student and again.unet is pipeline.unet
+    with pytest.raises(ValueError, match="A stock pipeline knows no student; give its folder or Hub id as `student`"):
+        RdmDistillationPipeline.from_pipe(stock)
+
+
+def test_no_lora_is_trained_that_no_pipeline_loads(prompts_file: Path, tmp_path: Path) -> None:
+    make_pipeline("PixArtSigmaPipeline").save_pretrained(tmp_path / "teacher")
+    assert not FAMILIES["PixArtSigmaPipeline"].has_lora
+    with pytest.raises(ValueError, match="PixArtSigmaPipeline loads no LoRAs, so its students are full ones"):
+        train_rdm_lora.main(run_arguments(tmp_path / "teacher", prompts_file, tmp_path / "out"))
