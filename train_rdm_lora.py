@@ -34,6 +34,7 @@ from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint, read_arguments
 from rdm_diffusers.training.checks import check_resumable, prepare_output
 from rdm_diffusers.training.loop import train
+from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.monitor import CollapseError
 from rdm_diffusers.training.optimizers import NonFiniteError
 from rdm_diffusers.training.prompts import load_prompts
@@ -60,6 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     prompts = load_prompts(args)
     accelerator = make_accelerator(args)
     rewards = load_rewards(args, accelerator.device)
+
+    if args.dry_run:
+        print(plan_memory(args, prompt_options(args), DTYPES[args.mixed_precision]).as_table())
+        return
 
     # 2. The teacher, and the three roles on its network.
     teacher = load_teacher(

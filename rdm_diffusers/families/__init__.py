@@ -3,6 +3,7 @@
 from .base import LORA_FILE, Conditioning, Family, PromptOptions, rebuilt
 from .loading import Teacher, absent_components, load_options, load_teacher, load_vae, pipeline_config
 from .registry import FAMILIES, family_of
+from .suitability import check_lora
 
 __all__ = [
     "FAMILIES",
@@ -12,6 +13,7 @@ __all__ = [
     "PromptOptions",
     "Teacher",
     "absent_components",
+    "check_lora",
     "family_of",
     "load_options",
     "load_teacher",

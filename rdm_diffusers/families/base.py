@@ -152,6 +152,10 @@ class Family(ABC):
         return self.encode_prompts(pipeline, [""], options)
 
     @abstractmethod
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        """The shapes of one prompt's tensors, from the networks' configurations alone."""
+
+    @abstractmethod
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Calls the denoiser on x_t `[B, C, H, W]` at times `[B]`; its raw output `[B, C, H, W]`.
 

@@ -41,6 +41,12 @@ class FluxFamily(FlowFamily):
             tensors["guidance"] = torch.full((len(embeds), 1), options.embedded_guidance or 0.0, device=embeds.device)
         return Conditioning(tensors)
 
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        tokens, config = options.max_sequence_length or 512, pipeline.transformer.config
+        shapes = {"prompt_embeds": (tokens, config.joint_attention_dim)}
+        told = {"guidance": (1,)} if config.guidance_embeds else {}
+        return {**shapes, "pooled_prompt_embeds": (config.pooled_projection_dim,), **told}
+
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, pooled = (conditioning.tensors[name] for name in ("prompt_embeds", "pooled_prompt_embeds"))
         told = conditioning.tensors.get("guidance")

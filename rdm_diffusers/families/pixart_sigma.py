@@ -37,6 +37,13 @@ class PixArtSigmaFamily(StableDiffusionFamily):
         )
         return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask})
 
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        tokens, config = options.max_sequence_length or 300, pipeline.transformer.config
+        return {
+            "prompt_embeds": (tokens, config.caption_channels),
+            "prompt_attention_mask": (tokens,),
+        }
+
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, mask = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_attention_mask"))
         output = denoiser(

@@ -57,14 +57,22 @@ class QwenImageFamily(FlowFamily):
     def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
         return self.encode_prompts(pipeline, [NOTHING], options)
 
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        tokens, config = options.max_sequence_length or 512, pipeline.transformer.config
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "prompt_embeds_mask": (tokens,),
+        }
+
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, mask = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_embeds_mask"))
         longest = int(mask.sum(1).max())
+        told = None if mask[:, :longest].all() else mask[:, :longest]
         output = denoiser(
             hidden_states=pack(x_t).to(embeds.dtype),
             timestep=t / 1000,
             encoder_hidden_states=embeds[:, :longest],
-            encoder_hidden_states_mask=mask[:, :longest],
+            encoder_hidden_states_mask=told,
             img_shapes=[[(1, x_t.shape[-2] // 2, x_t.shape[-1] // 2)]] * len(x_t),
             return_dict=False,
         )[0]

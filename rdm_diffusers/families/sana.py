@@ -48,6 +48,14 @@ class SanaFamily(FlowFamily):
         scale = torch.full((len(embeds), 1), pipeline.transformer.config.timestep_scale, device=embeds.device)
         return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask, "timestep_scale": scale})
 
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        tokens, config = options.max_sequence_length or 300, pipeline.transformer.config
+        shapes = {
+            "prompt_embeds": (tokens, config.caption_channels),
+            "prompt_attention_mask": (tokens,),
+        }
+        return {**shapes, "timestep_scale": (1,)}
+
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         tensors = conditioning.tensors
         return denoiser(

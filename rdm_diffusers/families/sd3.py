@@ -30,6 +30,12 @@ class StableDiffusion3Family(FlowFamily):
         )
         return Conditioning({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        tokens = pipeline.text_encoder.config.max_position_embeddings + (options.max_sequence_length or 256)
+        config = pipeline.transformer.config
+        pooled = (config.pooled_projection_dim,)
+        return {"prompt_embeds": (tokens, config.joint_attention_dim), "pooled_prompt_embeds": pooled}
+
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, pooled = (conditioning.tensors[name] for name in ("prompt_embeds", "pooled_prompt_embeds"))
         return denoiser(x_t.to(embeds.dtype), embeds, pooled, t, return_dict=False)[0]

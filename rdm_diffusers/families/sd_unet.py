@@ -33,6 +33,10 @@ class StableDiffusionFamily(Family):
         )
         return Conditioning({"prompt_embeds": embeds})
 
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        tokens = pipeline.text_encoder.config.max_position_embeddings
+        return {"prompt_embeds": (tokens, pipeline.unet.config.cross_attention_dim)}
+
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning.tensors["prompt_embeds"]
         return denoiser(x_t.to(embeds.dtype), t, embeds, return_dict=False)[0]

@@ -46,6 +46,11 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
             {"prompt_embeds": embeds, "text_embeds": pooled, "time_ids": told.expand(len(embeds), -1).clone()}
         )
 
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        config, tokens = pipeline.unet.config, pipeline.text_encoder_2.config.max_position_embeddings
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"prompt_embeds": (tokens, config.cross_attention_dim), "text_embeds": (pooled,), "time_ids": (6,)}
+
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning.tensors["prompt_embeds"]
         told = {name: conditioning.tensors[name] for name in ("text_embeds", "time_ids")}

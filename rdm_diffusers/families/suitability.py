@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 
-from .base import LORA_FILE
+from .base import LORA_FILE, Family
 
 STUDENT_FILE = "rdm_config.json"
 LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's is 5e-3, zero terminal SNR is 6e-8
@@ -37,6 +37,13 @@ def check_no_student(name: str, folder: Path) -> None:
     """Refuses what this package made itself. Raises ValueError."""
     if (folder / STUDENT_FILE).exists():
         raise ValueError(f"{name} is a few-step student already; give the teacher that it was distilled from.")
+
+
+def check_lora(family: Family) -> None:
+    """Refuses families whose stock pipeline loads no LoRAs. Raises ValueError."""
+    if not family.has_lora:
+        name = family.pipeline_class.__name__
+        raise ValueError(f"{name} loads no LoRAs, so its students are full ones, which this script does not train.")
 
 
 def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:

@@ -40,6 +40,12 @@ class ZImageFamily(FlowFamily):
         lengths = torch.tensor([[len(each)] for each in embeds], device=padded.device)
         return Conditioning({"prompt_embeds": padded, "prompt_length": lengths})
 
+    def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
+        return {
+            "prompt_embeds": (options.max_sequence_length or 512, pipeline.transformer.config.cap_feat_dim),
+            "prompt_length": (1,),
+        }
+
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, lengths = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_length"))
         captions = [each[:length] for each, length in zip(embeds, lengths.flatten().tolist(), strict=True)]

@@ -173,6 +173,7 @@ def _add_output(add) -> None:
     add("--monitor_images", type=int, default=8,
         help="pictures of the teacher that the student's contrast is compared with; 0 compares none")
     add("--stop_on_collapse", action="store_true", help="end the run when an alarm rings")
+    add("--dry_run", action="store_true", help="check everything, print what memory the run needs, and train nothing")
     add("--num_eval_images", type=int, default=0, help="pictures that metrics.json measures; 0 measures none")
 # fmt: on
 

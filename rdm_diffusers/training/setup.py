@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from ..distillation import GNDMR, Draws, RunningMeans
-from ..families import PromptOptions, Teacher
+from ..families import PromptOptions, Teacher, check_lora
 from ..networks import FAKE_SCORE, STUDENT, Networks, SharedBase
 from ..rewards import WeightedReward, load_reward
 from ..schedulers import RdmScheduler
@@ -69,9 +69,7 @@ def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
     Raises:
         ValueError: if the teacher's stock pipeline could not load them.
     """
-    if not teacher.family.has_lora:
-        name = teacher.family.pipeline_class.__name__
-        raise ValueError(f"{name} loads no LoRAs, so its students are full ones, which this script does not train.")
+    check_lora(teacher.family)
     if args.gradient_checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
     layers = args.lora_layers.split(",") if args.lora_layers else list(teacher.family.lora_target_modules)
