@@ -1,0 +1,150 @@
+"""Students that are whole networks, of every family: trained, saved as stock folders, and called in every usual way."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from parts import PROMPTS, run_arguments
+from parts_families import CALLS, MAKERS, make_pipeline
+from torch import Tensor
+
+import rdm_diffusers.pipelines
+from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher, rebuilt
+from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, SeparateNetworks
+from rdm_diffusers.pipelines import RdmDistillationPipeline, StudentConfig
+from rdm_diffusers.training.arguments import parse_args
+from rdm_diffusers.training.checks import prepare_output
+from rdm_diffusers.training.loop import train
+from rdm_diffusers.training.setup import make_accelerator, make_distillation, make_scheduler, make_state
+
+every = pytest.mark.parametrize("name", MAKERS)
+STEPS = 4
+
+
+def make_teacher(name: str) -> Teacher:
+    call = CALLS.get(name, {})
+    options = PromptOptions(call.get("max_sequence_length"), call.get("height"), 3.5)
+    return Teacher(make_pipeline(name), FAMILIES[name], name, options)
+
+
+def make_student(teacher: Teacher, denoiser: torch.nn.Module) -> RdmDistillationPipeline:
+    """A network as the full student of a teacher, as a user would have it."""
+    family, args = teacher.family, parse_args(["--num_student_steps", str(STEPS)])
+    scheduler = make_scheduler(teacher, args)
+    config = StudentConfig(
+        base_model_name_or_path=None,
+        pipeline_class=teacher.name,
+        scheduler={key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+        num_inference_steps=STEPS,
+        call_arguments={**family.unguided(teacher.pipeline, teacher.options), **teacher.call_options},
+    )
+    pipeline_class = getattr(rdm_diffusers.pipelines, f"Rdm{teacher.name}")
+    pipeline = rebuilt(pipeline_class, teacher.pipeline, **{family.denoiser_name: denoiser})._as(config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(params=list(MAKERS))
+def student(request: pytest.FixtureRequest) -> RdmDistillationPipeline:
+    teacher = make_teacher(request.param)
+    return make_student(teacher, teacher.denoiser)
+
+
+def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:2], **options: Any) -> Tensor:
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(list(prompts), **{"generator": generators, "output_type": "pt", **options}).images
+
+
+@every
+def test_a_full_student_is_trained_beside_its_teacher(name: str, prompts_file: Path, tmp_path: Path) -> None:
+    teacher = make_teacher(name)
+    denoisers = {role: copy.deepcopy(teacher.denoiser) for role in ROLES}
+    networks = SeparateNetworks(
+        denoisers, teacher.family, teacher.schedule, teacher.prediction_type, teacher.encode_nothing(),
+        1.0 if teacher.family.embeds_guidance(teacher.pipeline) else 3.5,
+    )  # fmt: skip
+    arguments = run_arguments("none", prompts_file, tmp_path, train_batch_size=4, num_student_steps=STEPS)
+    args = parse_args([*arguments, "--resolution", str(teacher.options.resolution or 32)])
+    prepare_output(args)
+    accelerator = make_accelerator(args)
+    run = make_distillation(teacher, networks, list(PROMPTS), [], args, accelerator)
+    assert train(run, make_state(networks, accelerator, args), args, accelerator, lambda update: None)
+
+    def moved(role: str) -> bool:
+        pairs = zip(denoisers[role].parameters(), teacher.denoiser.parameters(), strict=True)
+        return any(not torch.equal(one, other) for one, other in pairs)
+
+    assert [moved(role) for role in (STUDENT, FAKE_SCORE, TEACHER)] == [True, True, False]
+    student = make_student(teacher, denoisers[STUDENT].eval())
+    student.save_pretrained(tmp_path / "student")
+    loaded = RdmDistillationPipeline.from_pretrained(tmp_path / "student")
+    assert (draw(loaded) - draw(student)).abs().max() < 1e-5
+    assert (draw(student) - draw(make_student(teacher, teacher.denoiser))).abs().max() > 1e-6
+
+
+@every
+def test_its_folder_is_a_stock_one(name: str, tmp_path: Path) -> None:
+    teacher = make_teacher(name)
+    student = make_student(teacher, teacher.denoiser)
+    student.save_pretrained(tmp_path)
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "StableDiffusion3Pipeline" else {}
+    stock = getattr(diffusers, name).from_pretrained(tmp_path, **absent)
+    assert type(stock) is getattr(diffusers, name)
+    torch.manual_seed(3)
+    ours = draw(student, generator=None)
+    torch.manual_seed(3)
+    theirs = draw(stock, generator=None, num_inference_steps=STEPS, **student.student.call_arguments)
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_a_tuple_is_returned_where_one_is_wanted(student: RdmDistillationPipeline) -> None:
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    pictures = student(list(PROMPTS[:2]), generator=generators, output_type="pt", return_dict=False)
+    assert isinstance(pictures, tuple)
+    assert torch.equal(pictures[0], draw(student))
+
+
+def test_several_pictures_of_a_prompt(student: RdmDistillationPipeline) -> None:
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    pair = student(PROMPTS[0], num_images_per_prompt=2, generator=generators, output_type="pt").images
+    assert pair.shape[0] == 2
+    assert (pair - draw(student, (PROMPTS[0], PROMPTS[0]))).abs().max() < 1e-4
+
+
+def test_one_generator_serves_a_whole_batch(student: RdmDistillationPipeline) -> None:
+    one, same = (draw(student, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, same)
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(student: RdmDistillationPipeline) -> None:
+    if "callback_on_step_end" not in inspect.signature(student.__call__).parameters:
+        pytest.skip("the stock pipeline has none")
+    seen = []
+
+    def note(pipeline, step: int, t: Tensor, kwargs: dict) -> dict:
+        seen.append(step)
+        return {"latents": torch.zeros_like(kwargs["latents"])} if step == STEPS - 1 else {}
+
+    changed = draw(student, callback_on_step_end=note, callback_on_step_end_tensor_inputs=["latents"])
+    assert seen == list(range(STEPS))
+    assert (changed[0] - changed[1]).abs().max() < 1e-5
+
+
+def test_other_numbers_of_steps_are_drawn_too(student: RdmDistillationPipeline) -> None:
+    for steps in (1, 2, 8):
+        assert draw(student, num_inference_steps=steps).isfinite().all()
+
+
+def test_it_draws_in_bfloat16(student: RdmDistillationPipeline) -> None:
+    pictures = draw(student)
+    student.to(torch.bfloat16)
+    rough = draw(student).float()
+    assert rough.isfinite().all()
+    assert (rough - pictures).abs().mean() < 0.1
