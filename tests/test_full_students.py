@@ -148,3 +148,23 @@ def test_it_draws_in_bfloat16(student: RdmDistillationPipeline) -> None:
     rough = draw(student).float()
     assert rough.isfinite().all()
     assert (rough - pictures).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXL", "StableDiffusion3", "Flux", "ZImage", "QwenImage"])
+def test_a_picture_may_be_where_it_begins(name: str) -> None:
+    teacher = make_teacher(f"{name}Pipeline")
+    student = make_student(teacher, teacher.denoiser)
+    pipeline = rebuilt(getattr(diffusers, f"{name}Img2ImgPipeline"), student)
+    pipeline.set_progress_bar_config(disable=True)
+    known = inspect.signature(pipeline.__call__).parameters
+    options = {key: value for key, value in student.student.call_arguments.items() if key in known}
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def redraw(strength: float) -> Tensor:
+        torch.manual_seed(4)  # stock flow pipelines of this kind hand no generator to the scheduler
+        call = dict(image=picture, strength=strength, num_inference_steps=STEPS, output_type="pt", **options)
+        return pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(1), **call).images
+
+    half, whole = redraw(0.5), redraw(1.0)
+    assert torch.equal(half, redraw(0.5))
+    assert half.shape == picture.shape and (half - whole).abs().max() > 1e-3
