@@ -184,10 +184,14 @@ def test_a_number_of_steps_out_of_range_is_refused(steps: int) -> None:
         RdmScheduler().set_timesteps(steps)
 
 
-def test_a_time_off_the_grid_is_refused() -> None:
-    scheduler = four_steps()
+def test_a_time_off_the_grid_goes_on_to_the_next_lower_one() -> None:
+    scheduler, (output, sample) = four_steps(), torch.randn(2, *SHAPE)
+    assert scheduler.previous_timestep(torch.tensor([999, 998, 500, 499, 249, 1, 0])).tolist() == [749] * 2 + [
+        499, 249, -1, -1, -1,
+    ]  # fmt: skip
+    assert scheduler.step(output, 500, sample).prev_sample.shape == SHAPE
     with pytest.raises(ValueError, match=r"The time 500 is not on the grid \[999, 749, 499, 249\]"):
-        scheduler.step(torch.randn(SHAPE), 500, torch.randn(SHAPE))
+        scheduler.index_for_timestep(500)
 
 
 def test_a_spacing_that_does_not_start_at_pure_noise_is_refused() -> None:

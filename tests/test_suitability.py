@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,28 @@ def test_no_lora_is_trained_that_no_pipeline_loads(prompts_file: Path, tmp_path:
     assert not FAMILIES["PixArtSigmaPipeline"].has_lora
     with pytest.raises(ValueError, match="PixArtSigmaPipeline loads no LoRAs, so its students are full ones"):
         train_rdm_lora.main(run_arguments(tmp_path / "teacher", prompts_file, tmp_path / "out"))
+
+
+def test_another_lora_may_be_stacked_on_a_student(student: Path, prompts_file: Path, tmp_path: Path) -> None:
+    arguments = run_arguments(student.parent / "teacher", prompts_file, tmp_path, train_batch_size=4, seed=5)
+    train_rdm_lora.main([*arguments, "--learning_rate", "0.05"])
+    pipeline = RdmDistillationPipeline.from_pretrained(student)
+    alone = draw(pipeline)
+    (own,) = pipeline.get_active_adapters()
+    pipeline.load_lora_weights(tmp_path, adapter_name="style")
+    pipeline.set_adapters([own, "style"], [1.0, 0.8])
+    assert not torch.allclose(draw(pipeline), alone, atol=1e-3)
+    pipeline.delete_adapters("style")
+    assert torch.allclose(draw(pipeline), alone, atol=1e-5)
+
+
+def test_a_negative_prompt_without_guidance_is_warned_of_and_has_no_effect(student: Path, caplog) -> None:
+    pipeline = RdmDistillationPipeline.from_pretrained(student)
+    plain = draw(pipeline)
+    call = dict(generator=torch.Generator().manual_seed(0), output_type="pt", negative_prompt="a black zero")
+    logging.getLogger("rdm_diffusers").propagate = True
+    assert torch.equal(pipeline(PROMPTS[0], **call).images, plain)
+    assert caplog.text.count("without guidance, so that its negative prompt has no effect") == 1
+    call["generator"].manual_seed(0)
+    assert not torch.allclose(pipeline(PROMPTS[0], **call, guidance_scale=3.0).images, plain, atol=1e-3)
+    assert caplog.text.count("has no effect") == 1

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import logging
 
 from ..families import FAMILIES, LORA_FILE, load_options, load_vae, pipeline_config, rebuilt
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from .student_config import StudentConfig
 
+logger = logging.get_logger(__name__)
 CLASSES: dict[str, type[RdmDistillationPipeline]] = {}
 # What a call takes from the student where it is not given.
 TRAINED = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
@@ -30,6 +32,9 @@ class RdmDistillationPipeline(DiffusionPipeline):
 
     This class dispatches: `from_pretrained` gives `RdmStableDiffusionPipeline` and the like, each also an instance of
     its stock pipeline. Saved folders name stock classes only, so stock diffusers loads them too.
+
+    A student needs no guidance and gets none, unless a call asks for it (`guidance_scale` above 1, at twice the cost and
+    off what it was trained for). Without it a negative prompt has no effect, of which a warning reminds.
     """
 
     student: StudentConfig
@@ -169,6 +174,11 @@ def drawing_from(
         del scheduler.step  # the class's own shows again
 
 
+def _guided(arguments: dict[str, Any]) -> bool:
+    """Whether a call asks for guidance itself."""
+    return any((arguments.get(name) or 0) > 1 for name in ("guidance_scale", "true_cfg_scale"))
+
+
 def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
     """The stock pipeline's `__call__`, with the student's settings where none are given, and seeds for every draw."""
     signature = inspect.signature(stock.__call__)
@@ -177,6 +187,8 @@ def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
     @wraps(stock.__call__)
     def __call__(self, *args, **kwargs):  # noqa: N807 - becomes the class's
         call = signature.bind_partial(self, *args, **kwargs)
+        if call.arguments.get("negative_prompt") and not _guided(call.arguments):
+            logger.warning("A student is sampled without guidance, so that its negative prompt has no effect.")
         given = {name: value for name, value in call.arguments.items() if name not in trained or value is not None}
         own = {"num_inference_steps": self.student.num_inference_steps, **self.student.call_arguments}
         call.arguments = own | given

@@ -103,7 +103,8 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self.set_timesteps(len(self.student_grid or []) or min(50, num_train_timesteps))
+        self._train_steps = num_train_timesteps if self.alphas_cumprod is None else len(self.alphas_cumprod)
+        self.set_timesteps(len(self.student_grid or []) or min(50, self._train_steps))
 
     @property
     def student_grid(self) -> list | None:
@@ -150,10 +151,8 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         """
         given = next((list(grid) for grid in (timesteps, sigmas) if grid is not None), [])
         count = num_inference_steps or len(given)
-        if not 1 <= count <= self.config.num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps is {count}; it must lie between 1 and {self.config.num_train_timesteps}."
-            )
+        if not 1 <= count <= self._train_steps:
+            raise ValueError(f"num_inference_steps is {count}; it must lie between 1 and {self._train_steps}.")
         if timesteps is not None:
             grid = given
         elif self.student_grid is not None and count == len(self.student_grid):
@@ -168,7 +167,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = self._begin_index = None
 
     def _trailing_grid(self, count: int, sigmas: list[float], mu: float | None) -> list:
-        train_steps = self.config.num_train_timesteps
+        train_steps = self._train_steps
         if not self.schedule.is_flow:
             return [round(train_steps * (count - i) / count) - 1 for i in range(count)]
         shift = self.config.shift if mu is None else math.exp(mu)
@@ -178,7 +177,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
     def _check_grid(self, grid: list) -> None:
         if self.config.timestep_spacing != "trailing":
             raise ValueError(f"timestep_spacing is {self.config.timestep_spacing!r}; RdmScheduler knows 'trailing'.")
-        top = self.config.num_train_timesteps - (0 if self.schedule.is_flow else 1)
+        top = self._train_steps - (0 if self.schedule.is_flow else 1)
         descends = all(earlier > later for earlier, later in pairwise(grid))
         if not descends or grid[0] > top or grid[-1] < 0:
             raise ValueError(f"The grid {grid} must descend strictly and lie between 0 and {top}.")
@@ -203,9 +202,13 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         return on_grid.int().argmax(-1)
 
     def previous_timestep(self, timestep: Tensor | float) -> Tensor:
-        """The time after each `timestep` on the way to x0, shaped as it; `FINAL` (-1) after the last."""
-        following = torch.cat([self.timesteps[1:], self.timesteps.new_full((1,), FINAL)])
-        return following[self.index_for_timestep(timestep)]
+        """The next lower time of the grid for each `timestep`, shaped as it; `FINAL` (-1) below the last."""
+        following = torch.cat([self.timesteps, self.timesteps.new_full((1,), FINAL)])
+        return following[self._steps_behind(timestep)]
+
+    def _steps_behind(self, timestep: Tensor | float) -> Tensor:
+        times = torch.as_tensor(timestep, device=self.timesteps.device)
+        return (self.timesteps >= times[..., None]).sum(-1)
 
     def transition(
         self, x0: Tensor, sample: Tensor, timestep: Tensor, next_timestep: Tensor, eta: float | None = None
@@ -252,9 +255,6 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
                 every scheduler that takes one.
             return_log_prob: whether to state the log-density of the draw.
             return_dict: False gives the tuple `(prev_sample, pred_original_sample)`.
-
-        Raises:
-            ValueError: if a time is not on the grid.
         """
         times = torch.as_tensor(timestep, device=sample.device)
         x0 = self.pred_original_sample(model_output, times, sample)
@@ -264,7 +264,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=model_output.dtype)
             prev_sample = mean + std * noise.float()
         if times.ndim == 0:
-            self._step_index = int(self.index_for_timestep(times)) + 1
+            self._step_index = int(self._steps_behind(times))
         prev_sample, x0 = prev_sample.to(model_output.dtype), x0.to(model_output.dtype)
         if not return_dict:
             return prev_sample, x0
