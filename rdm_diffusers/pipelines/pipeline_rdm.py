@@ -33,8 +33,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
     This class dispatches: `from_pretrained` gives `RdmStableDiffusionPipeline` and the like, each also an instance of
     its stock pipeline. Saved folders name stock classes only, so stock diffusers loads them too.
 
-    A student needs no guidance and gets none, unless a call asks for it (`guidance_scale` above 1, at twice the cost and
-    off what it was trained for). Without it a negative prompt has no effect, of which a warning reminds.
+    A student needs no guidance and gets none, unless a call asks for it (`guidance_scale` above 1, at twice the cost,
+    and not what it was trained for). Without it a negative prompt has no effect, of which a warning reminds.
     """
 
     student: StudentConfig
