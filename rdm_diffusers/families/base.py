@@ -95,6 +95,7 @@ class Family(ABC):
         lora_target_modules: where a student's LoRA goes by default.
         load_options: what `from_pretrained` is told beyond the usual.
         has_lora: whether the stock pipeline loads LoRAs; without, students are full ones.
+        bins_resolutions: whether the stock pipeline draws at the nearest of its own resolutions unless it is told not to.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -103,6 +104,7 @@ class Family(ABC):
     lora_target_modules: tuple[str, ...]
     load_options: dict[str, Any] = {}
     has_lora: bool = True
+    bins_resolutions: bool = False
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""
@@ -130,8 +132,10 @@ class Family(ABC):
 
     def reading(self, options: PromptOptions) -> dict[str, Any]:
         """What the stock pipeline is called with to read prompts and size pictures as the options say."""
-        size = {} if options.resolution is None else {"height": options.resolution, "width": options.resolution}
-        return {**options.length, **size}
+        if options.resolution is None:
+            return options.length
+        whole = {"use_resolution_binning": False} if self.bins_resolutions else {}
+        return {**options.length, "height": options.resolution, "width": options.resolution, **whole}
 
     @abstractmethod
     def encode_prompts(

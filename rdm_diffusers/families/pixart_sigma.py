@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, PixArtSigmaPipeline
@@ -20,13 +19,9 @@ class PixArtSigmaFamily(StableDiffusionFamily):
     denoiser_name = "transformer"
     time_embedding_name = "adaln_single.emb"
     load_options = {}
+    bins_resolutions = True
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     has_lora = False
-
-    def reading(self, options: PromptOptions) -> dict[str, Any]:
-        """A resolution of one's own is drawn as it is, not at the nearest of the teacher's."""
-        own = {} if options.resolution is None else {"use_resolution_binning": False}
-        return {**super().reading(options), **own}
 
     @torch.no_grad()
     def encode_prompts(

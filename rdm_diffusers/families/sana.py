@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SanaPipeline
@@ -21,12 +20,8 @@ class SanaFamily(FlowFamily):
 
     pipeline_class = SanaPipeline
     time_embedding_name = "time_embed.emb"
+    bins_resolutions = True
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
-
-    def reading(self, options: PromptOptions) -> dict[str, Any]:
-        """A resolution of one's own is drawn as it is, not at the nearest of the teacher's."""
-        own = {} if options.resolution is None else {"use_resolution_binning": False}
-        return {**super().reading(options), **own}
 
     @torch.no_grad()
     def encode_prompts(
