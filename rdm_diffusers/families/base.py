@@ -95,7 +95,7 @@ class Family(ABC):
         lora_target_modules: where a student's LoRA goes by default.
         load_options: what `from_pretrained` is told beyond the usual.
         has_lora: whether the stock pipeline loads LoRAs; without, students are full ones.
-        bins_resolutions: whether the stock pipeline draws at the nearest of its own resolutions unless it is told not to.
+        bins_resolutions: whether the stock pipeline draws at the nearest of its own resolutions, unless told not to.
     """
 
     pipeline_class: type[DiffusionPipeline]
