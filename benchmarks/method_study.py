@@ -112,6 +112,12 @@ COMPARISONS = {
             "2 re-noisings": dict(GNDM, num_renoisings=2),
         },
     ),
+    "pooling": Comparison(
+        "the share of the bias that is measured over all states of a rollout, in longer runs",
+        {"half": GNDM} | {name: dict(GNDM, pool_steps=share) for name, share in (("none", 0.0), ("all", 1.0))},
+        budget=60_000,
+        marks=6,
+    ),
     "groups": Comparison(
         "the group's size, at 1 fake update",
         {"G 4": GNDM} | {f"G {size}": dict(GNDM, group_size=size) for size in (2, 8)},

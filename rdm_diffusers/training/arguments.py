@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dmd2":         dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=5, reuse_rollouts=1),
     "gndm":         dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=1),
     "gndm-literal": dict(gndm_lambda=0.0, advantage_normalization="std",    fake_updates_per_step=5, reuse_rollouts=1),
-    "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=4),
+    "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=2),
 }
 ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
 # fmt: on
@@ -124,7 +124,7 @@ def _add_rewards(add) -> None:
     add("--projection_guard", action="store_true", help="drop what of the rewards' part opposes R_dm")
     add("--black_box_form", default="tilt", choices=BLACK_BOX_FORMS,
         help="how rewards without gradients act: as a tilt of the target, or by a direction of their own")
-    add("--reward_tilt", type=float, default=0.5,
+    add("--reward_tilt", type=float, default=0.25,
         help="kappa, by how many of their standard deviations such rewards are to rise, about, for tilt")
     add("--num_perturbations", type=int, default=4, help="pairs of perturbed copies per sample, for perturbation")
     add("--perturbation_scale", type=float, default=0.1, help="their size in units of the latents")

@@ -51,7 +51,7 @@ class ExternalRewards:
     draws: Draws
     micro_batch_size: int
     black_box: str = "tilt"
-    tilt: float = 0.5
+    tilt: float = 0.25
     num_perturbations: int = 4
     perturbation_scale: float = 0.1
 
