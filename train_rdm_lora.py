@@ -8,12 +8,15 @@
 What it does, and the flags that steer it:
 - the objective: --algorithm gndm (group-normalised R_dm, the default), dmd (DMD2's), or gndmr with --reward
 - the student: --num_student_steps, --eta, --rank, --lora_alpha, --lora_layers
-- the teacher's guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
-- groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --advantage_normalization, --num_renoisings
-- external rewards: --reward name[:weight], --reward_share, --reward_combination, --projection_guard, --black_box_form
+- the teacher, of any family in the README's table: --resolution, --max_sequence_length,
+  --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
+- groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,
+  --num_renoisings
+- external rewards: --reward name[:weight], --reward_share, --reward_combination, --projection_guard; those without
+  gradients: --reward_tilt, --black_box_form
 - the fake score: --fake_updates_per_step, --fake_learning_rate, --fake_score_steps
 - rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
-- health: alarms in the log, --stop_on_collapse
+- health: alarms in the log, --stop_on_collapse; --dry_run prints what memory is needed and trains nothing
 - memory and speed: --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision, --use_8bit_adam,
   --fold_adapters
 - prompts, no images: --prompts_file, or --dataset_name with --caption_column

@@ -150,6 +150,23 @@ def test_it_draws_in_bfloat16(student: RdmDistillationPipeline) -> None:
     assert (rough - pictures).abs().mean() < 0.1
 
 
+@every
+def test_a_class_that_is_given_no_student_is_its_stock_pipeline(name: str, tmp_path: Path) -> None:
+    stock, pipeline_class = make_pipeline(name), getattr(rdm_diffusers.pipelines, f"Rdm{name}")
+    options = {"generator": None, "num_inference_steps": 2, **CALLS.get(name, {})}
+    torch.manual_seed(3)
+    expected = draw(stock, **options)
+    rebuilt(pipeline_class, stock).save_pretrained(tmp_path / "saved")
+    made = [rebuilt(pipeline_class, stock), pipeline_class.from_pipe(stock)]
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "StableDiffusion3Pipeline" else {}
+    for pipeline in [*made, pipeline_class.from_pretrained(tmp_path / "saved", **absent)]:
+        assert type(pipeline) is pipeline_class and pipeline.student is None
+        torch.manual_seed(3)
+        assert (draw(pipeline, **options) - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"has no rdm_config.json, so it is not a student of ours"):
+        RdmDistillationPipeline.from_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("name", ["StableDiffusionXL", "StableDiffusion3", "Flux", "ZImage", "QwenImage"])
 def test_a_picture_may_be_where_it_begins(name: str) -> None:
     teacher = make_teacher(f"{name}Pipeline")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ..pipelines import RdmDistillationPipeline
+from ..pipelines import RdmDistillationPipeline, StudentConfig
 from ..tiny import TINY_NAME
 from ..tiny.reference import load_quality
 from .metrics import Metrics, measure
@@ -26,14 +26,25 @@ READING = ("max_sequence_length", "height", "width", "use_resolution_binning")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors")
 
 
+def trained(student: RdmDistillationPipeline) -> StudentConfig:
+    """How a student was trained to be sampled.
+
+    Raises:
+        ValueError: for a pipeline that is no student.
+    """
+    if student.student is None:
+        raise ValueError(f"This {type(student).__name__} is no student; load one with from_pretrained.")
+    return student.student
+
+
 def student_sampler(student: RdmDistillationPipeline, batch_size: int = 250) -> Sampler:
     """The student with its trained settings."""
-    return Sampler(student, student.student.num_inference_steps, False, batch_size)
+    return Sampler(student, trained(student).num_inference_steps, False, batch_size)
 
 
 def teacher_options(student: RdmDistillationPipeline) -> dict[str, Any]:
     """What the student's teacher must be called with to read prompts as the student does."""
-    return {key: value for key, value in student.student.call_arguments.items() if key in READING}
+    return {key: value for key, value in trained(student).call_arguments.items() if key in READING}
 
 
 def best_few_step_teacher(
@@ -79,7 +90,7 @@ def tiny_metrics(
         teacher_sampler(teacher, solver, TEACHER_STEPS, guidance_scale, **options), solver, 250, teacher=name
     )
     shipped = {key: quality[key] for key in ("fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images")}
-    steps = student.student.num_inference_steps
+    steps = trained(student).num_inference_steps
     return {
         "teacher": replace(timed, **shipped),
         "teacher_few_step": best_few_step_teacher(teacher, steps, guidance_scale, num_images, name, **options),
@@ -99,7 +110,7 @@ def save_samples(
     Returns:
         What can be said of each row without a reference: network calls and seconds.
     """
-    steps, seeds, batch = student.student.num_inference_steps, range(len(prompts)), min(len(prompts), 8)
+    steps, seeds, batch = trained(student).num_inference_steps, range(len(prompts)), min(len(prompts), 8)
     many, *_, few = solvers_of(teacher)
     options = teacher_options(student)
     samplers = {

@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from ..families import FAMILIES, LORA_FILE, load_options, load_vae, pipeline_config, rebuilt
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
-from .student_config import StudentConfig
+from .student_config import StudentConfig, is_student
 
 logger = logging.get_logger(__name__)
 CLASSES: dict[str, type[RdmDistillationPipeline]] = {}
@@ -37,7 +37,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
     and not what it was trained for). Without it a negative prompt has no effect, of which a warning reminds.
     """
 
-    student: StudentConfig
+    student: StudentConfig | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass names its stock pipeline second, and is found by that one's name."""
@@ -50,6 +50,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> RdmDistillationPipeline:
         """Loads a student from a folder or a Hub repository.
 
+        The subclasses also load folders of their stock pipeline, and are then called as it.
+
         Args:
             pretrained_model_name_or_path: a LoRA student, whose teacher is found by itself, or a full one.
             kwargs: as in diffusers; `dtype` or `torch_dtype`, `revision`, `token`, and so on.
@@ -58,6 +60,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
             ValueError: if it is no student, or of a family that is not supported.
         """
         name = str(pretrained_model_name_or_path)
+        if cls is not RdmDistillationPipeline and (Path(name) / "model_index.json").exists() and not is_student(name):
+            return super().from_pretrained(name, **kwargs)
         student = StudentConfig.load(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
         if student.pipeline_class not in CLASSES:
             raise ValueError(
@@ -101,9 +105,11 @@ class RdmDistillationPipeline(DiffusionPipeline):
             ValueError: if a stock pipeline comes without a student, or with one of another family.
         """
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
-        if student is None and not isinstance(pipeline, RdmDistillationPipeline):
+        config = getattr(pipeline, "student", None) if student is None else StudentConfig.load(str(student), **hub)
+        if config is None and cls is not RdmDistillationPipeline:
+            return super().from_pipe(pipeline, **kwargs)
+        if config is None:
             raise ValueError("A stock pipeline knows no student; give its folder or Hub id as `student`.")
-        config = pipeline.student if student is None else StudentConfig.load(str(student), **hub)
         target = CLASSES[config.pipeline_class]
         if not isinstance(pipeline, target.__bases__[1]):
             kind = type(pipeline).__name__
@@ -144,6 +150,9 @@ class RdmDistillationPipeline(DiffusionPipeline):
             save_directory: where to.
             kwargs: as in diffusers.
         """
+        if self.student is None:
+            rebuilt(type(self).__bases__[1], self).save_pretrained(save_directory, **kwargs)
+            return
         family = FAMILIES[self.student.pipeline_class]
         denoiser = copy.deepcopy(family.denoiser(self))
         if getattr(denoiser, "peft_config", None):
@@ -187,10 +196,11 @@ def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
     @wraps(stock.__call__)
     def __call__(self, *args, **kwargs):  # noqa: N807 - becomes the class's
         call = signature.bind_partial(self, *args, **kwargs)
-        if call.arguments.get("negative_prompt") and not _guided(call.arguments):
+        if self.student and call.arguments.get("negative_prompt") and not _guided(call.arguments):
             logger.warning("A student is sampled without guidance, so that its negative prompt has no effect.")
         given = {name: value for name, value in call.arguments.items() if name not in trained or value is not None}
-        own = {"num_inference_steps": self.student.num_inference_steps, **self.student.call_arguments}
+        student = self.student
+        own = {"num_inference_steps": student.num_inference_steps, **student.call_arguments} if student else {}
         call.arguments = own | given
         with drawing_from(self.scheduler, call.arguments.get("generator")):
             return stock.__call__(*call.args, **call.kwargs)

@@ -12,6 +12,11 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 STUDENT_CONFIG = "rdm_config.json"
 
 
+def is_student(folder: str | Path) -> bool:
+    """Whether a local folder holds a student."""
+    return (Path(folder) / STUDENT_CONFIG).exists()
+
+
 @dataclass(frozen=True)
 class StudentConfig:
     """How a student is loaded and sampled.
