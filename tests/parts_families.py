@@ -1,4 +1,4 @@
-"""Tiny real pipelines of every family, untrained, made offline; those of Stable Diffusion have parts of their own."""
+"""Tiny real pipelines of every family, untrained, made offline."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -21,11 +22,13 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from parts import make_pipeline as make_sd
 from parts_sd3 import make_sd3_pipeline, t5, t5_tokenizer, text_config
 from transformers import (
     CLIPTextModel,
@@ -216,7 +219,17 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def make_sd_v() -> StableDiffusionPipeline:
+    """Stable Diffusion 2 with v-prediction and zero terminal SNR."""
+    pipeline = make_sd()
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    return pipeline
+
+
 MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "StableDiffusionPipeline": make_sd_v,
     "StableDiffusionXLPipeline": make_sdxl,
     "StableDiffusion3Pipeline": make_sd3_pipeline,
     "FluxPipeline": make_flux,
