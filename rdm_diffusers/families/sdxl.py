@@ -40,8 +40,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     ) -> Conditioning:
         _, height, width = self.latent_shape(pipeline, options.resolution)
         size = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
-        width = pooled.shape[-1] if pipeline.text_encoder_2 is None else pipeline.text_encoder_2.config.projection_dim
-        told = pipeline._get_add_time_ids(size, (0, 0), size, embeds.dtype, width).to(embeds.device)
+        told = pipeline._get_add_time_ids(size, (0, 0), size, embeds.dtype, pooled.shape[-1]).to(embeds.device)
         return Conditioning(
             {"prompt_embeds": embeds, "text_embeds": pooled, "time_ids": told.expand(len(embeds), -1).clone()}
         )
