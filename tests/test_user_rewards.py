@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rdm_diffusers.rewards import Reward, WeightedReward, evaluate, load_reward
+from rdm_diffusers.rewards.user_file import NamedReward
 from rdm_diffusers.tiny.captions import CAPTIONS
 
 PROMPTS = CAPTIONS[:4]
