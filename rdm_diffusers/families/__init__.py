@@ -1,6 +1,6 @@
 """What differs between teachers, one file each."""
 
-from .base import LORA_FILE, Conditioning, Family, PromptOptions, rebuilt
+from .base import LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
 from .loading import Teacher, absent_components, load_options, load_teacher, load_vae, pipeline_config
 from .registry import FAMILIES, family_of
 from .suitability import check_lora
@@ -8,6 +8,7 @@ from .suitability import check_lora
 __all__ = [
     "FAMILIES",
     "LORA_FILE",
+    "STUDENT_CONFIG",
     "Conditioning",
     "Family",
     "PromptOptions",

@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor
 
+# Files that every student has, or every LoRA of one.
+STUDENT_CONFIG = "rdm_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 
-from .base import LORA_FILE, Family
+from .base import LORA_FILE, STUDENT_CONFIG, Family
 
-STUDENT_FILE = "rdm_config.json"
 LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's is 5e-3, zero terminal SNR is 6e-8
 
 
@@ -35,7 +34,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 def check_no_student(name: str, folder: Path) -> None:
     """Refuses what this package made itself. Raises ValueError."""
-    if (folder / STUDENT_FILE).exists():
+    if (folder / STUDENT_CONFIG).exists():
         raise ValueError(f"{name} is a few-step student already; give the teacher that it was distilled from.")
 
 

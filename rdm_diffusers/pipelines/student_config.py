@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-STUDENT_CONFIG = "rdm_config.json"
+from ..families import STUDENT_CONFIG
 
 
 def is_student(folder: str | Path) -> bool:
