@@ -17,7 +17,7 @@ from torch import Tensor
 
 import rdm_diffusers.pipelines
 import train_rdm_lora
-from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher
+from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher
 from rdm_diffusers.families.packing import pack
 from rdm_diffusers.networks import ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
@@ -89,6 +89,14 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_computes_in_one_step(name
         x0, adapted = (networks.predict(role, latents, first, conditioning) for role in (TEACHER, STUDENT))
     assert relative_error(stock_latents(name, x0), expected) < 1e-5
     assert relative_error(stock_latents(name, adapted), expected) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "told"), [("StableDiffusionPipeline", None), ("FluxPipeline", 3.5)])
+def test_only_a_guidance_distilled_teacher_reads_prompts_with_a_guidance(
+    name: str, told: float | None, teacher_folders
+) -> None:
+    teacher = load_teacher(str(teacher_folders(name)), torch.float32, options=PromptOptions(embedded_guidance=3.5))
+    assert teacher.options.embedded_guidance == told
 
 
 @every

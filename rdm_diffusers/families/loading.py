@@ -144,6 +144,8 @@ def load_teacher(
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
+    if not family.embeds_guidance(pipeline):
+        options = replace(options, embedded_guidance=None)
     if options.max_sequence_length is None:
         options = replace(options, max_sequence_length=MAX_SEQUENCE_LENGTHS.get(name_or_path))
     return Teacher(pipeline, family, name_or_path, options, vae)

@@ -55,6 +55,10 @@ class ExternalRewards:
     num_perturbations: int = 4
     perturbation_scale: float = 0.1
 
+    @property
+    def _boxes(self) -> list[Reward]:
+        return [reward for reward in self.rewards if not reward.differentiable]
+
     def tilted(
         self, samples: Samples, prompts: Sequence[str], statistics: RunningMeans
     ) -> tuple[Samples, dict[str, Tensor]]:
@@ -65,7 +69,7 @@ class ExternalRewards:
             prompts: length M.
             statistics: the method's running means; updated.
         """
-        boxes = [reward for reward in self.rewards if not reward.differentiable]
+        boxes = self._boxes
         if not boxes or self.black_box != "tilt":
             return samples, {}
         tilt = samples.x0.new_zeros(len(samples))
@@ -104,16 +108,16 @@ class ExternalRewards:
         self, x0: Tensor, prompts: Sequence[str], keys: Sequence[int], visit: int = 0
     ) -> dict[str, RewardGradient]:
         exact = [reward for reward in self.rewards if reward.differentiable]
-        boxes = [reward for reward in self.rewards if not reward.differentiable]
+        boxes = [] if self.black_box == "tilt" else self._boxes
         found = differentiable_gradients(exact, self.decode, x0, prompts, self.micro_batch_size) if exact else []
         common = (boxes, self.decode, x0, prompts, self.micro_batch_size)
         if boxes and self.black_box == "perturbation":
             numbers = range(visit * self.num_perturbations, (visit + 1) * self.num_perturbations)
             noise = [self.draws.normal(f"perturbation/{n}", keys, x0.shape[1:]) for n in numbers]
             found += perturbation_gradients(*common, noise, self.perturbation_scale)
-        elif boxes and self.black_box == "group":
+        elif boxes:
             found += group_gradients(*common, self.draws.group_size)
-        return {reward.name: gradient for reward, gradient in zip(exact + boxes, found, strict=False)}
+        return {reward.name: gradient for reward, gradient in zip(exact + boxes, found, strict=True)}
 
     def _health(
         self, ascent: Tensor, joined: Tensor, gradients: dict[str, RewardGradient], step: Tensor

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import ModelMixin
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..families import Conditioning, Family, PromptOptions, check_lora, family_of, pipeline_config
 from ..tiny import resolve_teacher
+from .setup import lora_config
 
 GIB = 2**30
 READ_BY_VALUE = ("prompt_embeds_mask", "prompt_length")  # their shapes alone do not say how long a prompt is
@@ -64,9 +64,8 @@ def plan_memory(args: argparse.Namespace, options: PromptOptions, dtype: torch.d
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     denoiser: Any = models[family.denoiser_name]
     denoiser.requires_grad_(False).to(dtype)
-    layers = args.lora_layers.split(",") if args.lora_layers else list(family.lora_target_modules)
     with torch.device("meta"):
-        denoiser.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers))
+        denoiser.add_adapter(lora_config(family, args))
     adapter = [parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad]
     lora, base = sum(adapter), counts[family.denoiser_name]
     pipeline = meta_pipeline(family, models)

@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from ..distillation import GNDMR, Draws, RunningMeans
-from ..families import PromptOptions, Teacher, check_lora
+from ..families import Family, PromptOptions, Teacher, check_lora
 from ..networks import FAKE_SCORE, STUDENT, Networks, SharedBase
 from ..rewards import WeightedReward, load_reward
 from ..schedulers import RdmScheduler
@@ -63,6 +63,12 @@ def make_scheduler(teacher: Teacher, args: argparse.Namespace) -> RdmScheduler:
     return RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=args.eta, **grid)
 
 
+def lora_config(family: Family, args: argparse.Namespace) -> LoraConfig:
+    """The shape of both LoRAs."""
+    layers = args.lora_layers.split(",") if args.lora_layers else list(family.lora_target_modules)
+    return LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers, init_lora_weights="gaussian")
+
+
 def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
     """The three roles on the teacher's own network, with fresh LoRAs drawn from the seed.
 
@@ -72,13 +78,11 @@ def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
     check_lora(teacher.family)
     if args.gradient_checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
-    layers = args.lora_layers.split(",") if args.lora_layers else list(teacher.family.lora_target_modules)
-    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers, init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         networks = SharedBase(
             teacher.denoiser,
-            config,
+            lora_config(teacher.family, args),
             args.fold_adapters,
             teacher.family,
             teacher.schedule,
