@@ -25,7 +25,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_TEACHER, TINY_TEACHERS
 from .captions import DRAWINGS
 from .classifier import load_classifier
-from .make_teacher import CAPTION_DROPOUT, SEED, encode_pool, minimise, text_config, tokenize
+from .make_teacher import SEED, draw_batch, encode_pool, minimise, text_config, tokenize
 from .reference import write_reference
 from .tokenizer import make_tokenizer
 
@@ -80,14 +80,11 @@ def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int) -> 
     ema = EMAModel(parameters, decay=0.9995)
 
     def loss_of(step: int) -> Tensor:
-        batch = torch.randint(len(latents), (64,), generator=generator)
-        dropped = torch.rand(len(batch), generator=generator) < CAPTION_DROPOUT
-        captions = torch.where(dropped, len(DRAWINGS), drawings[batch])
-        noise = torch.randn(latents[batch].shape, generator=generator)
-        sigma = compute_density_for_timestep_sampling("logit_normal", len(batch), 0.0, 1.0, generator=generator)
+        x0, captions, noise = draw_batch(latents, drawings, generator)
+        sigma = compute_density_for_timestep_sampling("logit_normal", len(x0), 0.0, 1.0, generator=generator)
         scale = sigma[:, None, None, None]
-        noisy = (1 - scale) * latents[batch] + scale * noise
-        return F.mse_loss(denoiser(noisy, sigma, tokens[captions]), noise - latents[batch])
+        noisy = (1 - scale) * x0 + scale * noise
+        return F.mse_loss(denoiser(noisy, sigma, tokens[captions]), noise - x0)
 
     for _ in minimise(loss_of, parameters, steps, 1.5e-3, "denoiser"):
         ema.step(parameters)

@@ -130,13 +130,9 @@ def make_denoiser(
     ema = EMAModel(parameters, decay=0.9995)
 
     def loss_of(step: int) -> Tensor:
-        batch = torch.randint(len(latents), (64,), generator=generator)
-        captions = drawings[batch]
-        dropped = torch.rand(len(batch), generator=generator) < CAPTION_DROPOUT
-        captions = torch.where(dropped, len(DRAWINGS), captions)
-        noise = torch.randn(latents[batch].shape, generator=generator)
-        timesteps = torch.randint(1000, (len(batch),), generator=generator)
-        noisy = schedule.add_noise(latents[batch], noise, timesteps)
+        x0, captions, noise = draw_batch(latents, drawings, generator)
+        timesteps = torch.randint(1000, (len(x0),), generator=generator)
+        noisy = schedule.add_noise(x0, noise, timesteps)
         text = text_encoder(tokens[captions])[0]
         return F.mse_loss(unet(noisy, timesteps, text).sample, noise)
 
@@ -203,6 +199,14 @@ def encode_pool(vae: AutoencoderKL, generator: torch.Generator) -> tuple[Tensor,
         latents.append(posterior.mode() * vae.config.scaling_factor)
         indices += [index[drawing] for drawing in drawings]
     return torch.cat(latents), torch.tensor(indices)
+
+
+def draw_batch(latents: Tensor, drawings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """64 of the pool's latents, the indices of their captions, some dropped for the empty one behind all, and noise."""
+    batch = torch.randint(len(latents), (64,), generator=generator)
+    dropped = torch.rand(len(batch), generator=generator) < CAPTION_DROPOUT
+    captions = torch.where(dropped, len(DRAWINGS), drawings[batch])
+    return latents[batch], captions, torch.randn(latents[batch].shape, generator=generator)
 
 
 def make_teacher(folder: Path, steps: dict[str, int]) -> None:

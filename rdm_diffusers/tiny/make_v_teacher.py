@@ -19,7 +19,7 @@ from torch import Tensor
 from . import TINY_TEACHER, TINY_TEACHERS, TINY_V_NAME
 from .captions import DRAWINGS
 from .classifier import load_classifier
-from .make_teacher import CAPTION_DROPOUT, SEED, encode_pool, minimise, tokenize
+from .make_teacher import SEED, draw_batch, encode_pool, minimise, tokenize
 from .reference import write_reference
 
 
@@ -33,13 +33,10 @@ def finetune(pipeline: StableDiffusionPipeline, steps: int) -> None:
     ema = EMAModel(parameters, decay=0.999)
 
     def loss_of(step: int) -> Tensor:
-        batch = torch.randint(len(latents), (64,), generator=generator)
-        dropped = torch.rand(len(batch), generator=generator) < CAPTION_DROPOUT
-        captions = torch.where(dropped, len(DRAWINGS), drawings[batch])
-        noise = torch.randn(latents[batch].shape, generator=generator)
-        timesteps = torch.randint(1000, (len(batch),), generator=generator)
-        noisy = pipeline.scheduler.add_noise(latents[batch], noise, timesteps)
-        velocity = pipeline.scheduler.get_velocity(latents[batch], noise, timesteps)
+        x0, captions, noise = draw_batch(latents, drawings, generator)
+        timesteps = torch.randint(1000, (len(x0),), generator=generator)
+        noisy = pipeline.scheduler.add_noise(x0, noise, timesteps)
+        velocity = pipeline.scheduler.get_velocity(x0, noise, timesteps)
         return F.mse_loss(pipeline.unet(noisy, timesteps, embeds[captions]).sample, velocity)
 
     for _ in minimise(loss_of, parameters, steps, 1e-3, "denoiser"):
