@@ -24,16 +24,12 @@ from rdm_diffusers.tiny.reference import load_statistics
 from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.checkpoints import TrainState
 from rdm_diffusers.training.checks import prepare_output
+from rdm_diffusers.training.external_rewards import load_rewards
+from rdm_diffusers.training.launch import make_accelerator
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.monitor import Monitor
-from rdm_diffusers.training.setup import (
-    load_rewards,
-    make_accelerator,
-    make_distillation,
-    make_networks,
-    make_state,
-    teacher_contrast,
-)
+from rdm_diffusers.training.prompts import read_texts
+from rdm_diffusers.training.setup import load, make_distillation, make_lora_networks, make_state, teacher_contrast
 from rdm_diffusers.training.updates import Distillation
 from rdm_diffusers.training.validation import averaged_student
 
@@ -100,11 +96,12 @@ def distil(
     prepare_output(args)
     accelerator = make_accelerator(args)
     rewards = load_rewards(args, accelerator.device)
-    teacher = load_teacher(teacher_name, torch.float32)
-    networks = make_networks(teacher, args)
-    run = make_distillation(teacher, networks, list(CAPTIONS), rewards, args, accelerator)
+    teacher = load(args, accelerator.device)
+    texts = read_texts(teacher, list(CAPTIONS), args, accelerator)
+    networks = make_lora_networks(teacher, texts, args, accelerator)
+    run = make_distillation(teacher, networks, texts, rewards, args, accelerator)
     state = make_state(networks, accelerator, args)
-    state.monitor = RecordingMonitor(teacher_contrast(teacher, list(CAPTIONS), args))
+    state.monitor = RecordingMonitor(teacher_contrast(run, teacher, args.monitor_images))
     curve: list[dict] = []
     started = time.time()
 

@@ -18,11 +18,13 @@ import torch
 from diffusers import ModelMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .families import Conditioning, Family
 from .prediction import NoiseSchedule, to_x0
+from .sharding import whole
 
 STUDENT, FAKE_SCORE, TEACHER = ROLES = ("student", "fake_score", "teacher")
 ADAPTERS = {STUDENT: "default", FAKE_SCORE: "fake_score"}  # `default` is the name that diffusers exports
@@ -126,6 +128,22 @@ class Networks(ABC):
         """The role's trainable parameters, in a fixed order."""
 
     @abstractmethod
+    def student_weights(self) -> dict[str, Tensor]:
+        """A copy of the student's trained weights by their names in its state dict, float32, on the CPU.
+
+        Where they are sharded every process must ask, and all get them whole.
+        """
+
+    @property
+    @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """The networks, each once."""
+
+    @abstractmethod
+    def place(self, put: Callable[[nn.Module], None]) -> None:
+        """Has `put` move or spread every network, in place; `parameters` are others afterwards."""
+
+    @abstractmethod
     def _callable(self, role: str) -> Callable[..., tuple]:
         """The role's network, to be called inside `acting_as(role)`."""
 
@@ -144,26 +162,51 @@ class Networks(ABC):
         return self.family.guide(unconditional, conditional, self.guidance_scale)
 
 
+def _exported(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole copies in float32 on the CPU, which later updates do not change."""
+    return {name: whole(tensor.detach()).to("cpu", torch.float32, copy=True) for name, tensor in weights.items()}
+
+
 class SeparateNetworks(Networks):
     """One full network a role.
 
     Args:
         denoisers: a module for each role; the teacher's is frozen here.
         others: as for `Networks`.
+        compute_dtype: what the trained networks, whose weights stay as they are, compute in (autocast); their own dtype
+            by default.
     """
 
-    def __init__(self, denoisers: Mapping[str, nn.Module], *others):
+    def __init__(self, denoisers: Mapping[str, nn.Module], *others, compute_dtype: torch.dtype | None = None):
         super().__init__(*others)
         self.denoisers = denoisers
+        self.compute_dtype = compute_dtype
         denoisers[TEACHER].requires_grad_(False)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
-        yield
+        """Nothing is switched; the trained roles compute in `compute_dtype`."""
+        if self.compute_dtype is None or role == TEACHER:
+            yield
+            return
+        device = next(self.denoisers[role].parameters()).device
+        with torch.autocast(device.type, self.compute_dtype):
+            yield
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         own = [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
         return own + self._step_embeddings(role)
+
+    def student_weights(self) -> dict[str, Tensor]:
+        return _exported(self.denoisers[STUDENT].state_dict())
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.denoisers[role] for role in ROLES]
+
+    def place(self, put: Callable[[nn.Module], None]) -> None:
+        for denoiser in self.modules:
+            put(denoiser)
 
     def _callable(self, role: str) -> nn.Module:
         return self.denoisers[role]
@@ -205,6 +248,17 @@ class SharedBase(Networks):
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         return self._trainable.get(role, []) + self._step_embeddings(role)
+
+    def student_weights(self) -> dict[str, Tensor]:
+        return _exported(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.denoiser]
+
+    def place(self, put: Callable[[nn.Module], None]) -> None:
+        put(self.denoiser)
+        self._trainable = {role: self._adapter_parameters(adapter) for role, adapter in ADAPTERS.items()}
 
     def _adapter_parameters(self, adapter: str) -> list[nn.Parameter]:
         return [p for name, p in self.denoiser.named_parameters() if "lora_" in name and f".{adapter}." in name]

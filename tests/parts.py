@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from rdm_diffusers.distillation import RewardEstimate
-from rdm_diffusers.families import Conditioning, load_teacher
+from rdm_diffusers.families import Conditioning
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, SharedBase
 from rdm_diffusers.prediction import NoiseSchedule
@@ -21,14 +22,15 @@ from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
 from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.checks import prepare_output
+from rdm_diffusers.training.external_rewards import load_rewards
+from rdm_diffusers.training.launch import make_accelerator
 from rdm_diffusers.training.loop import train
-from rdm_diffusers.training.prompts import load_prompts
+from rdm_diffusers.training.prompts import load_prompts, read_texts
 from rdm_diffusers.training.setup import (
-    DTYPES,
-    load_rewards,
-    make_accelerator,
+    load,
     make_distillation,
-    make_networks,
+    make_full_networks,
+    make_lora_networks,
     make_state,
     teacher_contrast,
 )
@@ -85,7 +87,7 @@ def run_arguments(teacher: Path | str, prompts_file: Path, output_dir: Path, **c
 
     A change may be a value, a list of them for a flag that is repeated, True for a switch, or None for a flag left out.
     """
-    options = dict(
+    options: dict = dict(
         pretrained_model_name_or_path=teacher, prompts_file=prompts_file, output_dir=output_dir, report_to="none",
         max_train_steps=2, train_batch_size=8, group_size=4, num_student_steps=2, guidance_scale=2.0, rank=2,
         learning_rate=1e-2, num_validation_images=2, validation_steps=1000, num_eval_images=0, monitor_images=0,
@@ -144,18 +146,28 @@ def relative_error(value: Tensor | list[Tensor], reference: Tensor | list[Tensor
     return float((value - reference).norm() / reference.norm())
 
 
-def make_run(argv: list[str]) -> SimpleNamespace:
-    """What `train_rdm_lora.main` assembles before the loop: args, teacher, networks, run, state and accelerator."""
-    args = parse_args(argv)
+def make_run(argv: list[str], student: str = "lora") -> SimpleNamespace:
+    """What the scripts assemble before the loop: args, teacher, texts, networks, run, state and accelerator."""
+    args = parse_args(argv, student=student)
     prepare_output(args)
     accelerator = make_accelerator(args)
     rewards = load_rewards(args, accelerator.device)
-    teacher = load_teacher(args.pretrained_model_name_or_path, DTYPES[args.mixed_precision])
-    networks, prompts = make_networks(teacher, args), load_prompts(args)
-    run = make_distillation(teacher, networks, prompts, rewards, args, accelerator)
+    teacher = load(args, accelerator.device)
+    texts = read_texts(teacher, load_prompts(args), args, accelerator)
+    make = make_lora_networks if student == "lora" else make_full_networks
+    networks = make(teacher, texts, args, accelerator)
+    run = make_distillation(teacher, networks, texts, rewards, args, accelerator)
     state = make_state(networks, accelerator, args)
-    state.monitor.teacher_contrast = teacher_contrast(teacher, prompts, args)
-    return SimpleNamespace(args=args, teacher=teacher, networks=networks, run=run, state=state, accelerator=accelerator)
+    state.monitor.teacher_contrast = teacher_contrast(run, teacher, args.monitor_images)
+    return SimpleNamespace(
+        args=args, teacher=teacher, texts=texts, networks=networks, run=run, state=state, accelerator=accelerator
+    )
+
+
+def read_state(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by file and name: `student/parameter/0`, `statistics/james_stein/shared`."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def train_run(it: SimpleNamespace, validate: Callable[[int], None] = lambda update: None) -> bool:

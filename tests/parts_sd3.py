@@ -87,5 +87,5 @@ def make_student(teacher_folder: Path | str, folder: Path, steps: int, eta: floa
     """A LoRA student of the teacher in `teacher_folder`, exported into `folder`."""
     teacher = load_teacher(str(teacher_folder), torch.float32, options=PromptOptions(TOKENS))
     folder.mkdir(exist_ok=True)
-    export_lora(folder, teacher, make_shared(teacher), rdm_scheduler(steps, eta))
+    export_lora(folder, teacher, make_shared(teacher).student_weights(), rdm_scheduler(steps, eta))
     return folder

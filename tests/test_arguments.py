@@ -233,7 +233,7 @@ def test_an_output_folder_of_another_run(complaint, tmp_path: Path) -> None:
 
 def test_an_output_folder_of_a_finished_student(complaint, tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "pytorch_lora_weights.safetensors").write_text("")
+    (tmp_path / "student" / "rdm_config.json").write_text("{}")
     assert "holds the checkpoints or the student of another run" in complaint()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ from parts_families import CALLS, MAKERS, make_pipeline
 from torch import Tensor
 
 import rdm_diffusers.pipelines
+import train_rdm_full
 from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher, rebuilt
-from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline, StudentConfig
-from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.checks import prepare_output
-from rdm_diffusers.training.loop import train
-from rdm_diffusers.training.setup import make_accelerator, make_distillation, make_scheduler, make_state
+from rdm_diffusers.training.setup import make_scheduler
 
 every = pytest.mark.parametrize("name", MAKERS)
 STEPS = 4
@@ -35,8 +31,8 @@ def make_teacher(name: str) -> Teacher:
 
 def make_student(teacher: Teacher, denoiser: torch.nn.Module) -> RdmDistillationPipeline:
     """A network as the full student of a teacher, as a user would have it."""
-    family, args = teacher.family, parse_args(["--num_student_steps", str(STEPS)])
-    scheduler = make_scheduler(teacher, args)
+    family = teacher.family
+    scheduler = make_scheduler(teacher, STEPS, eta=1.0)
     config = StudentConfig(
         base_model_name_or_path=None,
         pipeline_class=teacher.name,
@@ -63,30 +59,23 @@ def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:2], **options: Any) -> Te
 
 
 @every
-def test_a_full_student_is_trained_beside_its_teacher(name: str, prompts_file: Path, tmp_path: Path) -> None:
-    teacher = make_teacher(name)
-    denoisers = {role: copy.deepcopy(teacher.denoiser) for role in ROLES}
-    networks = SeparateNetworks(
-        denoisers, teacher.family, teacher.schedule, teacher.prediction_type, teacher.encode_nothing(),
-        1.0 if teacher.family.embeds_guidance(teacher.pipeline) else 3.5,
-    )  # fmt: skip
-    arguments = run_arguments("none", prompts_file, tmp_path, train_batch_size=4, num_student_steps=STEPS)
-    args = parse_args([*arguments, "--resolution", str(teacher.options.resolution or 32)])
-    prepare_output(args)
-    accelerator = make_accelerator(args)
-    run = make_distillation(teacher, networks, list(PROMPTS), [], args, accelerator)
-    assert train(run, make_state(networks, accelerator, args), args, accelerator, lambda update: None)
-
-    def moved(role: str) -> bool:
-        pairs = zip(denoisers[role].parameters(), teacher.denoiser.parameters(), strict=True)
-        return any(not torch.equal(one, other) for one, other in pairs)
-
-    assert [moved(role) for role in (STUDENT, FAKE_SCORE, TEACHER)] == [True, True, False]
-    student = make_student(teacher, denoisers[STUDENT].eval())
-    student.save_pretrained(tmp_path / "student")
-    loaded = RdmDistillationPipeline.from_pretrained(tmp_path / "student")
-    assert (draw(loaded) - draw(student)).abs().max() < 1e-5
+def test_a_full_student_is_distilled_and_drawn_alike_by_anyone(name: str, prompts_file: Path, tmp_path: Path) -> None:
+    teacher, reading = make_teacher(name), CALLS.get(name, {})
+    teacher.pipeline.save_pretrained(tmp_path / "teacher")
+    own = {"resolution": reading.get("height"), "max_sequence_length": reading.get("max_sequence_length")}
+    options = dict(train_batch_size=4, num_student_steps=STEPS, guidance_scale=3.5, rank=None, **own)
+    folder = tmp_path / "student"
+    train_rdm_full.main(run_arguments(tmp_path / "teacher", prompts_file, folder, **options))
+    student = RdmDistillationPipeline.from_pretrained(folder)
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "StableDiffusion3Pipeline" else {}
+    stock = getattr(diffusers, name).from_pretrained(folder, **absent)
+    torch.manual_seed(3)
+    ours = draw(student, generator=None)
+    torch.manual_seed(3)
+    theirs = draw(stock, generator=None, num_inference_steps=STEPS, **student.student.call_arguments)
+    assert (ours - theirs).abs().max() < 1e-4
     assert (draw(student) - draw(make_student(teacher, teacher.denoiser))).abs().max() > 1e-6
+    assert student.student.base_model_name_or_path is None
 
 
 @every

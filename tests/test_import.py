@@ -17,7 +17,7 @@ PACKAGE = Path(rdm_diffusers.__file__).parent
 OPTIONAL = ("bitsandbytes", "hpsv2", "scipy", "sklearn", "tensorboard", "torchmetrics", "wandb", "xformers")
 FLOORS = (
     {"prediction", "frechet", "tiny", "rewards"},
-    {"schedulers", "families"},
+    {"schedulers", "families", "sharding"},
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},
     {"training"},

@@ -146,10 +146,11 @@ def kept_by_forward(teacher: Teacher, x_t: Tensor) -> int:
 def test_the_planned_activations_are_what_a_forward_keeps(name: str, tmp_path: Path) -> None:
     make_pipeline(name).save_pretrained(tmp_path)
     options = PromptOptions(CALLS.get(name, {}).get("max_sequence_length"), CALLS.get(name, {}).get("height"), 3.5)
-    args = parse_args(
-        ["--pretrained_model", str(tmp_path), "--train_batch_size", "8", "--rank", "2", "--lora_alpha", "4"]
-    )
-    planned = plan_memory(args, options, torch.float32)
+    words = ["--pretrained_model", str(tmp_path), "--train_batch_size", "8", "--rank", "2", "--lora_alpha", "4"]
+    for flag, value in (("max_sequence_length", options.max_sequence_length), ("resolution", options.resolution)):
+        words += [f"--{flag}", str(value)] if value is not None else []
+    args = parse_args(words)
+    planned = plan_memory(args)
     teacher = Teacher(make_pipeline(name), FAMILIES[name], name, options)
     measured = kept_by_forward(
         teacher, torch.randn(8, *teacher.family.latent_shape(teacher.pipeline, options.resolution))

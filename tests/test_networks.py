@@ -259,9 +259,9 @@ def test_a_validation_leaves_the_student_float32_and_bit_for_bit_as_it_was(
     randomise_adapters(it.networks)  # away from the average
     before = [parameter.detach().clone() for parameter in it.networks.parameters(STUDENT)]
     with averaged_student(it.run, it.state):
-        images = sample_student(it.run, it.teacher, ["a red one on a blue background"])
+        images = sample_student(it.run, it.teacher, it.texts.shown_conditioning)
         assert any(not torch.equal(p, b) for p, b in zip(it.networks.parameters(STUDENT), before, strict=True))
     after = it.networks.parameters(STUDENT)
-    assert images.shape == (1, 3, 32, 32)
+    assert images.shape == (2, 3, 32, 32)
     assert 0 <= images.min() <= images.max() <= 1
     assert all(p.dtype == torch.float32 and torch.equal(p, b) for p, b in zip(after, before, strict=True))

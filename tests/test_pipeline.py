@@ -162,7 +162,7 @@ def test_a_lora_reloads_exactly_also_where_alpha_is_not_the_rank(
 ) -> None:
     it = make_run(run_arguments(teacher_folder, prompts_file, tmp_path, rank=2, lora_alpha=alpha))
     randomise_adapters(it.networks)
-    export_lora(tmp_path, it.teacher, it.networks, it.run.scheduler)
+    export_lora(tmp_path, it.teacher, it.networks.student_weights(), it.run.scheduler)
     pipeline = RdmDistillationPipeline.from_pretrained(tmp_path)
     x_t, t, conditioning = torch.randn(4, 4, 8, 8), torch.tensor([999, 700, 400, 20]), it.run.prompts.conditioning([0])
     with torch.no_grad():

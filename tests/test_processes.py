@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from parts import relative_error, run_arguments
+from parts import read_state, relative_error, run_arguments
 from safetensors.torch import load_file
 
 import train_rdm_lora
@@ -40,9 +40,7 @@ def test_two_processes_train_the_student_of_one_process(
     one, two = (list(load_file(tmp_path / name / LORA).values()) for name in ("one", "two"))
     assert relative_error(two, one) < 1e-4
     for update in (1, 2):
-        one, two = (
-            load_file(tmp_path / name / f"checkpoint-{update}" / "state.safetensors") for name in ("one", "two")
-        )
+        one, two = (read_state(tmp_path / name / f"checkpoint-{update}") for name in ("one", "two"))
         assert relative_error([two[key] for key in one], list(one.values())) < 1e-4
     files = [sorted(str(path.relative_to(tmp_path / n)) for path in (tmp_path / n).rglob("*")) for n in ("one", "two")]
     assert files[0] == files[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import make_run, run_arguments, train_run
+from parts import make_run, read_state, run_arguments, train_run
 from safetensors.torch import load_file
 
 import train_rdm_lora
@@ -34,7 +34,7 @@ def assert_resuming_changes_nothing(argv, tmp_path: Path, flags: list[str], **op
     straight, broken = load_file(tmp_path / "straight" / LORA), load_file(tmp_path / "broken" / LORA)
     assert straight.keys() == broken.keys()
     assert all(torch.equal(tensor, broken[name]) for name, tensor in straight.items())
-    states = [load_file(tmp_path / name / "checkpoint-6" / "state.safetensors") for name in ("straight", "broken")]
+    states = [read_state(tmp_path / name / "checkpoint-6") for name in ("straight", "broken")]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     records = [json.loads((tmp_path / n / "checkpoint-6" / "state.json").read_text()) for n in ("straight", "broken")]
@@ -57,7 +57,7 @@ def test_resuming_changes_nothing_with_rewards_james_stein_reused_rollouts_and_a
     rewards = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box:-1"], gndm_lambda="james_stein")
     rollouts = dict(reuse_rollouts=3, importance_weighting="clipped", num_renoisings=2, monitor_images=1)
     assert_resuming_changes_nothing(argv, tmp_path, ["--fake_score_steps", "--projection_guard"], **rewards, **rollouts)
-    state = load_file(tmp_path / "broken" / "checkpoint-6" / "state.safetensors")
+    state = read_state(tmp_path / "broken" / "checkpoint-6")
     kept = {"james_stein/shared", "james_stein/power", "reward_variance/tiny_bold"}
     assert kept <= {name.removeprefix("statistics/") for name in state}
     assert state["statistics/james_stein/shared"].dtype == torch.float64
@@ -84,7 +84,7 @@ def test_resuming_changes_nothing_with_8_bit_adam(argv, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     # Rank 32 makes matrices of more than 4096 elements, which alone are kept in 8 bits.
     assert_resuming_changes_nothing(argv, tmp_path, ["--use_8bit_adam"], rank=32)
-    state = load_file(tmp_path / "broken" / "checkpoint-6" / "state.safetensors")
+    state = read_state(tmp_path / "broken" / "checkpoint-6")
     assert any(tensor.dtype == torch.uint8 for tensor in state.values())
 
 

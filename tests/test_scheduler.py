@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def test_a_student_is_trained_on_the_grid_that_the_exported_stock_scheduler_lays
     teacher = Teacher(make_pipeline(), StableDiffusionFamily(), "teacher")
     StableDiffusionFamily().stock_scheduler(teacher.pipeline.scheduler, steps).save_pretrained(tmp_path)
     stock = LCMScheduler.from_pretrained(tmp_path)
-    ours = make_scheduler(teacher, Namespace(num_student_steps=steps, eta=1.0))
+    ours = make_scheduler(teacher, steps, eta=1.0)
     stock.set_timesteps(steps)
     ours.set_timesteps(steps)
     assert stock.timesteps.tolist() == ours.timesteps.tolist()

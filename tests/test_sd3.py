@@ -186,7 +186,7 @@ def test_stock_sampling_with_it_is_the_students_own(teacher: Teacher, steps: int
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_run_trains_a_flow_student_on_the_even_grid(steps: int, own: dict) -> None:
     teacher = Teacher(make_sd3_pipeline(**own), FAMILY, "me/teacher")
-    scheduler = make_scheduler(teacher, SimpleNamespace(num_student_steps=steps, eta=1.0))
+    scheduler = make_scheduler(teacher, steps, eta=1.0)
     assert scheduler.config.prediction_type == "flow_prediction"
     assert scheduler.sigmas.tolist() == pytest.approx([*((steps - i) / steps for i in range(steps)), 0], abs=1e-6)
 

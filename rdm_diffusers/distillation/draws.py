@@ -30,8 +30,12 @@ class Draws:
 
     def generator(self, purpose: str, index: int) -> torch.Generator:
         """The generator of one purpose and group (or epoch, or whatever `index` counts)."""
+        return torch.Generator().manual_seed(self.number(purpose, index))
+
+    def number(self, purpose: str, index: int) -> int:
+        """The 63-bit seed of one purpose and index."""
         digest = hashlib.blake2b(f"{self.seed}/{purpose}/{index}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return int.from_bytes(digest, "little") >> 1
 
     def normal(self, purpose: str, groups: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Standard normal numbers `[len(groups) * G, *shape]`, float32, group after group."""

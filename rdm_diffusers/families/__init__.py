@@ -1,13 +1,23 @@
 """What differs between teachers, one file each."""
 
 from .base import LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
-from .loading import Teacher, absent_components, load_options, load_teacher, load_vae, pipeline_config
+from .loading import (
+    Teacher,
+    absent_components,
+    load_denoiser,
+    load_options,
+    load_teacher,
+    load_vae,
+    pipeline_config,
+)
+from .quantization import QUANTIZATIONS, check_quantization
 from .registry import FAMILIES, family_of
 from .suitability import check_lora
 
 __all__ = [
     "FAMILIES",
     "LORA_FILE",
+    "QUANTIZATIONS",
     "STUDENT_CONFIG",
     "Conditioning",
     "Family",
@@ -15,7 +25,9 @@ __all__ = [
     "Teacher",
     "absent_components",
     "check_lora",
+    "check_quantization",
     "family_of",
+    "load_denoiser",
     "load_options",
     "load_teacher",
     "load_vae",

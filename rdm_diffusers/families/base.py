@@ -87,6 +87,11 @@ def rebuilt(pipeline_class: type[DiffusionPipeline], pipeline: DiffusionPipeline
     return pipeline_class(**{**pipeline.components, **replaced}, **kept)
 
 
+def encoding_device(pipeline: DiffusionPipeline) -> torch.device:
+    """Where a pipeline's text encoders are, which may be elsewhere than its other networks."""
+    return next(pipeline.text_encoder.parameters()).device
+
+
 class Family(ABC):
     """One kind of teacher.
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, square_latents
+from .base import Conditioning, PromptOptions, encoding_device, square_latents
 from .flow import FlowFamily
 from .packing import pack, patch_positions, unpack
 
@@ -35,7 +35,7 @@ class FluxFamily(FlowFamily):
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
-        embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, pipeline._execution_device, **options.length)
+        embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, encoding_device(pipeline), **options.length)
         tensors = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         if self.embeds_guidance(pipeline):
             tensors["guidance"] = torch.full((len(embeds), 1), options.embedded_guidance or 0.0, device=embeds.device)

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, resolve_teacher
 from .base import Conditioning, Family, PromptOptions
+from .quantization import quantized_loading
 from .registry import family_of
 from .suitability import check_folder, check_no_student, check_teacher
 
@@ -42,6 +43,12 @@ class Teacher:
     def denoiser(self) -> ModelMixin:
         """The network that is distilled."""
         return self.family.denoiser(self.pipeline)
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        """The networks that read prompts."""
+        components = self.pipeline.components.items()
+        return [part for name, part in components if name.startswith("text_encoder") and part is not None]
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -108,6 +115,28 @@ def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype) -> M
     return getattr(diffusers, config["vae"][1]).from_pretrained(name_or_path, use_safetensors=True, dtype=dtype)
 
 
+def load_denoiser(
+    name_or_path: str,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    variant: str | None = None,
+    quantization: str | None = None,
+    device: torch.device | str = "cpu",
+) -> ModelMixin:
+    """The network of a teacher that is distilled, alone and anew; as `load_teacher`."""
+    config = pipeline_config(name_or_path, revision=revision)
+    component = family_of(config).denoiser_name
+    return getattr(diffusers, config[component][1]).from_pretrained(
+        resolve_teacher(name_or_path),
+        subfolder=component,
+        revision=revision,
+        variant=variant,
+        dtype=dtype,
+        use_safetensors=True,
+        **(quantized_loading(quantization, dtype, device) if quantization else {}),
+    )
+
+
 def load_teacher(
     name_or_path: str,
     dtype: torch.dtype,
@@ -115,6 +144,8 @@ def load_teacher(
     variant: str | None = None,
     options: PromptOptions = DEFAULT_OPTIONS,
     vae: str | None = None,
+    quantization: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Teacher:
     """Loads a teacher from a folder, from the Hub, or an embedded one by its name; safetensors only.
 
@@ -124,14 +155,20 @@ def load_teacher(
         revision, variant: of a Hub repository.
         options: how it reads prompts; an embedded teacher knows its own length.
         vae: another autoencoder than the teacher's, a folder or a Hub id.
+        quantization: one of `QUANTIZATIONS` for the network that is distilled; None leaves it in `dtype`.
+        device: where it is quantised; all else is loaded to the CPU.
 
     Raises:
-        ValueError: as `pipeline_config`, `family_of` and `check_teacher`.
+        ValueError: as `pipeline_config`, `family_of` and `check_teacher`, or if it cannot be quantised here.
+        ImportError: if the library that quantises is missing.
     """
     check_no_student(name_or_path, Path(resolve_teacher(name_or_path)))
     config = pipeline_config(name_or_path, revision=revision)
     family = family_of(config)
     replaced = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
+    if quantization:
+        denoiser = load_denoiser(name_or_path, dtype, revision, variant, quantization, device)
+        replaced[family.denoiser_name] = denoiser
     pipeline = family.pipeline_class.from_pretrained(
         resolve_teacher(name_or_path),
         revision=revision,

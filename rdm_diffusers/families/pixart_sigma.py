@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, square_latents
+from .base import Conditioning, PromptOptions, encoding_device, square_latents
 from .sd_unet import StableDiffusionFamily
 
 
@@ -28,7 +28,7 @@ class PixArtSigmaFamily(StableDiffusionFamily):
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
         embeds, mask, _, _ = pipeline.encode_prompt(
-            list(prompts), False, device=pipeline._execution_device, **options.length
+            list(prompts), False, device=encoding_device(pipeline), **options.length
         )
         return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask})
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, square_latents
+from .base import Conditioning, PromptOptions, encoding_device, square_latents
 from .flow import FlowFamily
 from .packing import pack, unpack
 
@@ -46,7 +46,7 @@ class QwenImageFamily(FlowFamily):
     ) -> Conditioning:
         """Embeddings padded to one length, and the mask of those that count."""
         longest = options.max_sequence_length or 512
-        embeds, mask = pipeline.encode_prompt(list(prompts), pipeline._execution_device, max_sequence_length=longest)
+        embeds, mask = pipeline.encode_prompt(list(prompts), encoding_device(pipeline), max_sequence_length=longest)
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         missing = longest - embeds.shape[1]

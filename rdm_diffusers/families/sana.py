@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SanaPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, square_latents
+from .base import Conditioning, PromptOptions, encoding_device, square_latents
 from .flow import FlowFamily
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
@@ -28,7 +28,7 @@ class SanaFamily(FlowFamily):
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
         embeds, mask, _, _ = pipeline.encode_prompt(
-            list(prompts), False, device=pipeline._execution_device, complex_human_instruction=INSTRUCTION,
+            list(prompts), False, device=encoding_device(pipeline), complex_human_instruction=INSTRUCTION,
             **options.length,
         )  # fmt: skip
         return self._conditioning(pipeline, embeds, mask)
@@ -36,7 +36,7 @@ class SanaFamily(FlowFamily):
     @torch.no_grad()
     def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
         """The empty prompt, without the instruction."""
-        _, _, embeds, mask = pipeline.encode_prompt([""], True, device=pipeline._execution_device, **options.length)
+        _, _, embeds, mask = pipeline.encode_prompt([""], True, device=encoding_device(pipeline), **options.length)
         return self._conditioning(pipeline, embeds, mask)
 
     def _conditioning(self, pipeline: DiffusionPipeline, embeds: Tensor, mask: Tensor) -> Conditioning:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, square_latents
+from .base import Conditioning, PromptOptions, encoding_device, square_latents
 from .flow import FlowFamily
 
 
@@ -26,7 +26,7 @@ class StableDiffusion3Family(FlowFamily):
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
         embeds, _, pooled, _ = pipeline.encode_prompt(
-            list(prompts), None, None, pipeline._execution_device, do_classifier_free_guidance=False, **options.length
+            list(prompts), None, None, encoding_device(pipeline), do_classifier_free_guidance=False, **options.length
         )
         return Conditioning({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 
-from .base import Conditioning, Family, PromptOptions, square_latents
+from .base import Conditioning, Family, PromptOptions, encoding_device, square_latents
 
 
 class StableDiffusionFamily(Family):
@@ -29,7 +29,7 @@ class StableDiffusionFamily(Family):
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
         embeds, _ = pipeline.encode_prompt(
-            list(prompts), pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            list(prompts), encoding_device(pipeline), num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return Conditioning({"prompt_embeds": embeds})
 

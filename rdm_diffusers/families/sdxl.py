@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions
+from .base import Conditioning, PromptOptions, encoding_device
 from .sd_unet import StableDiffusionFamily
 
 
@@ -23,7 +23,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
         embeds, _, pooled, _ = pipeline.encode_prompt(
-            list(prompts), device=pipeline._execution_device, do_classifier_free_guidance=False
+            list(prompts), device=encoding_device(pipeline), do_classifier_free_guidance=False
         )
         return self._conditioning(pipeline, embeds, pooled, options)
 
@@ -31,7 +31,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
         """Zeros for teachers that want them (`force_zeros_for_empty_prompt`), else the empty prompt."""
         _, embeds, _, pooled = pipeline.encode_prompt(
-            [""], device=pipeline._execution_device, do_classifier_free_guidance=True
+            [""], device=encoding_device(pipeline), do_classifier_free_guidance=True
         )
         return self._conditioning(pipeline, embeds, pooled, options)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ZImagePipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, square_latents
+from .base import Conditioning, PromptOptions, encoding_device, square_latents
 from .flow import FlowFamily
 
 
@@ -33,7 +33,7 @@ class ZImageFamily(FlowFamily):
     ) -> Conditioning:
         """Embeddings padded to one length, and how many of each count."""
         embeds, _ = pipeline.encode_prompt(
-            list(prompts), pipeline._execution_device, do_classifier_free_guidance=False, **options.length
+            list(prompts), encoding_device(pipeline), do_classifier_free_guidance=False, **options.length
         )
         longest = options.max_sequence_length or 512
         padded = torch.stack([F.pad(each, (0, 0, 0, longest - len(each))) for each in embeds])

@@ -1,6 +1,6 @@
 """Students as files that others load."""
 
 from .card import write_card
-from .export import export_lora
+from .export import export_full, export_lora
 
-__all__ = ["export_lora", "write_card"]
+__all__ = ["export_full", "export_lora", "write_card"]

@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import diffusers
+import torch
 from diffusers.training_utils import _collate_lora_metadata
-from peft.utils import get_peft_model_state_dict
+from torch import Tensor
 
-from ..families import Teacher
-from ..networks import ADAPTERS, STUDENT, SharedBase
-from ..pipelines import StudentConfig
+from ..families import Teacher, rebuilt
+from ..pipelines import CLASSES, StudentConfig
 from ..schedulers import RdmScheduler
 from ..tiny import is_tiny
 
 
-def export_lora(folder: Path, teacher: Teacher, networks: SharedBase, scheduler: RdmScheduler, **origin) -> None:
+def export_lora(
+    folder: Path, teacher: Teacher, weights: Mapping[str, Tensor], scheduler: RdmScheduler, **origin
+) -> None:
     """Writes `pytorch_lora_weights.safetensors`, `scheduler/` and `rdm_config.json`.
 
     Args:
         folder: an existing folder.
-        teacher: the teacher that the LoRA belongs to.
-        networks: the roles; the student's current weights are exported, in float32.
+        teacher: the teacher that the LoRA belongs to, with its adapters.
+        weights: the student's (`Networks.student_weights`).
         scheduler: the student's sampler with its trained grid.
         origin: `revision` and `variant` of the teacher, if any.
     """
-    denoiser, component = networks.denoiser, teacher.family.denoiser_name
-    weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTERS[STUDENT])
+    component = teacher.family.denoiser_name
     teacher.family.pipeline_class.save_lora_weights(
         folder,
-        **{f"{component}_lora_layers": {name: tensor.detach().float().cpu() for name, tensor in weights.items()}},
-        **_collate_lora_metadata({component: denoiser}),
+        **{f"{component}_lora_layers": dict(weights)},
+        **_collate_lora_metadata({component: teacher.denoiser}),
     )
-    steps = len(scheduler.timesteps)
-    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, steps, scheduler.config.eta)
+    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, len(scheduler.timesteps), scheduler.config.eta)
     stock.save_pretrained(folder / "scheduler")
     is_folder = Path(teacher.name).is_dir() and not is_tiny(teacher.name)
-    StudentConfig(
-        base_model_name_or_path=str(Path(teacher.name).resolve()) if is_folder else teacher.name,
+    base = str(Path(teacher.name).resolve()) if is_folder else teacher.name
+    student_config(teacher, scheduler, base_model_name_or_path=base, vae=teacher.vae, **origin).save(folder)
+
+
+def export_full(
+    folder: Path, teacher: Teacher, weights: Mapping[str, Tensor], config: Mapping, scheduler: RdmScheduler
+) -> None:
+    """Writes a whole stock pipeline: the teacher's, with the student's network and scheduler, and `rdm_config.json`.
+
+    Args:
+        folder: an existing folder.
+        teacher: the teacher, which lends its text encoders and autoencoder.
+        weights: the student's (`Networks.student_weights`).
+        config: the student network's configuration.
+        scheduler: the student's sampler with its trained grid.
+    """
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    denoiser.load_state_dict(weights, assign=True)
+    pipeline_class = CLASSES[teacher.family.pipeline_class.__name__]
+    pipeline = rebuilt(pipeline_class, teacher.pipeline, **{teacher.family.denoiser_name: denoiser})
+    pipeline.student = student_config(teacher, scheduler, base_model_name_or_path=None)
+    pipeline.save_pretrained(folder)
+
+
+def student_config(teacher: Teacher, scheduler: RdmScheduler, **origin) -> StudentConfig:
+    """What a student's folder says of it."""
+    return StudentConfig(
         pipeline_class=teacher.family.pipeline_class.__name__,
         scheduler={name: value for name, value in scheduler.config.items() if not name.startswith("_")},
-        num_inference_steps=steps,
-        vae=teacher.vae,
+        num_inference_steps=len(scheduler.timesteps),
         call_arguments={**teacher.family.unguided(teacher.pipeline, teacher.options), **teacher.call_options},
         **origin,
-    ).save(folder)
+    )

@@ -1,7 +1,7 @@
 """Sampling students."""
 
-from .pipeline_rdm import RdmDistillationPipeline
-from .student_config import STUDENT_CONFIG, StudentConfig
+from .pipeline_rdm import CLASSES, RdmDistillationPipeline
+from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
     RdmFluxPipeline,
     RdmPixArtSigmaPipeline,
@@ -14,6 +14,7 @@ from .students import (
 )
 
 __all__ = [
+    "CLASSES",
     "STUDENT_CONFIG",
     "RdmDistillationPipeline",
     "RdmFluxPipeline",
@@ -25,4 +26,5 @@ __all__ = [
     "RdmStableDiffusionXLPipeline",
     "RdmZImagePipeline",
     "StudentConfig",
+    "is_student",
 ]

@@ -154,8 +154,9 @@ class RdmDistillationPipeline(DiffusionPipeline):
             rebuilt(type(self).__bases__[1], self).save_pretrained(save_directory, **kwargs)
             return
         family = FAMILIES[self.student.pipeline_class]
-        denoiser = copy.deepcopy(family.denoiser(self))
+        denoiser = family.denoiser(self)
         if getattr(denoiser, "peft_config", None):
+            denoiser = copy.deepcopy(denoiser)
             denoiser.fuse_lora()
             denoiser.unload_lora()
         scheduler = family.stock_scheduler(

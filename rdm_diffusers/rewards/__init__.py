@@ -1,6 +1,6 @@
 """External rewards: callables that judge pictures. Nothing here knows of diffusion."""
 
-from .base import Reward, WeightedReward, evaluate
+from .base import Reward, RewardError, WeightedReward, evaluate
 from .registry import REWARDS, load_reward
 
-__all__ = ["REWARDS", "Reward", "WeightedReward", "evaluate", "load_reward"]
+__all__ = ["REWARDS", "Reward", "RewardError", "WeightedReward", "evaluate", "load_reward"]

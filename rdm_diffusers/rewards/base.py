@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -31,6 +32,10 @@ class Reward(Protocol):
         ...
 
 
+class RewardError(ValueError):
+    """A reward raised an error of its own; says which, and where."""
+
+
 @dataclass(frozen=True)
 class WeightedReward:
     """A reward and its weight among the others: finite, not 0; a negative one punishes what the reward likes."""
@@ -54,17 +59,29 @@ def evaluate(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     Raises:
         ValueError: if the prompts are not B, if the answer is not B numbers, or if a reward that calls itself
             differentiable lost the gradients to images that require them.
+        RewardError: if the reward itself raised.
     """
     if len(prompts) != len(images):
         raise ValueError(
             f"The reward {reward.name} got {len(prompts)} prompts for {len(images)} images; give one each."
         )
     if reward.differentiable:
-        scores = _as_scores(reward.name, reward(images, prompts), images)
+        scores = _as_scores(reward.name, _ask(reward, images, prompts), images)
         _check_graph(reward.name, scores, images)
         return scores
     with torch.no_grad():
-        return _as_scores(reward.name, reward(images.detach().clone(), prompts), images)
+        return _as_scores(reward.name, _ask(reward, images.detach().clone(), prompts), images)
+
+
+def _ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Any:
+    try:
+        return reward(images, prompts)
+    except Exception as error:
+        *_, place = traceback.extract_tb(error.__traceback__)
+        raise RewardError(
+            f"The reward {reward.name} raised {type(error).__name__} at {place.filename}:{place.lineno} ({error}); "
+            "nothing was saved over the last checkpoint. Mend the reward and resume from it."
+        ) from error
 
 
 def _as_scores(name: str, answer: Any, images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..distillation import (
     JAMES_STEIN,
     NORMALIZATIONS,
 )
+from ..families import QUANTIZATIONS
 from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
 from .checks import check_arguments
@@ -37,29 +38,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
 # fmt: on
 
-TINY_DEFAULTS = dict(
+TINY_DEFAULTS: dict[str, Any] = dict(
     guidance_scale=2.0,
     steps_per_rollout=4,
     train_batch_size=64,
     max_train_steps=1400,
     learning_rate=1e-3,
     lr_scheduler="cosine",
-    rank=16,
-    fold_adapters=True,
     num_eval_images=5000,
 )
+TINY_LORA_DEFAULTS: dict[str, Any] = dict(rank=16, fold_adapters=True)
+TINY_FULL_DEFAULTS: dict[str, Any] = dict(learning_rate=2e-4)
 
 
-def build_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """The parser of `train_rdm_lora.py`; every help text names the unit and the default."""
+def build_parser(description: str | None = None, student: str = "lora") -> argparse.ArgumentParser:
+    """The parser of `train_rdm_lora.py`, or for a `full` student of `train_rdm_full.py`.
+
+    Every help text names the unit and the default.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     _add_teacher(parser.add_argument_group("teacher and prompts").add_argument)
     _add_method(parser.add_argument_group("method").add_argument)
     _add_rewards(parser.add_argument_group("rewards").add_argument)
+    (_add_lora if student == "lora" else _add_full)(parser.add_argument_group("student").add_argument)
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
+    _add_memory(parser.add_argument_group("memory and speed").add_argument)
     _add_output(parser.add_argument_group("output").add_argument)
+    parser.set_defaults(student=student, tracker_project_name=f"rdm-{student}")
     return parser
 
 
@@ -108,11 +115,21 @@ def _add_method(add) -> None:
     add("--reuse_rollouts", type=int, help="updates that one rollout serves; the preset's by default")
     add("--importance_weighting", default="none", choices=IMPORTANCE_WEIGHTINGS,
         help="how reused rollouts are weighed by their likelihood now")
+
+
+def _add_lora(add) -> None:
     add("--rank", "--lora_rank", type=int, default=64, help="rank of both LoRAs")
     add("--lora_alpha", type=int, help="LoRA alpha; the rank by default")
     add("--lora_layers", help="comma-separated module names for the LoRAs; a wide set by default")
     add("--fold_adapters", action=argparse.BooleanOptionalAction, default=False,
         help="run with W + scale B A instead of separate adapter layers: faster where memory allows")
+    add("--base_quantization", dest="quantization", choices=tuple(QUANTIZATIONS),
+        help="keep the frozen base in so few bits; the LoRAs stay float32")
+
+
+def _add_full(add) -> None:
+    add("--teacher_quantization", dest="quantization", choices=tuple(QUANTIZATIONS),
+        help="keep the teacher in so few bits; student and fake score stay float32")
 
 
 def _add_rewards(add) -> None:
@@ -145,25 +162,36 @@ def _add_optimisation(add) -> None:
     add("--fake_learning_rate", type=float, help="the fake score's; the student's by default")
     add("--lr_scheduler", default="constant", help="as in diffusers: constant, cosine, linear, ...")
     add("--lr_warmup_steps", type=int, default=0, help="updates of warm-up")
-    add("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW for both roles")
     add("--adam_beta1", type=float, default=0.9, help="of both optimisers")
     add("--adam_beta2", type=float, default=0.999, help="of both optimisers")
     add("--adam_weight_decay", type=float, default=1e-2, help="of both optimisers")
     add("--adam_epsilon", type=float, default=1e-8, help="of both optimisers")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm, each role by itself")
-    add("--gradient_checkpointing", action="store_true", help="less memory for more time")
-    add("--mixed_precision", default="no", choices=("no", "bf16"), help="the base's dtype; LoRAs stay float32")
-    add("--allow_tf32", action="store_true", help="faster float32 on Ampere and later")
-    add("--use_ema", action=argparse.BooleanOptionalAction, default=True, help="export the moving average of the LoRA")
+    add("--use_ema", action=argparse.BooleanOptionalAction, default=True,
+        help="export the moving average of the student's weights")
     add("--ema_decay", type=float, default=0.99, help="per update")
     add("--seed", type=int, default=0, help="decides every random number of the run")
+
+
+def _add_memory(add) -> None:
+    add("--mixed_precision", default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        help="no or bf16: dtype of frozen weights and of computation; what is trained stays float32")
+    add("--use_8bit_adam", action="store_true", help="8-bit AdamW for both roles: bitsandbytes', or else torchao's")
+    add("--gradient_checkpointing", action="store_true", help="less memory for more time")
+    add("--offload", action="store_true",
+        help="keep the moving average off the device, and at the run's end every network that is not at work")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, for U-Nets")
+    add("--attention_backend", help="attention of a transformer by its name in diffusers, for example flash")
+    add("--torch_compile", action="store_true", help="compile the blocks that the network repeats")
+    add("--torch_compile_backend", default="inductor", help="what compiles them")
+    add("--allow_tf32", action="store_true", help="faster float32 on Ampere and later")
 
 
 def _add_output(add) -> None:
     add("--output_dir", default="rdm-student", help="where the student, its card and the checkpoints go")
     add("--logging_dir", default="logs", help="trackers' folder inside the output folder")
     add("--report_to", default="tensorboard", help="a tracker that accelerate knows, all, or none")
-    add("--tracker_project_name", default="rdm-lora", help="the trackers' name of the project")
+    add("--tracker_project_name", help="the trackers' name of the project")
     add("--checkpointing_steps", type=int, default=500, help="updates between checkpoints")
     add("--checkpoints_total_limit", type=int, help="keep at most so many checkpoints")
     add("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
@@ -178,12 +206,16 @@ def _add_output(add) -> None:
 # fmt: on
 
 
-def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: Sequence[str] | None = None, description: str | None = None, student: str = "lora"
+) -> argparse.Namespace:
     """Parses and checks; wrong arguments end the program with one sentence, before any long work."""
-    parser = build_parser(description)
+    parser = build_parser(description, student)
     name = parser.parse_known_args(argv)[0].pretrained_model_name_or_path
     if is_tiny(name):
-        parser.set_defaults(**TINY_DEFAULTS, sample_guidance_scale=REFERENCES[name].guidance_scale)
+        own = TINY_LORA_DEFAULTS if student == "lora" else TINY_FULL_DEFAULTS
+        scale = REFERENCES[name].guidance_scale
+        parser.set_defaults(**{**TINY_DEFAULTS, **own}, sample_guidance_scale=scale)
     args = parser.parse_args(argv)
     try:
         return fill_in(args)
@@ -204,7 +236,7 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
             setattr(args, name, value)
     if args.fake_learning_rate is None:
         args.fake_learning_rate = args.learning_rate
-    if args.lora_alpha is None:
+    if args.student == "lora" and args.lora_alpha is None:
         args.lora_alpha = args.rank
     if args.sample_guidance_scale is None:
         args.sample_guidance_scale = args.guidance_scale

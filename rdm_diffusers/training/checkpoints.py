@@ -1,9 +1,12 @@
-"""Checkpoints: safetensors and JSON only, written aside and renamed, so that a good one is never damaged."""
+"""Checkpoints: safetensors and JSON only, written aside, synced and renamed, so that a good one is never damaged."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..distillation import RunningMeans
+from ..sharding import spread_like, whole
 from .monitor import Monitor
 from .optimizers import RoleOptimizer
 
-PREFIX = "checkpoint-"
-STATISTICS = "statistics/"
+PREFIX, PARTIAL = "checkpoint-", ".partial-"
+RECORD, STATISTICS = "state.json", "statistics"
 
 
 @dataclass
@@ -41,23 +45,37 @@ class TrainState:
     monitor: Monitor = field(default_factory=Monitor)
 
 
-def save_checkpoint(folder: Path, state: TrainState, arguments: dict, keep: int | None = None) -> Path:
+def save_checkpoint(
+    folder: Path, state: TrainState, arguments: dict, keep: int | None = None, writes: bool = True
+) -> Path:
     """Writes `folder/checkpoint-<update>`, then removes the oldest beyond `keep`.
+
+    A file for each role, with its parameters and its optimiser's state, one for the moving average, one for the running
+    means, and `state.json`. It stays invisible until all of it is on the disk.
+
+    Args:
+        folder: the run's.
+        state: what an update changes.
+        arguments: the run's, for `read_arguments`.
+        keep: how many checkpoints stay; all by default.
+        writes: whether this process does. All must call where weights are sharded, to put them together; one writes.
 
     Raises:
         OSError: if it cannot be written, for example on a full disk; earlier checkpoints are untouched then.
     """
     target = folder / f"{PREFIX}{state.update}"
-    partial = folder / f".partial-{target.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    if not writes:
+        for _ in _parts(state, keep_tensors=False):
+            pass
+        return target
+    partial = folder / f"{PARTIAL}{target.name}"
     try:
+        _clear(folder)
         partial.mkdir(parents=True)
-        tensors, scalars = _pack(state)
-        save_file(tensors, partial / "state.safetensors")
-        record = {"update": state.update, "scalars": scalars, "monitor": state.monitor.state, "arguments": arguments}
-        (partial / "state.json").write_text(json.dumps(record, indent=1))
+        _write(partial, state, arguments)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
+        _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -69,77 +87,137 @@ def save_checkpoint(folder: Path, state: TrainState, arguments: dict, keep: int 
     return target
 
 
+def _clear(folder: Path) -> None:
+    """Removes what a killed run left half written."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left)
+
+
+def _write(folder: Path, state: TrainState, arguments: dict) -> None:
+    digests, scalars = {}, {}
+    for name, tensors, numbers in _parts(state):
+        path = folder / f"{name}.safetensors"
+        save_file(tensors, path)
+        digests[path.name], scalars[name] = _digest(path), numbers
+        _sync(path)
+    record = {"update": state.update, "digests": digests, "scalars": scalars, "monitor": state.monitor.state}
+    (folder / RECORD).write_text(json.dumps({**record, "arguments": arguments}, indent=1))
+    _sync(folder / RECORD)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").exists()]
+    """The checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if (path / RECORD).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None if they are as they were written."""
+    try:
+        digests = json.loads((checkpoint / RECORD).read_text())["digests"]
+        changed = [name for name, digest in digests.items() if _digest(checkpoint / name) != digest]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{', '.join(changed)} changed since it was written" if changed else None
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
     """The checkpoint that `--resume_from_checkpoint` names: `latest`, a name in `folder`, or a path.
 
+    `latest` passes over damaged ones, with a warning.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or the one that was named is damaged.
     """
     if name == "latest":
-        found = list_checkpoints(folder)
-        if not found:
-            raise ValueError(f"There is no checkpoint in {folder} to resume from; leave --resume_from_checkpoint out.")
-        return found[-1]
+        return _newest_whole(folder)
     for path in (folder / name, Path(name)):
-        if (path / "state.json").exists():
+        if (path / RECORD).exists():
+            problem = damage(path)
+            if problem:
+                raise ValueError(f"{path} is damaged ({problem}); resume from an earlier checkpoint, or from `latest`.")
             return path
     raise ValueError(f"--resume_from_checkpoint {name} is no checkpoint; use `latest` or a checkpoint-N folder.")
 
 
+def _newest_whole(folder: Path) -> Path:
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        warnings.warn(f"{path} is damaged ({problem}); the checkpoint before it is used.", stacklevel=3)
+    what = "undamaged checkpoint" if found else "checkpoint"
+    raise ValueError(f"There is no {what} in {folder} to resume from; leave --resume_from_checkpoint out.")
+
+
 def read_arguments(checkpoint: Path) -> dict:
     """The arguments of the run that wrote a checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text())["arguments"]
+    return json.loads((checkpoint / RECORD).read_text())["arguments"]
 
 
 def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
-    """Puts a checkpoint's numbers into `state`, in place.
+    """Puts a checkpoint's numbers into `state`, in place; on every process alike.
 
     Raises:
         ValueError: if the checkpoint's tensors are not those of this run.
     """
-    record = json.loads((checkpoint / "state.json").read_text())
-    tensors = load_file(checkpoint / "state.safetensors")
-    state.update = record["update"]
+    record = json.loads((checkpoint / RECORD).read_text())
+    scalars = record["scalars"]
     try:
         for role, role_optimizer in state.optimizers.items():
-            _unpack_role(role, role_optimizer, tensors, record["scalars"])
+            _unpack_role(role_optimizer, load_file(checkpoint / f"{role}.safetensors"), scalars[role])
         if state.ema is not None:
+            averages = load_file(checkpoint / "ema.safetensors")
             for i, shadow in enumerate(state.ema.shadow_params):
-                shadow.data.copy_(tensors[f"ema/{i}"])
-            state.ema.optimization_step = record["scalars"]["ema"]
-        state.statistics.state = {
-            name.removeprefix(STATISTICS): value for name, value in tensors.items() if name.startswith(STATISTICS)
-        }
-        state.monitor.state = record["monitor"]
-    except (KeyError, RuntimeError) as error:
+                shadow.data.copy_(spread_like(averages[str(i)], shadow))
+            state.ema.optimization_step = scalars["ema"]["optimization_step"]
+    except (KeyError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(
             f"{checkpoint} does not fit this run ({error}); resume with the run's own arguments."
         ) from error
+    state.statistics.state = load_file(checkpoint / f"{STATISTICS}.safetensors")
+    state.monitor.state = record["monitor"]
+    state.update = record["update"]
 
 
-def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict]:
-    """All tensors under names like `student/optimizer/3/exp_avg`, and the numbers that are not tensors."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict = {}
+def _parts(state: TrainState, keep_tensors: bool = True) -> Iterator[tuple[str, dict[str, Tensor], dict]]:
+    """A checkpoint's files one after another: name, tensors (on the CPU), and the numbers that are not tensors."""
     for role, role_optimizer in state.optimizers.items():
-        for i, parameter in enumerate(role_optimizer.parameters):
-            tensors[f"{role}/parameter/{i}"] = parameter.detach()
+        named = {f"parameter/{i}": p.detach() for i, p in enumerate(role_optimizer.parameters)}
         for i, entries in role_optimizer.optimizer.state_dict()["state"].items():
-            for name, value in _flat(entries):
-                key = f"{role}/optimizer/{i}/{name}"
-                (tensors if isinstance(value, Tensor) else scalars)[key] = value
+            named |= {f"optimizer/{i}/{name}": value for name, value in _flat(entries)}
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        yield role, _on_cpu(tensors, keep_tensors), {n: v for n, v in named.items() if n not in tensors}
     if state.ema is not None:
-        tensors |= {f"ema/{i}": shadow for i, shadow in enumerate(state.ema.shadow_params)}
-        scalars["ema"] = state.ema.optimization_step
-    tensors |= {STATISTICS + name: value for name, value in state.statistics.state.items()}
-    # Clones: tensors that share memory, as 8-bit optimisers' maps do, cannot be saved together.
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, scalars
+        shadows = {str(i): shadow for i, shadow in enumerate(state.ema.shadow_params)}
+        yield "ema", _on_cpu(shadows, keep_tensors), {"optimization_step": state.ema.optimization_step}
+    yield STATISTICS, _on_cpu(state.statistics.state, keep_tensors), {}
+
+
+def _on_cpu(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole copies: tensors that share memory, as 8-bit optimisers' maps do, cannot be saved together."""
+    copies = {}
+    for name, tensor in tensors.items():
+        put_together = whole(tensor.detach())
+        if keep:
+            copies[name] = put_together.cpu().clone().contiguous()
+    return copies
 
 
 def _flat(entries: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -151,17 +229,17 @@ def _flat(entries: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _unpack_role(role: str, role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scalars: dict) -> None:
-    optimizer = role_optimizer.optimizer
-    for i, parameter in enumerate(role_optimizer.parameters):
-        parameter.data.copy_(tensors[f"{role}/parameter/{i}"])
-    prefix = f"{role}/optimizer/"
+def _unpack_role(role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scalars: dict) -> None:
+    parameters, optimizer = role_optimizer.parameters, role_optimizer.optimizer
+    for i, parameter in enumerate(parameters):
+        parameter.data.copy_(spread_like(tensors[f"parameter/{i}"], parameter))
     entries: dict[int, dict] = {}
     for key, value in (tensors | scalars).items():
-        if key.startswith(prefix):
-            index, *path, name = key.removeprefix(prefix).split("/")
-            node = entries.setdefault(int(index), {})
-            for step in path:
-                node = node.setdefault(step, {})
-            node[name] = value
+        kind, index, *path = key.split("/")
+        if kind != "optimizer":
+            continue
+        node = entries.setdefault(int(index), {})
+        for step in path[:-1]:
+            node = node.setdefault(step, {})
+        node[path[-1]] = spread_like(value, parameters[int(index)]) if isinstance(value, Tensor) else value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})

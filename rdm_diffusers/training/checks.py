@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 from ..distillation import JAMES_STEIN
-from ..families import LORA_FILE
+from ..pipelines import is_student
+from .launch import is_sharded_launch
 
 # A resumed run may change these; everything else must be as it was. Where the learning rate is scheduled to the end of
 # the run, that end is no longer free.
@@ -16,7 +17,9 @@ FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "validation_prompt", "monitor_images", "num_validation_images", "validation_steps",
     "num_eval_images", "sample_guidance_scale", "max_train_steps", "learning_rate", "fake_learning_rate",
-    "max_grad_norm", "cache_dir", "gradient_checkpointing", "allow_tf32", "stop_on_collapse",
+    "max_grad_norm", "cache_dir", "gradient_checkpointing", "allow_tf32", "stop_on_collapse", "offload",
+    "enable_xformers_memory_efficient_attention", "attention_backend", "torch_compile", "torch_compile_backend",
+    "dry_run",
 }  # fmt: skip
 
 
@@ -28,6 +31,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     _check_numbers(args)
     _check_algorithm(args)
+    _check_memory(args)
     if args.gndm_lambda != 0 and args.group_size == 1:
         raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
     if args.eta not in (0, 1):
@@ -75,13 +79,34 @@ def _check_algorithm(args: argparse.Namespace) -> None:
             )
 
 
+def _check_memory(args: argparse.Namespace) -> None:
+    if args.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"--mixed_precision is {args.mixed_precision}; it must be no or bf16: fp16 would need its losses scaled."
+        )
+    folds = getattr(args, "fold_adapters", False)
+    others = {
+        "--gradient_checkpointing": args.gradient_checkpointing,
+        "--torch_compile": args.torch_compile,
+        "--base_quantization": args.quantization,
+        "FSDP": is_sharded_launch(),
+    }
+    for flag, given in others.items():
+        if folds and given:
+            raise ValueError(f"--fold_adapters and {flag} exclude each other; add --no-fold_adapters.")
+    if is_sharded_launch() and args.use_8bit_adam:
+        raise ValueError("--use_8bit_adam cannot step FSDP's shards; leave it out, the shards are small.")
+    if is_sharded_launch() and args.quantization and args.student == "lora":
+        raise ValueError("FSDP cannot shard a quantised base; leave out --base_quantization, or FSDP.")
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("num_student_steps", "group_size", "steps_per_rollout", "rank", "train_batch_size",
                  "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
                  "learning_rate", "fake_learning_rate", "lora_alpha", "num_renoisings", "reuse_rollouts",
                  "debias_pool", "num_perturbations", "perturbation_scale", "reward_tilt",
                  "num_validation_images", "max_train_samples"):  # fmt: skip
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+        if getattr(args, name, None) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1 (a rate above 0).")
     for name in ("fake_updates_per_step", "monitor_images"):
         if getattr(args, name) < 0:
@@ -101,7 +126,7 @@ def prepare_output(args: argparse.Namespace) -> Path:
             pass
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
-    if args.resume_from_checkpoint is None and (any(folder.glob("checkpoint-*")) or (folder / LORA_FILE).exists()):
+    if args.resume_from_checkpoint is None and (any(folder.glob("checkpoint-*")) or is_student(folder)):
         raise ValueError(
             f"--output_dir {folder} holds the checkpoints or the student of another run; add --resume_from_checkpoint "
             "latest, or choose another folder."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ from ..distillation import (
 )
 from ..distillation.advantages import grouped
 from ..distillation.reward_gradients import Decode
-from ..rewards import Reward
+from ..families import Teacher
+from ..rewards import Reward, WeightedReward, load_reward
 
 BLACK_BOX_FORMS = ("tilt", "group", "perturbation")
 
@@ -139,3 +142,46 @@ class ExternalRewards:
             health[f"reward/{name}/step_{k + 1}"] = groups[at_k].mean()
             health[f"reward_std/{name}/step_{k + 1}"] = spread[at_k].mean()
         return health
+
+
+def load_rewards(args: argparse.Namespace, device: torch.device) -> list[WeightedReward]:
+    """The external rewards that the arguments name.
+
+    Raises:
+        ValueError: as `load_reward`, and if two have one name.
+    """
+    loaded = [load_reward(spec, device) for spec in args.reward or ()]
+    if len({weighted.reward.name for weighted in loaded}) < len(loaded):
+        raise ValueError(f"Two of the rewards {', '.join(args.reward)} have one name; name each once.")
+    boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
+    if boxes and args.group_size == 1 and args.black_box_form != "perturbation":
+        raise ValueError(
+            f"The reward {boxes[0]} gives no gradients, and --black_box_form {args.black_box_form} compares the "
+            "members of a group: raise --group_size above 1, or choose perturbation."
+        )
+    if loaded and args.reward_share > 0.5 and args.reward_combination == "share":
+        print(
+            f"warning: --reward_share {args.reward_share} lets the rewards outweigh fidelity; above 0.5 is not advised."
+        )
+    return loaded
+
+
+def join_rewards(
+    loaded: list[WeightedReward], teacher: Teacher, draws: Draws, args: argparse.Namespace
+) -> ExternalRewards:
+    """Rewards as a run asks them: through the teacher's decoder, and joined as the arguments say."""
+    teacher.pipeline.vae.to(draws.device)
+    weights = {weighted.reward.name: weighted.weight for weighted in loaded}
+    if args.gradient_checkpointing:
+        teacher.pipeline.vae.enable_gradient_checkpointing()
+    return ExternalRewards(
+        rewards=[weighted.reward for weighted in loaded],
+        combination=GNDMR(args.group_size, weights, args.reward_share, args.reward_combination, args.projection_guard),
+        decode=partial(teacher.family.decode, teacher.pipeline),
+        draws=draws,
+        micro_batch_size=args.train_batch_size,
+        black_box=args.black_box_form,
+        tilt=args.reward_tilt,
+        num_perturbations=args.num_perturbations,
+        perturbation_scale=args.perturbation_scale,
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,14 +14,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..networks import FAKE_SCORE, STUDENT
 from .checkpoints import TrainState, save_checkpoint
 from .monitor import CollapseError
+from .optimizers import NonFiniteError
 from .updates import Distillation, collect, fake_score_update, judge, reuse, student_update
 
+RUN_ERRORS = (ValueError, ImportError, OSError, NonFiniteError, CollapseError)  # each says what to do
 SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
 
 
@@ -46,6 +51,7 @@ def train(
     bar = tqdm(total=args.max_train_steps, initial=first, desc="distil", disable=not accelerator.is_main_process)
     with interruptible() as interrupted:
         while state.update < args.max_train_steps and not anywhere(interrupted, accelerator):
+            seed_all(run, state.update)
             batch = collect(run, state.update // args.reuse_rollouts)
             for visit in range(args.reuse_rollouts):
                 batch = reuse(run, batch) if visit else batch
@@ -62,17 +68,22 @@ def train(
                 if state.update % 10 == 0:
                     seconds = (time.time() - started) / (state.update - first)
                     report(health, run, state, accelerator, bar, seconds)
-                if state.update % args.validation_steps == 0 and accelerator.is_main_process:
+                if state.update % args.validation_steps == 0:
                     validate(state.update)
-                if state.update % args.checkpointing_steps == 0 and accelerator.is_main_process:
-                    checkpoint(state, args)
+                if state.update % args.checkpointing_steps == 0:
+                    checkpoint(state, args, accelerator)
     bar.close()
-    if interrupted.is_set() and accelerator.is_main_process:
-        path = checkpoint(state, args)
-        print(
+    if interrupted.is_set():
+        path = checkpoint(state, args, accelerator)
+        accelerator.print(
             f"\nInterrupted after {state.update} updates; saved {path}. Continue with --resume_from_checkpoint latest."
         )
     return not interrupted.is_set()
+
+
+def seed_all(run: Distillation, update: int) -> None:
+    """Seeds what draws without a generator of ours, as a user's reward may; another number on every process."""
+    set_seed(run.draws.number("update", update * run.num_processes + run.process_index) % 2**32)
 
 
 def watch(
@@ -102,7 +113,10 @@ def step(state: TrainState, role: str) -> Tensor:
     role_optimizer.set_update(state.update)
     norm = role_optimizer.step()
     if role == STUDENT and state.ema is not None:
+        home = state.ema.shadow_params[0].device  # elsewhere than the student with --offload
+        state.ema.to(role_optimizer.parameters[0].device)
         state.ema.step(role_optimizer.parameters)
+        state.ema.to(home)
     return norm
 
 
@@ -116,17 +130,26 @@ def report(
 ) -> None:
     """Sends the health numbers to the trackers, and the telling ones to the progress bar."""
     numbers = {name: value.item() for name, value in health.items()} | {"seconds_per_update": seconds}
-    numbers["samples_per_second"] = len(run.groups(0)) * run.draws.group_size * run.steps_per_rollout / seconds
+    numbers["images_per_second"] = run.num_processes * len(run.groups(0)) * run.draws.group_size / seconds
+    numbers["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
     numbers |= {f"network_calls/{name}": float(count) for name, count in run.networks.calls.items()}
-    if torch.cuda.is_available():
-        numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     accelerator.log(numbers, step=state.update)
     bar.set_postfix({name: f"{numbers[name]:.3g}" for name in SHOWN if name in numbers})
 
 
-def checkpoint(state: TrainState, args: argparse.Namespace) -> Path:
-    """Writes a checkpoint into the output folder."""
-    return save_checkpoint(Path(args.output_dir), state, vars(args), args.checkpoints_total_limit)
+def checkpoint(state: TrainState, args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """Writes a checkpoint into the output folder; every process takes part, and goes on when it is whole."""
+    keep, writes = args.checkpoints_total_limit, accelerator.is_main_process
+    path = save_checkpoint(Path(args.output_dir), state, vars(args), keep, writes)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of the GPU's memory, or where there is none, of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def anywhere(event: threading.Event, accelerator: Accelerator) -> bool:

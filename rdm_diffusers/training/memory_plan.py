@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..families import Conditioning, Family, PromptOptions, check_lora, family_of, pipeline_config
 from ..tiny import resolve_teacher
-from .setup import lora_config
+from .setup import DTYPES, lora_config, prompt_options
 
 GIB = 2**30
 READ_BY_VALUE = ("prompt_embeds_mask", "prompt_length")  # their shapes alone do not say how long a prompt is
@@ -46,17 +46,16 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(args: argparse.Namespace, options: PromptOptions, dtype: torch.dtype) -> MemoryPlan:
+def plan_memory(args: argparse.Namespace) -> MemoryPlan:
     """The plan of a LoRA run.
 
     Args:
         args: the run's arguments.
-        options: how prompts are read.
-        dtype: of the frozen weights.
 
     Raises:
         ValueError: as `pipeline_config`, `family_of` and `check_lora`.
     """
+    options, dtype = prompt_options(args), DTYPES[args.mixed_precision]
     config = pipeline_config(args.pretrained_model_name_or_path, revision=args.revision)
     family = family_of(config)
     check_lora(family)

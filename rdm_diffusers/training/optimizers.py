@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ..sharding import whole
+
+BUCKET = 2**26  # bytes of gradients that are averaged over processes at once
 
 
 class NonFiniteError(RuntimeError):
@@ -33,12 +39,15 @@ class RoleOptimizer:
             NonFiniteError: if it is not finite; the parameters are untouched then.
         """
         average_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        kinds = by_kind(self.parameters)
+        norm = torch.stack([whole(get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]).norm()
         if not norm.isfinite():
             raise NonFiniteError(
                 "The gradient is not finite; nothing was saved over the last checkpoint. Resume from it with a lower "
                 "learning rate."
             )
+        for kind in kinds:
+            clip_grads_with_norm_(kind, self.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -50,16 +59,42 @@ class RoleOptimizer:
             group["lr"] = base * factor(update)
 
 
+def by_kind(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those that have gradients, the sharded apart from the others, because no operation takes both."""
+    moving = [parameter for parameter in parameters if parameter.grad is not None]
+    kinds = [[p for p in moving if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+    return [kind for kind in kinds if kind]
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Averages the gradients over all processes in one flat all-reduce; nothing to do on one process."""
+    """Averages the gradients over all processes, as data parallelism does; nothing to do on one process.
+
+    Sharded gradients are averaged already, in the backward.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    replicated = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    for bucket in buckets(replicated):
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for parameter, part in zip(bucket, flat.split([g.numel() for g in gradients]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in lists of about `BUCKET` bytes, so that averaging takes little memory of its own."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        bucket.append(parameter)
+        size += parameter.nbytes
+        if size >= BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, args) -> RoleOptimizer:

@@ -11,13 +11,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Array2D, Dataset, Features, Sequence as Row, Value
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distillation import Draws
 from ..families import Conditioning, Teacher
 from ..tiny import is_tiny
 from ..tiny.captions import CAPTIONS
+from .placement import visiting
 
 
 def load_prompts(args) -> list[str]:
@@ -58,6 +60,41 @@ def _read_column(name: str, config: str | None, column: str) -> list[str]:
     return prompts
 
 
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """`count` prompts spread evenly over those given, repeated where there are fewer."""
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All that a run reads, as the teacher's text encoders read it; they are not needed again.
+
+    Args:
+        prompts: the N prompts.
+        embeddings: theirs, one row each, on the disk.
+        nothing: what the teacher guides away from, of length 1.
+        shown: the prompts of the pictures that are drawn on the way.
+        shown_conditioning: theirs.
+    """
+
+    prompts: list[str]
+    embeddings: Dataset
+    nothing: Conditioning
+    shown: list[str]
+    shown_conditioning: Conditioning
+
+
+def read_texts(teacher: Teacher, prompts: list[str], args, accelerator: Accelerator) -> Texts:
+    """Has the text encoders visit the device to read everything; prompts that an earlier run read are found cached."""
+    shown = spread(args.validation_prompt or prompts, args.num_validation_images)
+    fingerprint = _fingerprint(teacher, prompts)
+    with visiting(teacher.text_encoders, accelerator.device):
+        with accelerator.main_process_first():
+            embeddings = embed_prompts(teacher, prompts, args.cache_dir, fingerprint)
+        nothing, shown_conditioning = teacher.encode_nothing(), teacher.encode_prompts(shown)
+    return Texts(prompts, embeddings, nothing, shown, shown_conditioning)
+
+
 @dataclass
 class PromptGroups:
     """Which prompt each group trains on: every prompt once an epoch, in an order that only the seed decides.
@@ -89,21 +126,26 @@ class PromptGroups:
 
     def conditioning(self, groups: Sequence[int]) -> Conditioning:
         """The embeddings of the groups' prompts, each G times: length `len(groups) * G`."""
-        rows = self.embeddings[[self.index(group) for group in groups]]
-        once = Conditioning({name: torch.stack(list(column)) for name, column in rows.items()})
         members = torch.arange(len(groups)).repeat_interleave(self.draws.group_size)
-        return once[members].to(self.draws.device, self.dtype)
+        return self.once([self.index(group) for group in groups])[members.to(self.draws.device)]
+
+    def once(self, indices: Sequence[int]) -> Conditioning:
+        """The embeddings of the chosen prompts, on the device."""
+        rows = self.embeddings[list(indices)]
+        conditioning = Conditioning({name: torch.stack(list(column)) for name, column in rows.items()})
+        return conditioning.to(self.draws.device, self.dtype)
 
 
-def embed_prompts(teacher: Teacher, prompts: Sequence[str], cache_dir: str | None, batch_size: int = 64) -> Dataset:
+def embed_prompts(
+    teacher: Teacher, prompts: Sequence[str], cache_dir: str | None, fingerprint: str, batch_size: int = 64
+) -> Dataset:
     """Encodes the prompts with the teacher's text encoders, or reads what an earlier run cached.
-
-    The cache's key is the prompts, their length in tokens and the text encoders' weights, so it can never be stale.
 
     Args:
         teacher: the teacher.
         prompts: N prompts.
         cache_dir: where the cache lives; by default beside the datasets' own.
+        fingerprint: the cache's key.
         batch_size: prompts encoded at once.
 
     Returns:
@@ -111,8 +153,6 @@ def embed_prompts(teacher: Teacher, prompts: Sequence[str], cache_dir: str | Non
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "rdm_embeddings"
     folder.mkdir(parents=True, exist_ok=True)
-
-    fingerprint = _fingerprint(teacher, prompts)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
         conditioning = teacher.encode_prompts(batch["prompt"])
@@ -149,9 +189,9 @@ def _feature(row: Tensor):
 
 
 def _fingerprint(teacher: Teacher, prompts: Sequence[str]) -> str:
+    """Of the prompts, how they are read, and the text encoders' weights, so that no cached embedding can be stale."""
     digest = hashlib.sha256(repr((list(prompts), teacher.options)).encode())
-    for name, component in teacher.pipeline.components.items():
-        if name.startswith("text_encoder") and isinstance(component, nn.Module):
-            for parameter in component.parameters():
-                digest.update(repr((str(parameter.dtype), parameter.double().sum().item())).encode())
+    for encoder in teacher.text_encoders:
+        for parameter in encoder.parameters():
+            digest.update(repr((str(parameter.dtype), parameter.double().sum().item())).encode())
     return digest.hexdigest()[:32]

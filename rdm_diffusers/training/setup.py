@@ -3,47 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import os
 from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
-from ..distillation import GNDMR, Draws, RunningMeans
-from ..families import Family, PromptOptions, Teacher, check_lora
-from ..networks import FAKE_SCORE, STUDENT, Networks, SharedBase
-from ..rewards import WeightedReward, load_reward
+from ..distillation import Draws, RunningMeans, rollout
+from ..families import Family, PromptOptions, Teacher, check_lora, load_denoiser, load_teacher
+from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
+from ..rewards import WeightedReward
 from ..schedulers import RdmScheduler
 from .arguments import groups_per_update, make_objective
 from .checkpoints import TrainState
-from .external_rewards import ExternalRewards
+from .external_rewards import join_rewards
 from .optimizers import make_optimizer
-from .prompts import PromptGroups, embed_prompts
+from .placement import place
+from .prompts import PromptGroups, Texts
+from .speed import compile_blocks, prepare_denoiser
 from .updates import Distillation
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The accelerator, on the CPU where there is no GPU.
-
-    Raises:
-        ValueError: if the launcher promised more processes than accelerate made of them.
-    """
-    project = ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
-    log_with = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=log_with, project_config=project)
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
-    if promised != accelerator.num_processes:
-        raise ValueError(
-            f"The launcher started {promised} processes but accelerate sees {accelerator.num_processes}; launch with "
-            "torchrun, or with accelerate launch --multi_gpu."
-        )
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return accelerator
+CONTRAST_STEPS = 20  # of the teacher, where its contrast is measured
 
 
 def prompt_options(args: argparse.Namespace) -> PromptOptions:
@@ -51,16 +34,30 @@ def prompt_options(args: argparse.Namespace) -> PromptOptions:
     return PromptOptions(args.max_sequence_length, args.resolution, args.guidance_scale)
 
 
-def make_scheduler(teacher: Teacher, args: argparse.Namespace) -> RdmScheduler:
-    """The student's sampler, trained on the very grid that the exported stock scheduler will lay."""
-    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, args.num_student_steps, args.eta)
-    stock.set_timesteps(args.num_student_steps)
+def load(args: argparse.Namespace, device: torch.device) -> Teacher:
+    """The teacher that the arguments name, on the CPU but for what is quantised, which is on the device."""
+    return load_teacher(
+        args.pretrained_model_name_or_path,
+        DTYPES[args.mixed_precision],
+        args.revision,
+        args.variant,
+        prompt_options(args),
+        args.pretrained_vae_model_name_or_path,
+        args.quantization,
+        device,
+    )
+
+
+def make_scheduler(teacher: Teacher, num_steps: int, eta: float) -> RdmScheduler:
+    """A few-step sampler on the very grid that the exported stock scheduler will lay."""
+    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, num_steps, eta)
+    stock.set_timesteps(num_steps)
     if teacher.schedule.is_flow:
         grid = {"student_sigmas": stock.sigmas[:-1].tolist()}
     else:
         grid = {"student_timesteps": stock.timesteps.tolist()}
     config = {**teacher.pipeline.scheduler.config, "timestep_spacing": "trailing", "steps_offset": 0}
-    return RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=args.eta, **grid)
+    return RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=eta, **grid)
 
 
 def lora_config(family: Family, args: argparse.Namespace) -> LoraConfig:
@@ -69,50 +66,71 @@ def lora_config(family: Family, args: argparse.Namespace) -> LoraConfig:
     return LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers, init_lora_weights="gaussian")
 
 
-def make_networks(teacher: Teacher, args: argparse.Namespace) -> SharedBase:
+def make_lora_networks(
+    teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator
+) -> SharedBase:
     """The three roles on the teacher's own network, with fresh LoRAs drawn from the seed.
 
     Raises:
         ValueError: if the teacher's stock pipeline could not load them.
     """
     check_lora(teacher.family)
-    if args.gradient_checkpointing:
-        teacher.denoiser.enable_gradient_checkpointing()
+    prepare_denoiser(teacher.denoiser, args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        networks = SharedBase(
-            teacher.denoiser,
-            lora_config(teacher.family, args),
-            args.fold_adapters,
-            teacher.family,
-            teacher.schedule,
-            teacher.prediction_type,
-            teacher.encode_nothing(),
-            1.0 if teacher.family.embeds_guidance(teacher.pipeline) else args.guidance_scale,
-        )
-    if args.fake_score_steps:
-        time_embedding = teacher.denoiser.get_submodule(teacher.family.time_embedding_name)
-        networks.tell_steps(time_embedding, args.num_student_steps)
+        config = lora_config(teacher.family, args)
+        networks = SharedBase(teacher.denoiser, config, args.fold_adapters, *_common(teacher, texts, args))
+    _finish(networks, teacher.denoiser, teacher, args, accelerator)
     return networks
+
+
+def make_full_networks(
+    teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator
+) -> SeparateNetworks:
+    """A network a role: the teacher's as it was loaded, the trained ones in float32."""
+    source = (args.pretrained_model_name_or_path, torch.float32, args.revision, args.variant)
+    denoisers = {role: load_denoiser(*source).eval() for role in (STUDENT, FAKE_SCORE)} | {TEACHER: teacher.denoiser}
+    for denoiser in denoisers.values():
+        prepare_denoiser(denoiser, args)
+    compute_dtype = None if args.mixed_precision == "no" else DTYPES[args.mixed_precision]
+    networks = SeparateNetworks(denoisers, *_common(teacher, texts, args), compute_dtype=compute_dtype)
+    _finish(networks, denoisers[FAKE_SCORE], teacher, args, accelerator)
+    return networks
+
+
+def _common(teacher: Teacher, texts: Texts, args: argparse.Namespace) -> tuple:
+    """What all kinds of `Networks` are told."""
+    told = teacher.family.embeds_guidance(teacher.pipeline)
+    guidance_scale = 1.0 if told else args.guidance_scale
+    return teacher.family, teacher.schedule, teacher.prediction_type, texts.nothing, guidance_scale
+
+
+def _finish(
+    networks: Networks, fake_score: ModelMixin, teacher: Teacher, args: argparse.Namespace, accelerator: Accelerator
+) -> None:
+    place(networks, accelerator)
+    for denoiser in networks.modules:
+        compile_blocks(denoiser, args)
+    networks.null_conditioning = networks.null_conditioning.to(accelerator.device, DTYPES[args.mixed_precision])
+    if args.fake_score_steps:
+        networks.tell_steps(fake_score.get_submodule(teacher.family.time_embedding_name), args.num_student_steps)
 
 
 def make_distillation(
     teacher: Teacher,
     networks: Networks,
-    prompts: list[str],
+    texts: Texts,
     rewards: list[WeightedReward],
     args: argparse.Namespace,
     accelerator: Accelerator,
 ) -> Distillation:
-    """Gathers what stays the same through a run; encodes the prompts, or finds them cached."""
+    """Gathers what stays the same through a run."""
     draws = Draws(args.seed, args.group_size, accelerator.device)
-    with accelerator.main_process_first():
-        embeddings = embed_prompts(teacher, prompts, args.cache_dir)
     return Distillation(
         networks=networks,
-        scheduler=make_scheduler(teacher, args),
+        scheduler=make_scheduler(teacher, args.num_student_steps, args.eta),
         objective=make_objective(args),
-        prompts=PromptGroups(prompts, embeddings, draws, DTYPES[args.mixed_precision]),
+        prompts=PromptGroups(texts.prompts, texts.embeddings, draws, DTYPES[args.mixed_precision]),
         draws=draws,
         latent_shape=teacher.family.latent_shape(teacher.pipeline, args.resolution),
         groups_per_update=groups_per_update(args),
@@ -126,66 +144,28 @@ def make_distillation(
     )
 
 
-def load_rewards(args: argparse.Namespace, device: torch.device) -> list[WeightedReward]:
-    """The external rewards that the arguments name.
-
-    Raises:
-        ValueError: as `load_reward`, and if two have one name.
-    """
-    loaded = [load_reward(spec, device) for spec in args.reward or ()]
-    if len({weighted.reward.name for weighted in loaded}) < len(loaded):
-        raise ValueError(f"Two of the rewards {', '.join(args.reward)} have one name; name each once.")
-    boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
-    if boxes and args.group_size == 1 and args.black_box_form != "perturbation":
-        raise ValueError(
-            f"The reward {boxes[0]} gives no gradients, and --black_box_form {args.black_box_form} compares the "
-            "members of a group: raise --group_size above 1, or choose perturbation."
-        )
-    if loaded and args.reward_share > 0.5 and args.reward_combination == "share":
-        print(
-            f"warning: --reward_share {args.reward_share} lets the rewards outweigh fidelity; above 0.5 is not advised."
-        )
-    return loaded
-
-
-def join_rewards(
-    loaded: list[WeightedReward], teacher: Teacher, draws: Draws, args: argparse.Namespace
-) -> ExternalRewards:
-    """Rewards as a run asks them: through the teacher's decoder, and joined as the arguments say."""
-    weights = {weighted.reward.name: weighted.weight for weighted in loaded}
-    if args.gradient_checkpointing:
-        teacher.pipeline.vae.enable_gradient_checkpointing()
-    return ExternalRewards(
-        rewards=[weighted.reward for weighted in loaded],
-        combination=GNDMR(args.group_size, weights, args.reward_share, args.reward_combination, args.projection_guard),
-        decode=partial(teacher.family.decode, teacher.pipeline),
-        draws=draws,
-        micro_batch_size=args.train_batch_size,
-        black_box=args.black_box_form,
-        tilt=args.reward_tilt,
-        num_perturbations=args.num_perturbations,
-        perturbation_scale=args.perturbation_scale,
-    )
-
-
-def teacher_contrast(teacher: Teacher, prompts: list[str], args: argparse.Namespace) -> float | None:
-    """The standard deviation of the teacher's own latents, over a few pictures of 20 steps; None if none are wanted."""
-    if not args.monitor_images:
+@torch.no_grad()
+def teacher_contrast(run: Distillation, teacher: Teacher, count: int) -> float | None:
+    """The standard deviation of the teacher's latents, over `count` pictures of 20 steps; None if none are wanted."""
+    if count == 0:
         return None
-    chosen = [prompts[i * len(prompts) // args.monitor_images] for i in range(args.monitor_images)]
-    teacher.pipeline.set_progress_bar_config(disable=True)
-    latents = [
-        teacher.pipeline(
-            prompt,
-            num_inference_steps=20,
-            generator=torch.Generator().manual_seed(i),
-            output_type="latent",
-            **teacher.family.guided(args.guidance_scale),
-            **teacher.call_options,
-        ).images
-        for i, prompt in enumerate(chosen)
-    ]
-    return torch.cat(latents).float().std().item()
+    prompts = run.prompts.prompts
+    conditioning = run.prompts.once([i * len(prompts) // count for i in range(count)])
+    generators = [run.draws.generator("contrast", i) for i in range(count)]
+    noise = torch.stack([torch.randn(run.latent_shape, generator=generator) for generator in generators])
+    scheduler = make_scheduler(teacher, CONTRAST_STEPS, eta=0.0)
+    trajectory = rollout(
+        partial(run.networks.predict, TEACHER), scheduler, [noise.to(run.draws.device)], conditioning,
+        micro_batch_size=run.micro_batch_size,
+    )  # fmt: skip
+    run.networks.calls.clear()
+    return trajectory.next[-1].std().item()
+
+
+def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Opens the logs that `--report_to` names, with the run's arguments."""
+    config = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}
+    accelerator.init_trackers(args.tracker_project_name, config=config)
 
 
 def make_state(networks: Networks, accelerator: Accelerator, args: argparse.Namespace) -> TrainState:
@@ -193,4 +173,6 @@ def make_state(networks: Networks, accelerator: Accelerator, args: argparse.Name
     rates = {STUDENT: args.learning_rate, FAKE_SCORE: args.fake_learning_rate}
     optimizers = {role: make_optimizer(networks.parameters(role), rate, args) for role, rate in rates.items()}
     ema = EMAModel(networks.parameters(STUDENT), decay=args.ema_decay) if args.use_ema else None
+    if ema is not None and args.offload:
+        ema.to("cpu")
     return TrainState(optimizers, ema, statistics=RunningMeans(partial(accelerator.reduce, reduction="sum")))

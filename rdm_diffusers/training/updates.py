@@ -83,6 +83,18 @@ class Distillation:
         first = (rollout * self.num_processes + self.process_index) * self.groups_per_update
         return range(first, first + self.groups_per_update)
 
+    def depth(self, rollout: int) -> int:
+        """How many steps a rollout goes: to the last state that any process trains on.
+
+        So all of them make as many network calls, which they must where they share the weights' shards.
+        """
+        size = self.groups_per_update * self.num_processes
+        return max(self.executed_steps(group)[-1] for group in range(rollout * size, (rollout + 1) * size)) + 1
+
+    def executed_steps(self, group: int) -> list[int]:
+        """Which of a group's states are trained on, ascending."""
+        return self.draws.subset("executed_steps", group, self.steps_per_rollout, self.num_steps)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -122,8 +134,7 @@ class Batch:
 def collect(run: Distillation, number: int) -> Batch:
     """Rolls the student out for the `number`-th time and picks the states to train on. No gradients."""
     groups = run.groups(number)
-    steps = [run.draws.subset("executed_steps", g, run.steps_per_rollout, run.num_steps) for g in groups]
-    depth = max(chosen[-1] for chosen in steps) + 1
+    steps, depth = [run.executed_steps(group) for group in groups], run.depth(number)
     noise = [run.draws.normal(f"rollout_noise/{k}", groups, run.latent_shape) for k in range(depth)]
     noise.append(torch.zeros_like(noise[0]))  # of the transition out of the last step, which nobody reads
     conditioning = run.prompts.conditioning(groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from accelerate import Accelerator
 
 from ..distillation import rollout
 from ..evaluation.pictures import labelled_rows
-from ..families import Teacher
+from ..families import Conditioning, Teacher
 from ..networks import STUDENT
 from .checkpoints import TrainState
+from .placement import visiting
+from .prompts import Texts
 from .updates import Distillation
 
 
@@ -35,21 +37,17 @@ def averaged_student(run: Distillation, state: TrainState) -> Iterator[None]:
 
 
 @torch.no_grad()
-def sample_student(run: Distillation, teacher: Teacher, prompts: list[str]) -> torch.Tensor:
+def sample_student(run: Distillation, teacher: Teacher, conditioning: Conditioning) -> torch.Tensor:
     """One picture per prompt `[B, 3, H, W]` in [0, 1], from noises that only the seed decides."""
-    conditioning = teacher.encode_prompts(prompts)
     generator = run.draws.generator("validation", 0)
-    shape = (len(prompts), *run.latent_shape)
+    shape = (len(conditioning), *run.latent_shape)
     noise = [torch.randn(shape, generator=generator).to(run.draws.device) for _ in range(run.num_steps + 1)]
     trajectory = rollout(
         run.student, run.scheduler, noise, conditioning, micro_batch_size=run.micro_batch_size,
     )  # fmt: skip
-    return teacher.family.decode(teacher.pipeline, trajectory.next[-1])
-
-
-def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """`count` prompts spread evenly over those given, repeated where there are fewer."""
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    with visiting([teacher.pipeline.vae], trajectory.next.device):
+        parts = trajectory.next[-1].split(run.micro_batch_size)
+        return torch.cat([teacher.family.decode(teacher.pipeline, part) for part in parts])
 
 
 def validate(
@@ -57,13 +55,15 @@ def validate(
     run: Distillation,
     state: TrainState,
     teacher: Teacher,
+    texts: Texts,
     args: argparse.Namespace,
     accelerator: Accelerator,
 ) -> None:
-    """Writes `validation/step-<update>.png` and shows it to the trackers."""
-    prompts = spread(args.validation_prompt or run.prompts.prompts, args.num_validation_images)
+    """Writes `validation/step-<update>.png` and shows it to the trackers. Every process draws, one writes."""
     with averaged_student(run, state):
-        images = sample_student(run, teacher, prompts)
+        images = sample_student(run, teacher, texts.shown_conditioning)
+    if not accelerator.is_main_process:
+        return
     picture = labelled_rows({f"student, {run.num_steps} steps, {update} updates": images})
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)

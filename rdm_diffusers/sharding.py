@@ -1,0 +1,55 @@
+"""FSDP2: every network's weights, gradients and optimiser states spread over all processes.
+
+torch's `fully_shard`, with what `accelerate launch --use_fsdp --fsdp_version 2` was told. Sharded tensors are
+`DTensor`s; checkpoints hold them whole, so that a file does not depend on who wrote it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from diffusers import ModelMixin
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(network: ModelMixin, accelerator: Accelerator) -> None:
+    """Spreads a network over all processes, block by block, in place.
+
+    The weights are gathered for each block's forward and backward, and let go after both: a root that stayed whole
+    after a forward without gradients would not see what optimisers and moving averages write into the shards.
+
+    Args:
+        network: on the CPU or the device; its shards are on the device afterwards.
+        accelerator: says which processes and device there are.
+    """
+    plugin = FullyShardedDataParallelPlugin()
+    names = plugin.transformer_cls_names_to_wrap or network._no_split_modules or ()
+    options: dict[str, Any] = dict(
+        mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        reshard_after_forward=True,
+        offload_policy=plugin.cpu_offload if isinstance(plugin.cpu_offload, OffloadPolicy) else OffloadPolicy(),
+    )
+    for module in reversed(list(network.modules())):  # blocks within blocks first
+        if type(module).__name__ in names:
+            fully_shard(module, **options)
+    fully_shard(network, **options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every process, all of which must ask; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, on the reference's device and in its shards if it has any.
+
+    Tensors of another shape than the reference's, as optimisers' step counts are, stay whole.
+    """
+    if isinstance(reference, DTensor) and tensor.shape == reference.shape:
+        return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
+    return tensor

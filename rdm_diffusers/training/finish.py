@@ -1,0 +1,59 @@
+"""The end of a run: the student, loaded as anyone would load it, beside its teacher."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..evaluation import as_table, save_samples, tiny_metrics, write_metrics
+from ..families import Teacher, load_denoiser
+from ..hub import write_card
+from ..pipelines import RdmDistillationPipeline
+from ..tiny import is_tiny
+from .setup import DTYPES, load
+
+
+def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device: torch.device) -> None:
+    """Writes `samples.png`, `metrics.json` and the model card, and prints the numbers.
+
+    Args:
+        output_dir: holds the student.
+        shown: the prompts of the pictures.
+        args: the run's arguments.
+        device: where to draw; networks that are not at work wait in the machine's memory with `--offload`.
+    """
+    teacher = load(args, device)
+    stock, student = teacher.pipeline, load_student(output_dir, teacher, args, device)
+    for pipeline in (stock, student):
+        put(pipeline, device, args.offload)
+    metrics = save_samples(output_dir / "samples.png", stock, student, args.sample_guidance_scale, shown)
+    if is_tiny(teacher.name) and args.num_eval_images:
+        metrics = tiny_metrics(stock, student, args.sample_guidance_scale, args.num_eval_images, teacher.name)
+    write_metrics(output_dir / "metrics.json", metrics, vars(args))
+    table = as_table(metrics)
+    write_card(output_dir, teacher.family.pipeline_class.__name__, table, shown[0], args)
+    print(f"\n{table}\n\nLoad the student with RdmDistillationPipeline.from_pretrained({str(output_dir)!r}).")
+
+
+def load_student(
+    output_dir: Path, teacher: Teacher, args: argparse.Namespace, device: torch.device
+) -> RdmDistillationPipeline:
+    """The student from its folder, sharing with its teacher what both have alike."""
+    dtype, name = DTYPES[args.mixed_precision], teacher.family.denoiser_name
+    parts = {key: part for key, part in teacher.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    del parts[name]
+    if args.quantization and args.student == "lora":
+        source = (args.pretrained_model_name_or_path, dtype, args.revision, args.variant)
+        parts[name] = load_denoiser(*source, args.quantization, device)
+    return RdmDistillationPipeline.from_pretrained(output_dir, dtype=dtype, **parts)
+
+
+def put(pipeline: DiffusionPipeline, device: torch.device, offload: bool) -> None:
+    """Puts a pipeline on the device, or with `offload` only what is at work; a CPU has nothing to offload from."""
+    if offload and device.type != "cpu":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)

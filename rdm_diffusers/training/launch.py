@@ -1,0 +1,84 @@
+"""How a run was launched: one process or many, replicated or sharded; what cannot work is refused here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import ProjectConfiguration
+
+HOW_TO_LAUNCH = "launch with torchrun --nproc_per_node N, or with accelerate launch --multi_gpu --num_processes N"
+
+
+def is_sharded_launch() -> bool:
+    """Whether `accelerate launch` was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator, on the CPU where there is no GPU.
+
+    Raises:
+        ValueError: if the launcher asks for what a run cannot do, or made one process of several.
+    """
+    check_launch()
+    project = ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
+    log_with = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # the networks see to that themselves
+        log_with=log_with,
+        project_config=project,
+    )
+    promised = promised_processes()
+    if promised > accelerator.num_processes:
+        raise ValueError(
+            f"The launcher was asked for {promised} processes and made {accelerator.num_processes}, as accelerate "
+            f"launch --cpu does; {HOW_TO_LAUNCH}."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def check_launch() -> None:
+    """Refuses the launchers' engines that a run cannot use.
+
+    Raises:
+        ValueError: for DeepSpeed, Megatron and the first FSDP, saying what to use.
+    """
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise ValueError(
+                f"{engine} keeps one model in an engine of its own, and a run trains two by turns; to spread the "
+                "weights over devices use FSDP2 instead: accelerate launch --use_fsdp --fsdp_version 2."
+            )
+    if is_sharded_launch() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "FSDP 1 flattens frozen and trained weights together; add --fsdp_version 2 to accelerate launch, or "
+            "fsdp_version: 2 to its configuration."
+        )
+
+
+def promised_processes() -> int:
+    """How many processes the launcher was asked for: its environment's word, or that of our parent's command line."""
+    promised = os.environ.get("WORLD_SIZE")
+    return int(promised) if promised else _asked_of_accelerate(psutil.Process().parent())
+
+
+def _asked_of_accelerate(parent: psutil.Process | None) -> int:
+    """What `accelerate launch --num_processes` or its configuration says; 1 if another program started us."""
+    try:
+        words = parent.cmdline() if parent is not None else []
+    except psutil.Error:
+        return 1
+    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+        return 1
+    asked = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])[0]
+    file = asked.config_file or default_config_file
+    configured = load_config_from_file(file).num_processes if os.path.isfile(file) else 1
+    return int(asked.num_processes or configured)

@@ -1,0 +1,44 @@
+"""Where a run's networks are, and when: on the device while they work, in the machine's memory else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import free_memory
+from torch import nn
+
+from ..networks import Networks
+from ..sharding import shard
+from .launch import is_sharded_launch
+
+
+@contextmanager
+def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the modules are on the device; afterwards where they were, and their memory there is free."""
+    homes = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
+        free_memory()
+
+
+def place(networks: Networks, accelerator: Accelerator) -> None:
+    """Puts the three roles on the device, or in shards on all devices where FSDP was asked for.
+
+    Before optimisers are made. A quantised teacher beside full-weight roles stays whole.
+    """
+
+    def put(network: nn.Module) -> None:
+        if is_sharded_launch() and getattr(network, "hf_quantizer", None) is None:
+            shard(network, accelerator)
+        else:
+            network.to(accelerator.device)
+
+    networks.place(put)
