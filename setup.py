@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "numpy",
     "peft>=0.17,<1",
     "pillow>=10",
+    "psutil",
     "safetensors>=0.4.5",
     "tensorboard",
     "torch>=2.6",
@@ -29,8 +30,18 @@ EXTRAS = {
     "8bit": ["bitsandbytes>=0.46"],
     "benchmark": ["matplotlib", "scikit-learn"],
     "eval": ["clean-fid", "lpips", "torchmetrics[image]"],
+    "quantization": ["bitsandbytes>=0.46", "torchao>=0.15"],
     "reward": [TRANSFORMERS],  # its CLIP and BLIP classes are enough; the reward models' own packages pin old versions
-    "test": ["bitsandbytes>=0.46", "mypy", "pytest", "pytest-timeout", "ruff", "scikit-learn", "scipy"],
+    "test": [
+        "bitsandbytes>=0.46",
+        "mypy",
+        "pytest",
+        "pytest-timeout",
+        "ruff",
+        "scikit-learn",
+        "scipy",
+        "torchao>=0.15",
+    ],
     "tiny": ["scikit-learn"],  # the digit scans that the embedded teacher is built from
     "track": ["tensorboard", "trackio", "wandb"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
@@ -50,7 +61,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rdm_diffusers", "rdm_diffusers.*"]),
     package_data={"rdm_diffusers.tiny": ["**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"]},
-    py_modules=["train_rdm_lora"],
+    py_modules=["train_rdm_full", "train_rdm_lora"],
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

@@ -71,19 +71,18 @@ def main(argv: list[str] | None = None) -> None:
     start_trackers(accelerator, args)
     draw = partial(validate, run=run, state=state, teacher=teacher, texts=texts, args=args, accelerator=accelerator)
     finished = train(run, state, args, accelerator, draw)
+    with averaged_student(run, state):
+        weights = networks.student_weights()
     accelerator.end_training()
-    if not finished:
+    if not finished or not accelerator.is_main_process:
         return
 
     # 5. The student's files, a folder that stock diffusers loads.
-    with averaged_student(run, state):
-        weights = networks.student_weights()
-    if accelerator.is_main_process:
-        export_full(output_dir, teacher, weights, networks.denoisers[STUDENT].config, run.scheduler)
+    export_full(output_dir, teacher, weights, networks.denoisers[STUDENT].config, run.scheduler)
 
-        # 6. The student, loaded as anyone would load it, beside its teacher.
-        del teacher, networks, run, state, draw, weights
-        present(output_dir, texts.shown, args, accelerator.device)
+    # 6. The student, loaded as anyone would load it, beside its teacher.
+    del teacher, networks, run, state, draw, weights
+    present(output_dir, texts.shown, args, accelerator.device)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
-def train(folder: Path, flags: list[str], threads: int) -> dict:
-    """Runs `train_rdm_lora.py` into `folder` unless its result is there; its `metrics.json`."""
+def train(folder: Path, flags: list[str], threads: int, script: str = "train_rdm_lora.py") -> dict:
+    """Runs a training script into `folder` unless its result is there; its `metrics.json`."""
     result = folder / "metrics.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
         resume = ["--resume_from_checkpoint", "latest"] if any(folder.glob("checkpoint-*")) else []
-        command = [sys.executable, str(ROOT / "train_rdm_lora.py"), "--output_dir", str(folder), *flags, *resume]
+        command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *flags, *resume]
         with open(folder / "log.txt", "a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
             subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)

@@ -1,4 +1,4 @@
-"""Two processes are one process with twice the batch."""
+"""Two processes are one process with twice the batch, step by step: replicated or sharded, LoRA or full weights."""
 
 from __future__ import annotations
 
@@ -9,38 +9,99 @@ from pathlib import Path
 
 import pytest
 from parts import read_state, relative_error, run_arguments
-from safetensors.torch import load_file
 
+import train_rdm_full
 import train_rdm_lora
 
-SCRIPT = Path(train_rdm_lora.__file__)
-LORA = "pytorch_lora_weights.safetensors"
-
-
+SCRIPTS = {"lora": train_rdm_lora, "full": train_rdm_full}
+QUIET = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+ENGINES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"], gndm_lambda="james_stein")
+ACCUMULATED = dict(gradient_accumulation_steps=2, fake_score_steps=True, gradient_checkpointing=True)
+TOLERANCE = 1e-4  # of the norm of all numbers in a checkpoint, after each of two updates
 
 
-@pytest.mark.parametrize("options", [{}, GNDMR], ids=["gndm", "gndmr_with_james_stein"])
+def launch(student: str, argv: list[str], engine: str = "ddp", processes: int = 2) -> subprocess.CompletedProcess:
+    """A run of several processes on this machine."""
+    script = str(SCRIPTS[student].__file__)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [*torchrun, script, *argv], env=os.environ | QUIET | ENGINES[engine], capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("student", "engine", "options"),
+    [("lora", "ddp", {}), ("lora", "ddp", GNDMR), ("full", "ddp", ACCUMULATED), ("lora", "fsdp2", ACCUMULATED),
+     ("full", "fsdp2", GNDMR)],
+    ids=["lora", "lora_gndmr", "full_accumulated", "lora_sharded_accumulated", "full_sharded_gndmr"],
+)  # fmt: skip
 def test_two_processes_train_the_student_of_one_process(
-    teacher_folder: Path, prompts_file: Path, tmp_path: Path, options: dict
+    student: str, engine: str, options: dict, teacher_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     def argv(name: str, batch: int) -> list[str]:
+        rank = {} if student == "lora" else {"rank": None}
         return run_arguments(
             teacher_folder, prompts_file, tmp_path / name, train_batch_size=batch, learning_rate=1e-3,
-            checkpointing_steps=1, validation_steps=1, num_validation_images=1, **options,
+            checkpointing_steps=1, validation_steps=1, num_validation_images=1, **options, **rank,
         )  # fmt: skip
 
-    train_rdm_lora.main(argv("one", 8))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, *argv("two", 4)], env=os.environ | quiet, capture_output=True, text=True, timeout=300
-    )
+    SCRIPTS[student].main(argv("one", 8))
+    done = launch(student, argv("two", 4), engine)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (list(load_file(tmp_path / name / LORA).values()) for name in ("one", "two"))
-    assert relative_error(two, one) < 1e-4
     for update in (1, 2):
         one, two = (read_state(tmp_path / name / f"checkpoint-{update}") for name in ("one", "two"))
-        assert relative_error([two[key] for key in one], list(one.values())) < 1e-4
-    files = [sorted(str(path.relative_to(tmp_path / n)) for path in (tmp_path / n).rglob("*")) for n in ("one", "two")]
-    assert files[0] == files[1]
+        assert one.keys() == two.keys()
+        assert relative_error([two[key] for key in one], list(one.values())) < TOLERANCE
+        for role in ("student", "fake_score", "ema"):
+            keys = [key for key in one if key.startswith((f"{role}/parameter/", "ema/"))]
+            assert relative_error([two[key] for key in keys], [one[key] for key in keys]) < TOLERANCE
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_a_sharded_run_goes_on_from_a_replicated_ones_checkpoint_and_the_other_way(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    def argv(name: str, updates: int, **options) -> list[str]:
+        return run_arguments(
+            teacher_folder, prompts_file, tmp_path / name, train_batch_size=4, checkpointing_steps=1,
+            max_train_steps=updates, learning_rate=1e-3, **options,
+        )  # fmt: skip
+
+    for name, engines in {"sharded": ("ddp", "fsdp2"), "replicated": ("fsdp2", "ddp")}.items():
+        first = launch("lora", argv(name, 1), engines[0])
+        second = launch("lora", argv(name, 2, resume_from_checkpoint="latest"), engines[1])
+        assert second.returncode == 0, first.stderr[-1500:] + second.stderr[-1500:]
+    states = [read_state(tmp_path / name / "checkpoint-2") for name in ("sharded", "replicated")]
+    assert relative_error([states[1][key] for key in states[0]], list(states[0].values())) < TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_killed_process_ends_the_run_and_the_last_checkpoint_serves(
+    engine: str, teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    killer = tmp_path / "reward.py"
+    killer.write_text(
+        "import os, pathlib, signal\n\n\n"
+        "def deadly(images, prompts):\n"
+        f"    if os.environ['RANK'] == '1' and pathlib.Path({str(tmp_path / 'run' / 'checkpoint-1')!r}).exists():\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    argv = run_arguments(
+        teacher_folder, prompts_file, tmp_path / "run", train_batch_size=4, checkpointing_steps=1, max_train_steps=3,
+        algorithm="gndmr", reward=f"{killer}:deadly",
+    )  # fmt: skip
+    done = launch("lora", argv, engine)
+    assert done.returncode != 0
+    assert files(tmp_path / "run")[:1] == ["checkpoint-1"]
+    assert not (tmp_path / "run" / "rdm_config.json").exists()
+    killer.write_text("def deadly(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    done = launch("lora", [*argv, "--resume_from_checkpoint", "latest"], engine)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoint-3").exists()

@@ -211,5 +211,7 @@ def test_validation_pictures_are_written_and_logged_by_name(argv, tmp_path: Path
 def test_a_launcher_that_promised_more_processes_than_there_are_is_told_so(argv, monkeypatch) -> None:
     it = make_run(argv())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="The launcher was asked for 2 processes and made 1, .*; launch with torchrun"):
+    with pytest.raises(
+        ValueError, match=r"The launcher was asked for 2 processes and made 1, .*; launch with torchrun"
+    ):
         make_accelerator(it.args)

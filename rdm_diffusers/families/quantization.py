@@ -10,6 +10,7 @@ from diffusers import BitsAndBytesConfig, TorchAoConfig
 
 # name -> the package that does it
 QUANTIZATIONS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+NEEDS_GPU = ("nf4",)  # diffusers asks for one
 
 
 def quantized_loading(kind: str, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def quantized_loading(kind: str, dtype: torch.dtype, device: torch.device | str)
 
     Raises:
         ImportError: if the package is missing.
-        ValueError: for nf4 without a GPU, which diffusers asks for.
+        ValueError: for nf4 without a GPU.
     """
     check_quantization(kind, device)
     if kind == "nf4":
@@ -33,17 +34,19 @@ def quantized_loading(kind: str, dtype: torch.dtype, device: torch.device | str)
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
         )
-    else:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+        return {"quantization_config": config, "device_map": {"": str(device)}}
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-        config = TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
-    return {"quantization_config": config, "device_map": {"": str(device)}}
+    # On the CPU: a device map that names the CPU would have diffusers leave the weights as they are.
+    return {
+        "quantization_config": TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+    }
 
 
 def check_quantization(kind: str, device: torch.device | str) -> None:
     """Refuses what this machine cannot quantise. Raises as `quantized_loading`."""
     package = QUANTIZATIONS[kind]
     if find_spec(package) is None:
-        raise ImportError(f"Weights in {kind} need {package}: pip install 'rdm-diffusers[8bit]'.")
-    if kind == "nf4" and torch.device(device).type == "cpu":
-        raise ValueError("Weights in nf4 need a GPU; choose int8 or fp8 on a machine without.")
+        raise ImportError(f"Weights in {kind} need {package}: pip install 'rdm-diffusers[quantization]'.")
+    if kind in NEEDS_GPU and torch.device(device).type == "cpu":
+        raise ValueError(f"Weights in {kind} need a GPU; choose int8 or fp8 on a machine without.")

@@ -48,7 +48,7 @@ TINY_DEFAULTS: dict[str, Any] = dict(
     num_eval_images=5000,
 )
 TINY_LORA_DEFAULTS: dict[str, Any] = dict(rank=16, fold_adapters=True)
-TINY_FULL_DEFAULTS: dict[str, Any] = dict(learning_rate=2e-4)
+TINY_FULL_DEFAULTS: dict[str, Any] = dict(learning_rate=5e-4)
 
 
 def build_parser(description: str | None = None, student: str = "lora") -> argparse.ArgumentParser:

@@ -1,0 +1,284 @@
+"""Runs whose cost is measured: the scripts' own assembly, on teachers of real sizes with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from rdm_diffusers.families import Teacher
+from rdm_diffusers.networks import Networks
+from rdm_diffusers.tiny import is_tiny
+from rdm_diffusers.tiny.captions import CAPTIONS
+from rdm_diffusers.tiny.tokenizer import make_tokenizer
+from rdm_diffusers.training.arguments import parse_args
+from rdm_diffusers.training.checkpoints import TrainState
+from rdm_diffusers.training.checks import prepare_output
+from rdm_diffusers.training.launch import make_accelerator
+from rdm_diffusers.training.loop import train
+from rdm_diffusers.training.prompts import Texts, load_prompts, read_texts
+from rdm_diffusers.training.setup import load, make_distillation, make_full_networks, make_lora_networks, make_state
+from rdm_diffusers.training.updates import Distillation
+
+CLIP_TOKENS = 77
+NEVER = 10**9
+QUIET: dict[str, Any] = dict(
+    report_to="none", num_eval_images=0, monitor_images=0, validation_steps=NEVER, checkpointing_steps=NEVER
+)
+SDXL_BLOCKS = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    addition_embed_type="text_time", use_linear_projection=True,
+)  # fmt: skip
+
+# The networks by name, as their owners configured them, and what `small` changes so that a CPU computes them fast.
+NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sd15": (
+        dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768),
+        dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=64),
+    ),
+    "sd_mid": (  # a tenth of it, of our own
+        dict(sample_size=64, block_out_channels=(128, 256, 384, 384), cross_attention_dim=384),
+        dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32),
+    ),
+    "sdxl": (
+        dict(
+            sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20), cross_attention_dim=2048, addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816, **SDXL_BLOCKS,
+        ),
+        dict(
+            sample_size=8, block_out_channels=(32, 32, 32), transformer_layers_per_block=(1, 1, 1),
+            attention_head_dim=(2, 2, 2), cross_attention_dim=32, addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64,
+        ),
+    ),
+    "sd35_large": (
+        dict(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64,
+            num_attention_heads=38, joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048,
+            pos_embed_max_size=192, qk_norm="rms_norm",
+        ),
+        dict(
+            sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
+            caption_projection_dim=32, pooled_projection_dim=32,
+        ),
+    ),
+    "flux": (
+        dict(
+            in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
+            joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
+        ),
+        dict(
+            num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+            pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the training scripts assemble before their loop."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    teacher: Teacher
+    networks: Networks
+    distillation: Distillation
+    state: TrainState
+
+    def update(self) -> None:
+        """One update by the real loop: rollout, both updates, both optimisers' steps, averages and alarms."""
+        self.args.max_train_steps = self.state.update + 1
+        with contextlib.redirect_stderr(io.StringIO()):  # the loop's progress bar
+            train(self.distillation, self.state, self.args, self.accelerator, lambda update: None)
+
+
+def command_line(teacher: Path | str, work_dir: Path, **flags: Any) -> list[str]:
+    """Flags of the training scripts; True and False are switches, None leaves a flag out."""
+    words = ["--pretrained_model_name_or_path", str(teacher)]
+    words += ["--output_dir", str(work_dir / "run"), "--cache_dir", str(work_dir / "cache")]
+    if not is_tiny(str(teacher)):
+        prompts = work_dir / "prompts.txt"
+        prompts.write_text("\n".join(CAPTIONS[:16]) + "\n")
+        words += ["--prompts_file", str(prompts)]
+    for name, value in {**QUIET, **flags}.items():
+        if isinstance(value, bool):
+            words += [f"--{name}" if value else f"--no-{name}"]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+NetworksMaker = Callable[[Teacher, Texts, argparse.Namespace, Accelerator], Networks]
+
+
+def make_run(argv: list[str], student: str = "lora", make_networks: NetworksMaker | None = None) -> Run:
+    """The assembly of `train_rdm_lora.py` or `train_rdm_full.py`, or one with other networks."""
+    args = parse_args(argv, student=student)
+    prepare_output(args)
+    accelerator = make_accelerator(args)
+    teacher = load(args, accelerator.device)
+    texts = read_texts(teacher, load_prompts(args), args, accelerator)
+    make = make_networks or (make_lora_networks if student == "lora" else make_full_networks)
+    networks = make(teacher, texts, args, accelerator)
+    distillation = make_distillation(teacher, networks, texts, [], args, accelerator)
+    return Run(args, accelerator, teacher, networks, distillation, make_state(networks, accelerator, args))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the clock and of the processor, which counts no time that other programs took."""
+
+    wall: float
+    cpu: float
+
+
+def cost(work: Callable[[], Any]) -> Cost:
+    """What some work costs, on a GPU until it is done."""
+    _synchronise()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    _synchronise()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def software() -> dict[str, Any]:
+    """What the numbers depend on beside the machine."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+
+
+def save_teacher(name: str, folder: Path, dtype: torch.dtype = torch.float32, small: bool = False) -> Path:
+    """Writes a stock pipeline around a network of `NETWORKS`, drawn at random; its other parts are tiny.
+
+    Text encoders are shallow but as wide as the network reads, with as many tokens; so the network costs what the real
+    one does, and nobody waits for the rest.
+    """
+    full, shrunken = NETWORKS[name]
+    config = {**full, **(shrunken if small else {})}
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            pipeline = MAKERS[name](config)
+    finally:
+        torch.set_default_dtype(default)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _make_sd(config: dict[str, Any]) -> DiffusionPipeline:
+    width = config["cross_attention_dim"]
+    return StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**config), vae=_vae(4), scheduler=_noise_scheduler(), tokenizer=_clip_tokenizer(),
+        text_encoder=_clip(CLIPTextModel, width), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def _make_sdxl(config: dict[str, Any]) -> DiffusionPipeline:
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return StableDiffusionXLPipeline(
+        unet=UNet2DConditionModel(**config), vae=_vae(4), scheduler=_noise_scheduler(),
+        tokenizer=_clip_tokenizer(), text_encoder=_clip(CLIPTextModel, config["cross_attention_dim"] - pooled),
+        tokenizer_2=_clip_tokenizer(), text_encoder_2=_clip(CLIPTextModelWithProjection, pooled),
+    )  # fmt: skip
+
+
+def _make_sd3(config: dict[str, Any]) -> DiffusionPipeline:
+    first = config["pooled_projection_dim"] * 3 // 8
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**config), vae=_vae(16), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=_clip_tokenizer(), text_encoder=_clip(CLIPTextModelWithProjection, first),
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder_2=_clip(CLIPTextModelWithProjection, config["pooled_projection_dim"] - first),
+        tokenizer_3=_t5_tokenizer(), text_encoder_3=_t5(config["joint_attention_dim"]),
+    )  # fmt: skip
+
+
+def _make_flux(config: dict[str, Any]) -> DiffusionPipeline:
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(**config), vae=_vae(16),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        tokenizer=_clip_tokenizer(), text_encoder=_clip(CLIPTextModel, config["pooled_projection_dim"]),
+        tokenizer_2=_t5_tokenizer(), text_encoder_2=_t5(config["joint_attention_dim"]),
+    )  # fmt: skip
+
+
+MAKERS = {"sd15": _make_sd, "sd_mid": _make_sd, "sdxl": _make_sdxl, "sd35_large": _make_sd3, "flux": _make_flux}
+
+
+def _noise_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+
+
+def _vae(channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=4, latent_channels=channels,
+        mid_block_add_attention=False, shift_factor=0.1,
+    )  # fmt: skip
+
+
+def _clip_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = CLIP_TOKENS
+    return tokenizer
+
+
+def _clip(kind: type, width: int):
+    tokenizer = make_tokenizer()
+    return kind(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=CLIP_TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+
+
+def _t5(width: int) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
