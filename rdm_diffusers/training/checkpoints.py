@@ -20,9 +20,10 @@ from torch import Tensor
 from ..distillation import RunningMeans
 from ..sharding import spread_like, whole
 from .monitor import Monitor
-from .optimizers import RoleOptimizer
+from .optimizers import RoleOptimizer, quantised_state
 
-PREFIX, PARTIAL = "checkpoint-", ".partial-"
+PREFIX, PARTIAL, OLD = "checkpoint-", ".partial-", ".old-"
+QUANTISED = {"codes", "scale", "qmap"}  # the parts of torchao's 8-bit tensors
 RECORD, STATISTICS = "state.json", "statistics"
 
 
@@ -73,7 +74,8 @@ def save_checkpoint(
         _clear(folder)
         partial.mkdir(parents=True)
         _write(partial, state, arguments)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            _remove(target)
         partial.rename(target)
         _sync(folder)
     except (OSError, SafetensorError) as error:
@@ -83,14 +85,21 @@ def save_checkpoint(
             "resume with --resume_from_checkpoint latest."
         ) from error
     for old in list_checkpoints(folder)[: -keep if keep else 0]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
 
 
 def _clear(folder: Path) -> None:
-    """Removes what a killed run left half written."""
-    for left in folder.glob(f"{PARTIAL}*"):
+    """Removes what a killed run left half written or half removed."""
+    for left in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{OLD}*")]:
         shutil.rmtree(left)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Hides a checkpoint before its files go, so that none is ever seen half removed."""
+    aside = checkpoint.with_name(OLD + checkpoint.name)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _write(folder: Path, state: TrainState, arguments: dict) -> None:
@@ -221,8 +230,10 @@ def _on_cpu(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def _flat(entries: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested entries, as bitsandbytes' quantised state is, under names like `quant_state/state1`."""
+    """Nested entries, as the 8-bit optimisers' are, under names like `quant_state/state1` or `exp_avg/codes`."""
     for name, value in entries.items():
+        if hasattr(value, "qmap"):
+            value = {part: getattr(value, part) for part in QUANTISED}
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
         else:
@@ -242,4 +253,8 @@ def _unpack_role(role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scal
         for step in path[:-1]:
             node = node.setdefault(step, {})
         node[path[-1]] = spread_like(value, parameters[int(index)]) if isinstance(value, Tensor) else value
+    for entry in entries.values():
+        for name, value in entry.items():
+            if isinstance(value, dict) and value.keys() == QUANTISED:
+                entry[name] = quantised_state(value)
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -56,7 +57,10 @@ class RoleOptimizer:
         """Gives every parameter group its learning rate at an update."""
         groups = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
         for group, base, factor in groups:
-            group["lr"] = base * factor(update)
+            if isinstance(group["lr"], Tensor):  # as torchao's are
+                group["lr"].fill_(base * factor(update))
+            else:
+                group["lr"] = base * factor(update)
 
 
 def by_kind(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -98,10 +102,10 @@ def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, args) -> RoleOptimizer:
-    """AdamW, or bitsandbytes' with `--use_8bit_adam`, as the arguments say.
+    """AdamW, or with `--use_8bit_adam` bitsandbytes' or else torchao's, as the arguments say.
 
     Raises:
-        ImportError: if bitsandbytes is asked for and not installed.
+        ImportError: if 8 bits are asked for and neither is installed.
         ValueError: for an unknown learning-rate schedule.
     """
     optimizer = _adamw_class(args.use_8bit_adam)(
@@ -123,8 +127,17 @@ def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, args) -
 def _adamw_class(eight_bit: bool) -> Callable[..., torch.optim.Optimizer]:
     if not eight_bit:
         return torch.optim.AdamW
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ImportError("--use_8bit_adam needs bitsandbytes: pip install 'rdm-diffusers[8bit]'.") from error
-    return bitsandbytes.optim.AdamW8bit
+    if find_spec("bitsandbytes") is not None:
+        from bitsandbytes.optim import AdamW8bit
+    elif find_spec("torchao") is not None:
+        from torchao.optim import AdamW8bit
+    else:
+        raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
+    return AdamW8bit
+
+
+def quantised_state(parts: dict[str, Tensor]) -> Tensor:
+    """torchao's tensor of 8-bit numbers, of its parts as checkpoints hold them: `codes`, `scale` and `qmap`."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit(parts["codes"], parts["scale"], parts["qmap"], signed=bool((parts["qmap"] < 0).any()))
