@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 
 import psutil
 import torch
@@ -12,6 +13,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import ProjectConfiguration
 
+ACCELERATE = r"accelerate launch$|accelerate-launch$|accelerate.commands.launch(\.py)?$"  # the ways to call it
 HOW_TO_LAUNCH = "launch with torchrun --nproc_per_node N, or with accelerate launch --multi_gpu --num_processes N"
 
 
@@ -76,9 +78,10 @@ def _asked_of_accelerate(parent: psutil.Process | None) -> int:
         words = parent.cmdline() if parent is not None else []
     except psutil.Error:
         return 1
-    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+    starts = [i + 1 for i, word in enumerate(words) if re.search(ACCELERATE, " ".join(words[max(i - 1, 0) : i + 1]))]
+    if not starts:
         return 1
-    asked = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])[0]
+    asked = launch_command_parser().parse_known_args(words[starts[0] :])[0]
     file = asked.config_file or default_config_file
     configured = load_config_from_file(file).num_processes if os.path.isfile(file) else 1
     return int(asked.num_processes or configured)
