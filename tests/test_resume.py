@@ -92,16 +92,17 @@ def test_resuming_changes_nothing_with_8_bit_adam(
     assert any(tensor.dtype == torch.uint8 for tensor in state.values())
 
 
-def test_ctrl_c_saves_a_checkpoint_returns_false_and_can_be_resumed_from(argv, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
+def test_a_signal_saves_a_checkpoint_returns_false_and_can_be_resumed_from(argv, tmp_path: Path, number: int) -> None:
     straight = make_run(argv("straight", max_train_steps=3))
     assert train_run(straight)
     broken = make_run(argv("broken", max_train_steps=3, validation_steps=2))
-    before = signal.getsignal(signal.SIGINT)
-    finished = train_run(broken, lambda update: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(number)
+    finished = train_run(broken, lambda update: os.kill(os.getpid(), number))
     assert not finished
     assert broken.state.update == 2
     assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     resumed = make_run(argv("broken", max_train_steps=3, resume_from_checkpoint="latest"))
     load_checkpoint(find_checkpoint(tmp_path / "broken", "latest"), resumed.state)
     assert train_run(resumed)

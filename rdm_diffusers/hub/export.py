@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers.training_utils import _collate_lora_metadata
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..families import Teacher, rebuilt
 from ..pipelines import CLASSES, StudentConfig
 from ..schedulers import RdmScheduler
 from ..tiny import is_tiny
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Says in one sentence what to do where a student cannot be written.
+
+    Raises:
+        OSError: for example on a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The student could not be written to {folder} ({error}); its checkpoints are intact. Free some space and "
+            "resume with --resume_from_checkpoint latest, which trains what is left and writes it again."
+        ) from error
 
 
 def export_lora(
@@ -29,16 +47,16 @@ def export_lora(
         origin: `revision` and `variant` of the teacher, if any.
     """
     component = teacher.family.denoiser_name
-    teacher.family.pipeline_class.save_lora_weights(
-        folder,
-        **{f"{component}_lora_layers": dict(weights)},
-        **_collate_lora_metadata({component: teacher.denoiser}),
-    )
+    layers = {f"{component}_lora_layers": dict(weights)}
     stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, len(scheduler.timesteps), scheduler.config.eta)
-    stock.save_pretrained(folder / "scheduler")
     is_folder = Path(teacher.name).is_dir() and not is_tiny(teacher.name)
     base = str(Path(teacher.name).resolve()) if is_folder else teacher.name
-    student_config(teacher, scheduler, base_model_name_or_path=base, vae=teacher.vae, **origin).save(folder)
+    with writing(folder):
+        teacher.family.pipeline_class.save_lora_weights(
+            folder, **layers, **_collate_lora_metadata({component: teacher.denoiser})
+        )
+        stock.save_pretrained(folder / "scheduler")
+        student_config(teacher, scheduler, base_model_name_or_path=base, vae=teacher.vae, **origin).save(folder)
 
 
 def export_full(
@@ -59,7 +77,8 @@ def export_full(
     pipeline_class = CLASSES[teacher.family.pipeline_class.__name__]
     pipeline = rebuilt(pipeline_class, teacher.pipeline, **{teacher.family.denoiser_name: denoiser})
     pipeline.student = student_config(teacher, scheduler, base_model_name_or_path=None)
-    pipeline.save_pretrained(folder)
+    with writing(folder):
+        pipeline.save_pretrained(folder)
 
 
 def student_config(teacher: Teacher, scheduler: RdmScheduler, **origin) -> StudentConfig:
