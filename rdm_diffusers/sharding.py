@@ -13,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import ModelMixin
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import OffloadPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -32,7 +32,6 @@ def shard(network: ModelMixin, accelerator: Accelerator) -> None:
     options: dict[str, Any] = dict(
         mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         reshard_after_forward=True,
-        offload_policy=plugin.cpu_offload if isinstance(plugin.cpu_offload, OffloadPolicy) else OffloadPolicy(),
     )
     for module in reversed(list(network.modules())):  # blocks within blocks first
         if type(module).__name__ in names:

@@ -29,6 +29,9 @@ def test_the_first_fsdp_is_refused_and_the_second_is_not(monkeypatch: pytest.Mon
         check_launch()
     monkeypatch.setenv("FSDP_VERSION", "2")
     check_launch()
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ValueError, match="leave --fsdp_offload_params out"):
+        check_launch()
 
 
 @pytest.mark.parametrize(

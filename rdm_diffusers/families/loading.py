@@ -156,7 +156,7 @@ def load_teacher(
         options: how it reads prompts; an embedded teacher knows its own length.
         vae: another autoencoder than the teacher's, a folder or a Hub id.
         quantization: one of `QUANTIZATIONS` for the network that is distilled; None leaves it in `dtype`.
-        device: where it is quantised; all else is loaded to the CPU.
+        device: where bitsandbytes puts it; all else is loaded to the CPU.
 
     Raises:
         ValueError: as `pipeline_config`, `family_of` and `check_teacher`, or if it cannot be quantised here.

@@ -51,7 +51,7 @@ def check_launch() -> None:
     """Refuses the launchers' engines that a run cannot use.
 
     Raises:
-        ValueError: for DeepSpeed, Megatron and the first FSDP, saying what to use.
+        ValueError: for DeepSpeed, Megatron, the first FSDP and its offloading, saying what to use.
     """
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
@@ -64,6 +64,8 @@ def check_launch() -> None:
             "FSDP 1 flattens frozen and trained weights together; add --fsdp_version 2 to accelerate launch, or "
             "fsdp_version: 2 to its configuration."
         )
+    if is_sharded_launch() and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise ValueError("FSDP's offloading of parameters is not supported; leave --fsdp_offload_params out.")
 
 
 def promised_processes() -> int:

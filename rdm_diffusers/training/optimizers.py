@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -127,13 +128,10 @@ def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, args) -
 def _adamw_class(eight_bit: bool) -> Callable[..., torch.optim.Optimizer]:
     if not eight_bit:
         return torch.optim.AdamW
-    if find_spec("bitsandbytes") is not None:
-        from bitsandbytes.optim import AdamW8bit
-    elif find_spec("torchao") is not None:
-        from torchao.optim import AdamW8bit
-    else:
-        raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
-    return AdamW8bit
+    for package in ("bitsandbytes", "torchao"):
+        if find_spec(package) is not None:
+            return import_module(f"{package}.optim").AdamW8bit
+    raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
 
 
 def quantised_state(parts: dict[str, Tensor]) -> Tensor:

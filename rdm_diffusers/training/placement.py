@@ -36,7 +36,7 @@ def place(networks: Networks, accelerator: Accelerator) -> None:
     """
 
     def put(network: nn.Module) -> None:
-        if is_sharded_launch() and getattr(network, "hf_quantizer", None) is None:
+        if is_sharded_launch() and accelerator.num_processes > 1 and getattr(network, "hf_quantizer", None) is None:
             shard(network, accelerator)
         else:
             network.to(accelerator.device)

@@ -89,7 +89,7 @@ def read_texts(teacher: Teacher, prompts: list[str], args, accelerator: Accelera
     shown = spread(args.validation_prompt or prompts, args.num_validation_images)
     fingerprint = _fingerprint(teacher, prompts)
     with visiting(teacher.text_encoders, accelerator.device):
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             embeddings = embed_prompts(teacher, prompts, args.cache_dir, fingerprint)
         nothing, shown_conditioning = teacher.encode_nothing(), teacher.encode_prompts(shown)
     return Texts(prompts, embeddings, nothing, shown, shown_conditioning)

@@ -35,7 +35,7 @@ def prompt_options(args: argparse.Namespace) -> PromptOptions:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Teacher:
-    """The teacher that the arguments name, on the CPU but for what is quantised, which is on the device."""
+    """The teacher that the arguments name, on the CPU, but for what bitsandbytes quantises, on the device."""
     return load_teacher(
         args.pretrained_model_name_or_path,
         DTYPES[args.mixed_precision],
