@@ -215,3 +215,13 @@ def test_a_launcher_that_promised_more_processes_than_there_are_is_told_so(argv,
         ValueError, match=r"The launcher was asked for 2 processes and made 1, .*; launch with torchrun"
     ):
         make_accelerator(it.args)
+
+
+def test_speed_and_peak_memory_are_always_logged(argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    it, logged = make_run(argv(max_train_steps=20)), []
+    monkeypatch.setattr(it.accelerator, "log", lambda numbers, step: logged.append((step, numbers)))
+    train_run(it)
+    assert [step for step, _ in logged] == [10, 20]
+    for _, numbers in logged:
+        assert numbers["images_per_second"] == pytest.approx(8 / numbers["seconds_per_update"])
+        assert 0.1 < numbers["peak_memory_gib"] < 24  # of the whole process
