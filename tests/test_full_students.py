@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def test_a_full_student_is_distilled_and_drawn_alike_by_anyone(name: str, prompt
     assert (ours - theirs).abs().max() < 1e-4
     assert (draw(student) - draw(make_student(teacher, teacher.denoiser))).abs().max() > 1e-6
     assert student.student.base_model_name_or_path is None
+    assert_card_runs(folder)
+
+
+def assert_card_runs(folder: Path) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        *lines, call = snippet.strip().splitlines()
+        names: dict = {}
+        exec("\n".join([*lines, f"picture = {call}"]), names)
+        assert names["picture"].size == (32, 32)
+        assert "load_lora_weights" not in snippet
 
 
 @every
