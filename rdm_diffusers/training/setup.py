@@ -19,6 +19,7 @@ from ..schedulers import RdmScheduler
 from .arguments import groups_per_update, make_objective
 from .checkpoints import TrainState
 from .external_rewards import join_rewards
+from .launch import is_sharded_launch
 from .optimizers import make_optimizer
 from .placement import place
 from .prompts import PromptGroups, Texts
@@ -173,6 +174,6 @@ def make_state(networks: Networks, accelerator: Accelerator, args: argparse.Name
     rates = {STUDENT: args.learning_rate, FAKE_SCORE: args.fake_learning_rate}
     optimizers = {role: make_optimizer(networks.parameters(role), rate, args) for role, rate in rates.items()}
     ema = EMAModel(networks.parameters(STUDENT), decay=args.ema_decay) if args.use_ema else None
-    if ema is not None and args.offload:
+    if ema is not None and args.offload and not is_sharded_launch():
         ema.to("cpu")
     return TrainState(optimizers, ema, statistics=RunningMeans(partial(accelerator.reduce, reduction="sum")))
