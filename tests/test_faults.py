@@ -31,13 +31,14 @@ def test_a_reward_that_raises_is_named_with_its_place_and_mended_the_run_is_as_i
     reward, fault = tmp_path / "reward.py", tmp_path / "fault"
     reward.write_text(
         "import pathlib\n\n\ndef judge(images, prompts):\n"
-        f"    if pathlib.Path({str(fault)!r}).exists() and pathlib.Path({str(tmp_path)!r}, 'run/checkpoint-1').exists():\n"
+        f"    here = pathlib.Path({str(tmp_path)!r})\n"
+        "    if (here / 'fault').exists() and (here / 'run' / 'checkpoint-1').exists():\n"
         "        raise KeyError('colour')\n"
         "    return images.mean((1, 2, 3))\n"
     )
     options = dict(algorithm="gndmr", reward=f"{reward}:judge")
     fault.touch()
-    with pytest.raises(RewardError, match=r"The reward judge raised KeyError at .*reward.py:6 .'colour'.; nothing was"):
+    with pytest.raises(RewardError, match=r"The reward judge raised KeyError at .*reward.py:7 .'colour'.; nothing was"):
         train_rdm_lora.main(argv("run", **options))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
     fault.unlink()

@@ -2,126 +2,199 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
-from parts import run_arguments
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from parts import TEXT_DIM, make_run, run_arguments, train_run
+from parts_configs import SDXL_UNET, TEACHERS, write_configs
 from parts_families import CALLS, MAKERS, make_pipeline
-from parts_sd3 import make_shared
-from torch import Tensor
-from transformers import CLIPTextConfig, Qwen2_5_VLConfig, T5Config
+from parts_sd3 import JOINT_DIM, TEXT_DIMS, make_shared
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
+import train_rdm_full
 import train_rdm_lora
 from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher
 from rdm_diffusers.networks import STUDENT
 from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.memory_plan import MemoryPlan, plan_memory
+from rdm_diffusers.training.memory_plan import plan_memory
 
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-CLIP_G = dict(
-    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
-    hidden_act="gelu",
-)  # fmt: skip
-T5_XXL = dict(
-    d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", vocab_size=32128
+TRAINING = ("rollouts and R_dm", "forward and backward", "optimiser's step")
+
+
+def dry_run(teacher: Path | str, *words: str, student: str = "lora", device_type: str = "cuda"):
+    """The plan of a run in bfloat16."""
+    args = parse_args(["--pretrained_model", str(teacher), "--mixed_precision", "bf16", *words], student=student)
+    return plan_memory(args, device_type)
+
+
+# --- real sizes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "teacher", ["stabilityai/stable-diffusion-xl-base-1.0", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"]
 )
-BLOCKS = dict(
-    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-)  # fmt: skip
-SDXL_UNET = dict(
-    sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
-SD35_LARGE = dict(
-    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64,
-    num_attention_heads=38, joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048,
-    pos_embed_max_size=192, qk_norm="rms_norm",
-)  # fmt: skip
-CLIPS = {
-    "text_encoder": ("CLIPTextModel", CLIPTextConfig(**CLIP_L)),
-    "text_encoder_2": ("CLIPTextModelWithProjection", CLIPTextConfig(**CLIP_G)),
-}
-# The components, and how many billions of parameters the denoiser and all text encoders are known to have.
-TEACHERS = {
-    "StableDiffusionXLPipeline": (
-        {"unet": (UNet2DConditionModel, SDXL_UNET), "vae": (AutoencoderKL, BLOCKS), **CLIPS}, 2.567, 0.817,
-    ),
-    "StableDiffusion3Pipeline": (
-        {
-            "transformer": (SD3Transformer2DModel, SD35_LARGE),
-            "vae": (AutoencoderKL, {**BLOCKS, "latent_channels": 16}),
-            **CLIPS, "text_encoder_3": ("T5EncoderModel", T5Config(**T5_XXL)),
-        },
-        8.06, 5.58,
-    ),
-    "FluxPipeline": (
-        {
-            "transformer": (FluxTransformer2DModel, {"guidance_embeds": True}),
-            "vae": (AutoencoderKL, {**BLOCKS, "latent_channels": 16}),
-            "text_encoder": CLIPS["text_encoder"], "text_encoder_2": ("T5EncoderModel", T5Config(**T5_XXL)),
-        },
-        11.9, 4.89,
-    ),
-    "QwenImagePipeline": (
-        {
-            "transformer": (QwenImageTransformer2DModel, {}), "vae": (AutoencoderKLQwenImage, {}),
-            "text_encoder": ("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLConfig()),
-        },
-        20.4, None,
-    ),
-}  # fmt: skip
-
-
-def write_configs(name: str, folder: Path) -> Path:
-    """The folder of a real-size teacher, without any weights."""
-    index: dict = {"_class_name": name, "_diffusers_version": "0.36.0"}
-    for part, (kind, settings) in TEACHERS[name][0].items():
-        if isinstance(kind, str):
-            settings.save_pretrained(folder / part)
-            index[part] = ["transformers", kind]
-        else:
-            (folder / part).mkdir(parents=True)
-            (folder / part / "config.json").write_text(json.dumps({"_class_name": kind.__name__, **settings}))
-            index[part] = ["diffusers", kind.__name__]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-@pytest.mark.parametrize("name", TEACHERS)
 def test_real_size_teachers_are_planned_without_weights(
-    name: str, tmp_path: Path, prompts_file: Path, capsys: pytest.CaptureFixture
+    teacher: str, tmp_path: Path, prompts_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    folder, (parts, denoiser, encoders) = write_configs(name, tmp_path / "teacher"), TEACHERS[name]
-    train_rdm_lora.main(
+    folder, (name, parts, denoiser, encoders) = write_configs(teacher, tmp_path / "teacher"), TEACHERS[teacher]
+    family = FAMILIES[name]
+    (train_rdm_lora if family.has_lora else train_rdm_full).main(
         ["--pretrained_model", str(folder), "--prompts_file", str(prompts_file), "--output_dir", str(tmp_path / "out"),
-         "--rank", "64", "--train_batch_size", "4", "--mixed_precision", "bf16", "--use_8bit_adam", "--dry_run"]
+         "--mixed_precision", "bf16", "--use_8bit_adam", "--gradient_checkpointing", "--dry_run"]
     )  # fmt: skip
     said = capsys.readouterr().out
     counts = {part: float(count.replace(",", "")) / 1e3 for part, count in re.findall(r"(\w+) +([\d,.]+) M par", said)}
-    sizes = {what.strip(): float(size.replace(",", "")) for what, size in re.findall(r"(.+?) {2,}([\d,.]+) GiB", said)}
-    component = FAMILIES[name].denoiser_name
-    assert counts[component] == pytest.approx(denoiser, rel=0.01)
-    if encoders is not None:
-        assert sum(count for part, count in counts.items() if "encoder" in part) == pytest.approx(encoders, rel=0.02)
-    assert 0.05 < counts["lora"] < 0.1 * denoiser
-    assert sizes[f"{component}, frozen"] == pytest.approx(2 * denoiser * 1e9 / 2**30, rel=0.01)
-    assert sizes["activations of 4 samples"] > 10
-    assert set(counts) == {*parts, "lora"}
+    sizes = {what.strip(): float(size) for what, size in re.findall(r"(.+?) {2,}([\d.]+) GiB", said)}
+    assert counts[family.denoiser_name] == pytest.approx(denoiser, rel=0.01)
+    assert sum(count for part, count in counts.items() if "encoder" in part) == pytest.approx(encoders, rel=0.01)
+    assert set(counts) == {*parts, *(["lora"] if family.has_lora else [])}
+    assert sizes[f"{family.denoiser_name}, frozen"] == pytest.approx(2 * denoiser * 1e9 / 2**30, rel=0.12)
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("peak, estimated") and float(last.split()[-2]) == max(sizes.values())
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_configs("stabilityai/stable-diffusion-xl-base-1.0", tmp_path_factory.mktemp("sdxl") / "teacher")
+
+
+def test_each_memory_flag_lowers_what_it_is_for(sdxl: Path) -> None:
+    plain = dry_run(sdxl)
+    light = dry_run(sdxl, "--gradient_checkpointing", "--use_8bit_adam", "--offload", "--base_quantization", "nf4")
+    assert light.sizes["activations of 4 samples"] < plain.sizes["activations of 4 samples"] / 5
+    assert light.sizes["two optimisers"] == pytest.approx(plain.sizes["two optimisers"] / 4, rel=0.05)
+    assert light.phases["the last pictures"] < plain.phases["the last pictures"] - 2**30
+    with torch.device("meta"):
+        layers = UNet2DConditionModel(**SDXL_UNET).modules()
+    linears = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+    saved = plain.sizes["unet, frozen"] - light.sizes["unet, frozen"]
+    assert saved == pytest.approx((2 - 0.516) * linears, rel=0.01)
+
+
+def test_sharding_divides_what_it_spreads(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = dry_run(teacher_folder, student="full")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    replicated = dry_run(teacher_folder, student="full")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sharded = dry_run(teacher_folder, student="full")
+    assert replicated == alone
+    for name in ("student and fake score", "two optimisers", "unet, frozen"):
+        assert sharded.sizes[name] == alone.sizes[name] // 4
+    assert sharded.sizes["blocks gathered from all processes"] > 0
+
+
+# --- measured -----------------------------------------------------------------------------------------------------
+
+
+def medium_unet() -> dict[str, UNet2DConditionModel]:
+    """A U-Net of 12 million parameters."""
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 256), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=TEXT_DIM,
+        attention_head_dim=8, norm_num_groups=8,
+    )  # fmt: skip
+    return {"unet": unet.eval()}
+
+
+def medium_transformer() -> dict[str, SD3Transformer2DModel]:
+    """A transformer of 12 million parameters, of the kind of Stable Diffusion 3."""
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=32,
+        num_attention_heads=8, caption_projection_dim=256, joint_attention_dim=JOINT_DIM,
+        pooled_projection_dim=sum(TEXT_DIMS), pos_embed_max_size=16, qk_norm="rms_norm",
+    )  # fmt: skip
+    return {"transformer": transformer.eval()}
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Teachers of which the denoiser is most, on 16 x 16 latents, by the denoiser's name."""
+    folders = {}
+    for name, parts in (("StableDiffusionPipeline", medium_unet()), ("StableDiffusion3Pipeline", medium_transformer())):
+        pipeline = make_pipeline(name)
+        pipeline.register_modules(**parts)
+        component = next(iter(parts))
+        folders[component] = tmp_path_factory.mktemp("medium") / component
+        pipeline.save_pretrained(folders[component])
+    return folders
+
+
+def plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors that hold numbers, of those that wrap others, too."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from plain(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
+
+
+def bytes_before_training(it: SimpleNamespace) -> int:
+    """Of networks and moving average."""
+    tensors = [tensor for module in it.networks.modules for tensor in [*module.parameters(), *module.buffers()]]
+    storages = [tensor.untyped_storage() for tensor in plain([*tensors, *it.state.ema.shadow_params])]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def measured_peak(it: SimpleNamespace) -> int:
+    """The most bytes that a run's training holds at once, of what torch's allocator says to its profiler."""
+    before = bytes_before_training(it)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert train_run(it)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return before + most
+
+
+def compare(folder: Path, prompts_file: Path, output: Path, student: str = "lora", **changes) -> None:
+    """Trains for two updates, and holds the plan against what that took."""
+    changes = {"rank": None if student == "full" else 16, "num_student_steps": 1, **changes}
+    changes["max_sequence_length"] = CALLS["StableDiffusion3Pipeline"]["max_sequence_length"]
+    it = make_run(run_arguments(folder, prompts_file, output, **changes), student)
+    plan = plan_memory(it.args, "cpu")
+    measured, planned = measured_peak(it), max(plan.phases[phase] for phase in TRAINING)
+    print(f"{folder.name} {student} {changes}: measured {measured / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB")
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+CASES = [*itertools.product(["unet"], ["lora", "full"], [None, True], [4, 16])]
+CASES += [*itertools.product(["transformer"], ["lora", "full"], [None, True], [16])]
+
+
+@pytest.mark.parametrize("denoiser, student, checkpointing, batch", CASES)
+def test_the_plan_is_what_training_takes(
+    denoiser: str, student: str, checkpointing: bool | None, batch: int, medium, prompts_file: Path, tmp_path: Path
+) -> None:
+    changes = {"train_batch_size": batch, "gradient_checkpointing": checkpointing}
+    compare(medium[denoiser], prompts_file, tmp_path, student, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 2, "train_batch_size": 4},
+        {"mixed_precision": "bf16"},
+        {"base_quantization": "int8"},
+        {"base_quantization": "fp8", "gradient_checkpointing": True},
+        {"fold_adapters": True},
+        {"student": "full", "mixed_precision": "bf16"},
+    ],
+    ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_so_it_is_with_each_memory_flag(changes: dict, medium, prompts_file: Path, tmp_path: Path) -> None:
+    if "base_quantization" in changes:
+        pytest.importorskip("torchao")
+    compare(medium["unet"], prompts_file, tmp_path, **changes)
 
 
 def kept_by_forward(teacher: Teacher, x_t: Tensor) -> int:
@@ -149,13 +222,11 @@ def test_the_planned_activations_are_what_a_forward_keeps(name: str, tmp_path: P
     words = ["--pretrained_model", str(tmp_path), "--train_batch_size", "8", "--rank", "2", "--lora_alpha", "4"]
     for flag, value in (("max_sequence_length", options.max_sequence_length), ("resolution", options.resolution)):
         words += [f"--{flag}", str(value)] if value is not None else []
-    args = parse_args(words)
-    planned = plan_memory(args)
+    planned = plan_memory(parse_args(words))
     teacher = Teacher(make_pipeline(name), FAMILIES[name], name, options)
     measured = kept_by_forward(
         teacher, torch.randn(8, *teacher.family.latent_shape(teacher.pipeline, options.resolution))
     )
-    assert isinstance(planned, MemoryPlan)
     assert planned.sizes["activations of 8 samples"] == pytest.approx(measured, rel=0.15)
 
 

@@ -104,13 +104,15 @@ def save_samples(
     student: RdmDistillationPipeline,
     guidance_scale: float,
     prompts: Sequence[str],
+    batch_size: int = 8,
 ) -> dict[str, Metrics]:
-    """Writes rows of pictures of the same prompts and seeds: teacher, teacher at few steps, student.
+    """Writes rows of pictures of the same prompts and seeds, `batch_size` drawn at once: teacher, teacher at few steps,
+    student.
 
     Returns:
         What can be said of each row without a reference: network calls and seconds.
     """
-    steps, seeds, batch = trained(student).num_inference_steps, range(len(prompts)), min(len(prompts), 8)
+    steps, seeds, batch = trained(student).num_inference_steps, range(len(prompts)), min(len(prompts), batch_size)
     many, *_, few = solvers_of(teacher)
     options = teacher_options(student)
     samplers = {

@@ -123,10 +123,10 @@ def load_denoiser(
     quantization: str | None = None,
     device: torch.device | str = "cpu",
 ) -> ModelMixin:
-    """The network of a teacher that is distilled, alone and anew; as `load_teacher`."""
+    """The network of a teacher that is distilled, alone and anew, on the CPU; as `load_teacher`."""
     config = pipeline_config(name_or_path, revision=revision)
     component = family_of(config).denoiser_name
-    return getattr(diffusers, config[component][1]).from_pretrained(
+    denoiser = getattr(diffusers, config[component][1]).from_pretrained(
         resolve_teacher(name_or_path),
         subfolder=component,
         revision=revision,
@@ -135,6 +135,7 @@ def load_denoiser(
         use_safetensors=True,
         **(quantized_loading(quantization, dtype, device) if quantization else {}),
     )
+    return denoiser.to("cpu")
 
 
 def load_teacher(
@@ -156,7 +157,7 @@ def load_teacher(
         options: how it reads prompts; an embedded teacher knows its own length.
         vae: another autoencoder than the teacher's, a folder or a Hub id.
         quantization: one of `QUANTIZATIONS` for the network that is distilled; None leaves it in `dtype`.
-        device: where bitsandbytes puts it; all else is loaded to the CPU.
+        device: where bitsandbytes quantises it; whatever it is, it is on the CPU afterwards.
 
     Raises:
         ValueError: as `pipeline_config`, `family_of` and `check_teacher`, or if it cannot be quantised here.

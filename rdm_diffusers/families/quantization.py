@@ -20,7 +20,7 @@ def quantized_loading(kind: str, dtype: torch.dtype, device: torch.device | str)
         kind: one of `QUANTIZATIONS`: int8 and fp8 (e4m3) weights with a scale a row, or QLoRA's nf4 (arXiv 2305.14314)
             with quantised scales.
         dtype: what is computed in, and what all other weights are kept in.
-        device: where bitsandbytes puts the quantised network; torchao's is made on the CPU.
+        device: where bitsandbytes makes the quantised network; torchao's is made on the CPU.
 
     Raises:
         ImportError: if the package is missing.

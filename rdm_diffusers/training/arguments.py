@@ -124,7 +124,7 @@ def _add_lora(add) -> None:
     add("--fold_adapters", action=argparse.BooleanOptionalAction, default=False,
         help="run with W + scale B A instead of separate adapter layers: faster where memory allows")
     add("--base_quantization", dest="quantization", choices=tuple(QUANTIZATIONS),
-        help="keep the frozen base in so few bits; the LoRAs stay float32")
+        help="keep the frozen base in so few bits, best with --gradient_checkpointing; the LoRAs stay float32")
 
 
 def _add_full(add) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import free_memory
 
 from ..evaluation import as_table, save_samples, tiny_metrics, write_metrics
 from ..families import Teacher, load_denoiser
@@ -14,6 +15,8 @@ from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
 from ..tiny import is_tiny
 from .setup import DTYPES, load
+
+PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch
 
 
 def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device: torch.device) -> None:
@@ -25,13 +28,15 @@ def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device
         args: the run's arguments.
         device: where to draw; networks that are not at work wait in the machine's memory with `--offload`.
     """
+    free_memory()  # the training's networks may have waited for it
     teacher = load(args, device)
     stock, student = teacher.pipeline, load_student(output_dir, teacher, args, device)
     for pipeline in (stock, student):
         put(pipeline, device, args.offload)
-    metrics = save_samples(output_dir / "samples.png", stock, student, args.sample_guidance_scale, shown)
+    at_once, scale = min(args.train_batch_size, PICTURES_AT_ONCE), args.sample_guidance_scale
+    metrics = save_samples(output_dir / "samples.png", stock, student, scale, shown, at_once)
     if is_tiny(teacher.name) and args.num_eval_images:
-        metrics = tiny_metrics(stock, student, args.sample_guidance_scale, args.num_eval_images, teacher.name)
+        metrics = tiny_metrics(stock, student, scale, args.num_eval_images, teacher.name)
     write_metrics(output_dir / "metrics.json", metrics, vars(args))
     table = as_table(metrics)
     write_card(output_dir, teacher.family.pipeline_class.__name__, table, shown[0], args)

@@ -1,164 +1,318 @@
-"""What a run will need of memory, from configurations alone: no weights are loaded, nothing is allocated."""
+"""The peak of a run's device memory, from configurations alone: no weights are loaded, nothing is allocated.
+
+The networks and what is computed with them are the run's own, on the meta device (`memory_model.py`). A run goes
+through phases one after the other; each needs what stays on the device and something of its own for a while.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import inspect
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import diffusers
 import torch
-import torch.nn.functional as F
-import transformers
-from diffusers import ModelMixin
-from torch import Tensor, nn
+from diffusers.models.modeling_utils import no_init_weights
 
-from ..families import Conditioning, Family, PromptOptions, check_lora, family_of, pipeline_config
-from ..tiny import resolve_teacher
-from .setup import DTYPES, lora_config, prompt_options
+from ..families import Conditioning, check_lora, family_of, pipeline_config
+from ..families.quantization import NEEDS_GPU
+from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
+from ..prediction import NoiseSchedule
+from ..tiny import MAX_SEQUENCE_LENGTHS
+from . import memory_model as model
+from .finish import PICTURES_AT_ONCE
+from .launch import is_sharded_launch
+from .prompts import embed_prompts
+from .setup import CONTRAST_STEPS, DTYPES, lora_config, prompt_options
 
 GIB = 2**30
-READ_BY_VALUE = ("prompt_embeds_mask", "prompt_length")  # their shapes alone do not say how long a prompt is
+FLOAT = 4  # bytes of a float32
+PROMPTS_AT_ONCE = inspect.signature(embed_prompts).parameters["batch_size"].default
+SMALLEST_8BIT = 4096  # numbers; bitsandbytes keeps float32 states for smaller tensors
+# By how many tokens what the large text encoder reads differs from what the denoiser is given, about: the stock
+# pipelines' standing instructions, and CLIP's tokens, which another encoder adds.
+READS_MORE = {"SanaPipeline": 256, "QwenImagePipeline": 34, "StableDiffusion3Pipeline": -77}
+NOT_COUNTED = "the CUDA context (0.3 to 0.5 GiB), the allocator's fragmentation, kernels' workspaces, rewards"
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose, and parameters by component.
+    """Bytes of one device by purpose and by phase, and parameters by component; all estimated.
 
     Args:
-        sizes: bytes; all together are an upper bound, as not all are needed at once.
+        sizes: bytes by purpose; not all are needed at once.
+        phases: the most bytes at any time of each phase.
         parameters: of each component, and of one LoRA (`lora`).
-        lora_layers: how many layers a LoRA adapts.
+        lora_layers: how many layers a LoRA adapts; 0 for full students.
     """
 
     sizes: dict[str, int]
+    phases: dict[str, int]
     parameters: dict[str, int]
     lora_layers: int
 
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that needs most."""
+        return max(self.phases.values())
+
     def as_table(self) -> str:
-        """Plain text, in millions of parameters and GiB."""
-        lines = [f"{name:<32}{count / 1e6:>12,.1f} M parameters" for name, count in self.parameters.items()]
-        lines.append(f"{'layers with a LoRA':<32}{self.lora_layers:>12,}")
-        total = {"together": sum(self.sizes.values())}
-        lines += [f"{name:<32}{size / GIB:>12.2f} GiB" for name, size in {**self.sizes, **total}.items()]
+        """Plain text, in millions of parameters and GiB; the last line is the peak."""
+        lines = [f"{name:<40}{count / 1e6:>12,.1f} M parameters" for name, count in self.parameters.items()]
+        if self.lora_layers:
+            lines.append(f"{'layers with a LoRA':<40}{self.lora_layers:>12,}")
+        lines += ["", "what a device holds, not all of it at once (estimated)"]
+        lines += [f"{name:<40}{size / GIB:>12.2f} GiB" for name, size in self.sizes.items() if size]
+        lines += ["", f"the most of each phase (estimated); not counted: {NOT_COUNTED}"]
+        lines += [f"{name:<40}{size / GIB:>12.2f} GiB" for name, size in self.phases.items()]
+        lines += ["", f"{'peak, estimated':<40}{self.peak / GIB:>12.2f} GiB"]
         return "\n".join(lines)
 
 
-def plan_memory(args: argparse.Namespace) -> MemoryPlan:
-    """The plan of a LoRA run.
+def plan_memory(args: argparse.Namespace, device_type: str = "cuda") -> MemoryPlan:
+    """The plan of a run, for LoRAs or full weights as `args.student` says.
 
     Args:
         args: the run's arguments.
+        device_type: where it will run; `cpu` differs in autocast and in what optimisers need for a moment.
 
     Raises:
         ValueError: as `pipeline_config`, `family_of` and `check_lora`.
     """
-    options, dtype = prompt_options(args), DTYPES[args.mixed_precision]
-    config = pipeline_config(args.pretrained_model_name_or_path, revision=args.revision)
-    family = family_of(config)
-    check_lora(family)
-    models = meta_models(args.pretrained_model_name_or_path, config, args.revision)
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    denoiser: Any = models[family.denoiser_name]
-    denoiser.requires_grad_(False).to(dtype)
-    with torch.device("meta"):
-        denoiser.add_adapter(lora_config(family, args))
-    adapter = [parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad]
-    lora, base = sum(adapter), counts[family.denoiser_name]
-    pipeline = meta_pipeline(family, models)
-    sizes = {
-        f"{family.denoiser_name}, frozen": base * dtype.itemsize,
-        "text encoders and autoencoder": (sum(counts.values()) - base) * dtype.itemsize,
-        "two LoRAs and their gradients": 2 * lora * 8,
-        "two optimisers": 2 * lora * (2 if args.use_8bit_adam else 8),
-        "the student's moving average": lora * 4 if args.use_ema else 0,
-        f"activations of {args.train_batch_size} samples": activations(
-            family, pipeline, options, args.train_batch_size, dtype
-        ),
-    }
-    return MemoryPlan(sizes, {**counts, "lora": lora}, len(adapter) // 2)
+    planner = _Planner(args, device_type)
+    sizes = planner.sizes()
+    return MemoryPlan(sizes, planner.phases(sizes), planner.parameters, planner.lora_layers)
 
 
-def meta_models(name_or_path: str, config: dict[str, Any], revision: str | None) -> dict[str, nn.Module]:
-    """The networks of a `pipeline_config` on the meta device, by component, from their configurations."""
-    models: dict[str, nn.Module] = {}
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    for name, entry in config.items():
-        library, class_name = entry if isinstance(entry, list | tuple) else (None, None)
-        kind: Any = getattr(libraries.get(library), class_name or "", None)
-        if not _is_network(kind):
-            continue
-        source = dict(subfolder=name, revision=revision)
-        if issubclass(kind, ModelMixin):
-            settings = kind.load_config(resolve_teacher(name_or_path), **source)
-        else:
-            settings = kind.config_class.from_pretrained(resolve_teacher(name_or_path), **source)
-        with torch.device("meta"):
-            models[name] = kind.from_config(settings) if issubclass(kind, ModelMixin) else kind(settings)
-    return models
+class _Planner:
+    """What a run has on its device, and when; all sizes in bytes.
 
+    The frozen networks are in the dtype that a run loads them in; of the two trained ones, which are alike, there is
+    one. FSDP divides by the number of processes what it spreads.
+    """
 
-def _is_network(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, nn.Module)
+    def __init__(self, args: argparse.Namespace, device_type: str):
+        self.args, self.device_type, self.options = args, device_type, prompt_options(args)
+        if self.options.max_sequence_length is None:
+            length = MAX_SEQUENCE_LENGTHS.get(args.pretrained_model_name_or_path)
+            self.options = replace(self.options, max_sequence_length=length)
+        self.dtype, self.is_lora = DTYPES[args.mixed_precision], args.student == "lora"
+        self.autocast = None if self.is_lora or args.mixed_precision == "no" else self.dtype
+        self.shards = args.num_processes if is_sharded_launch() else 1
+        self.config = pipeline_config(args.pretrained_model_name_or_path, revision=args.revision)
+        self.family = family_of(self.config)
+        if self.is_lora:
+            check_lora(self.family)
+        self._load()
+        self.networks = self._make_networks()
+        self.trained = self.networks.parameters(STUDENT)
+        self.trained_size = sum(parameter.nbytes for parameter in self.trained)
 
+    def _load(self) -> None:
+        """The teacher's networks, and their sizes before anything is added to them."""
+        self.models = model.meta_models(self.args.pretrained_model_name_or_path, self.config, self.args.revision)
+        self.pipeline = model.meta_pipeline(self.family, self.models)
+        self.denoiser: Any = self.models[self.family.denoiser_name]
+        self.encoders = [each for name, each in self.models.items() if name.startswith("text_encoder")]
+        self.parameters = {name: sum(p.numel() for p in each.parameters()) for name, each in self.models.items()}
+        for each in self.models.values():
+            model.cast(each, self.dtype)
+        self.plain_size = model.nbytes(self.denoiser)
+        if self.args.quantization:
+            model.quantise(self.denoiser, self.args.quantization)
+        self.frozen_size = model.nbytes(self.denoiser)
+        self.latents = self.family.latent_shape(self.pipeline, self.options.resolution)
+        self.prompt = model.conditioning(self.family, self.pipeline, self.options, self.dtype)
 
-def meta_pipeline(family: Family, models: dict[str, nn.Module]) -> diffusers.DiffusionPipeline:
-    """The stock pipeline of networks on the meta device, which knows its sizes and cannot be called."""
-    parts, _ = family.pipeline_class._get_signature_keys(family.pipeline_class)
-    return family.pipeline_class(**{name: models.get(name) for name in parts})
+    def _make_networks(self) -> Networks:
+        """The roles. Any noise schedule does; one without a table works on the meta device."""
+        told = self.family.embeds_guidance(self.pipeline)
+        scale = 1.0 if told else self.args.guidance_scale
+        common = (self.family, NoiseSchedule(None, 1000), "flow_prediction", self.prompt, scale)
+        trained = self.denoiser if self.is_lora else self._trained_network()
+        if self.args.gradient_checkpointing:
+            model.checkpoint_blocks(trained, self.autocast, self.device_type)
+        if not self.is_lora:
+            return SeparateNetworks({STUDENT: trained, FAKE_SCORE: trained, TEACHER: self.denoiser}, *common)
+        config = lora_config(self.family, self.args)
+        config.init_lora_weights = False  # there is nothing to fill
+        with torch.device("meta"), no_init_weights():
+            networks = SharedBase(trained, config, self.args.fold_adapters, *common)
+        self.parameters["lora"] = sum(parameter.numel() for parameter in networks.parameters(STUDENT))
+        return networks
 
+    def _trained_network(self) -> Any:
+        name, component = self.args.pretrained_model_name_or_path, self.family.denoiser_name
+        alone = model.meta_models(name, {component: self.config[component]}, self.args.revision)
+        return alone[component].requires_grad_(True)
 
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Attention that keeps what fused kernels keep for backward: queries, keys, values and the result."""
-    stock = F.scaled_dot_product_attention
+    @property
+    def lora_layers(self) -> int:
+        """How many layers a LoRA adapts."""
+        return len(self.networks.layers) if isinstance(self.networks, SharedBase) else 0
 
-    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _Fused.apply(query, key, value)
+    # --- sizes by purpose -----------------------------------------------------------------------------------------
 
-    F.scaled_dot_product_attention = fused
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = stock
+    def sizes(self) -> dict[str, int]:
+        """All that a device holds at some time."""
+        args, shards = self.args, self.shards
+        whole = not self.is_lora and args.quantization
+        samples = args.train_batch_size
+        kept, update = self._update_peak()
+        shown = self._shown()
+        return {
+            f"{self.family.denoiser_name}, frozen": self.frozen_size // (1 if whole else shards),
+            "two LoRAs" if self.is_lora else "student and fake score": self._roles() // shards,
+            "two optimisers": 2 * sum(self._states(parameter.numel()) for parameter in self.trained) // shards,
+            "the student's moving average": self.trained_size // shards if args.use_ema else 0,
+            "folded copies of adapted weights": 2 * self._folded(),
+            "blocks gathered from all processes": self._gathered() if shards > 1 else 0,
+            "a group's rollouts": self._rollouts(),
+            "gradients of one role": self.trained_size // shards if self._has_gradients else 0,
+            f"activations of {samples} samples": kept,
+            "forward and backward, at most": update,
+            "teacher, at most": self._teacher_peak(samples),
+            "optimiser's step, at most": self._step_peak() // shards,
+            "text encoders": model.nbytes(*self.encoders),
+            f"reading {PROMPTS_AT_ONCE} prompts, at most": self._reading_peak(PROMPTS_AT_ONCE),
+            "autoencoder": model.nbytes(self.pipeline.vae),
+            "decoding a picture, at most": self._decoding_peak(1),
+            f"drawing {shown} pictures at the end, at most": max(self._teacher_peak(shown), self._decoding_peak(shown)),
+        }
 
+    @property
+    def _has_gradients(self) -> bool:
+        """Whether a role has all its gradients while a batch goes through it; else they come as activations go."""
+        return self.args.gradient_accumulation_steps > 1 or self.shards > 1
 
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, result)
-        return result
+    def _roles(self) -> int:
+        """Both trained roles; full networks have buffers, too."""
+        return 2 * (self.trained_size if self.is_lora else model.nbytes(self.networks.modules[0]))
 
+    def _states(self, numbers: int) -> int:
+        """AdamW's two states of a tensor; in 8 bits with two float32 for 256 numbers."""
+        if self.args.use_8bit_adam and numbers >= SMALLEST_8BIT:
+            return 2 * numbers + 2 * FLOAT * (numbers // 256 + 1)
+        return 2 * FLOAT * numbers
 
-def activations(
-    family: Family, pipeline: diffusers.DiffusionPipeline, options: PromptOptions, batch: int, dtype: torch.dtype
-) -> int:
-    """Bytes that one forward of the student keeps for its backward, without gradient checkpointing; estimated."""
-    kept: dict[int, int] = {}
-    denoiser = family.denoiser(pipeline)
-    own = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
+    def _folded(self) -> int:
+        """One role's adapted weights, which are kept with the adapter that they were made of."""
+        if not isinstance(self.networks, SharedBase) or not self.args.fold_adapters:
+            return 0
+        layers = self.networks.layers.values()
+        return sum(layer.get_base_layer().weight.nbytes for layer in layers) + self.trained_size
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
+    def _gathered(self) -> int:
+        """What is whole for a moment: all outside of blocks, the block at work and its gradients, the next block."""
+        network = self.networks.modules[0]
+        kinds: Any = network._no_split_modules or ()
+        blocks = [f"{name}." for name, each in network.named_modules() if type(each).__name__ in kinds]
+        own: Counter[str] = Counter()
+        for name, parameter in network.named_parameters():
+            own[max((block for block in blocks if name.startswith(block)), key=len, default="")] += parameter.nbytes
+        outside, largest = own.pop("", 0), max(own.values(), default=0)
+        return outside + (2 if self.is_lora else 3) * largest
 
-    shapes = family.conditioning_shapes(pipeline, options)
-    tokens = shapes["prompt_embeds"][0]
-    tensors = {name: _stand_in(name, (batch, *shape), dtype, tokens) for name, shape in shapes.items()}
-    x_t = torch.empty(batch, *family.latent_shape(pipeline, options.resolution), device="meta")
-    t = torch.empty(batch, device="meta")
-    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = family.denoise(denoiser, x_t, t, Conditioning(tensors))
-    assert output.shape == x_t.shape
-    return sum(kept.values())
+    def _rollouts(self) -> int:
+        """States, predictions and noises of an update's samples, and their prompts, about."""
+        args, latent = self.args, FLOAT * math.prod(self.latents)
+        samples = args.train_batch_size * args.gradient_accumulation_steps
+        prompt = sum(tensor.nbytes for tensor in self.prompt.tensors.values())
+        return samples * ((4 * args.num_student_steps + 8 + 6 * args.num_renoisings) * latent + 3 * prompt)
 
+    def _update_peak(self) -> tuple[int, int]:
+        """What a batch's forward keeps for its backward, and the most that both need."""
+        inputs = self._inputs(self.args.train_batch_size)
+        return model.update_peak(self.networks, inputs, self._has_gradients, self.autocast, self.device_type)
 
-def _stand_in(name: str, shape: tuple[int, ...], dtype: torch.dtype, tokens: int) -> Tensor:
-    if name in READ_BY_VALUE:
-        return torch.full(shape, 1 if name.endswith("mask") else tokens)
-    return torch.empty(shape, dtype=dtype, device="meta")
+    def _inputs(self, batch: int) -> tuple:
+        return torch.empty(batch, *self.latents, device="meta"), torch.empty(batch, device="meta"), self._prompts(batch)
+
+    def _prompts(self, batch: int) -> Conditioning:
+        return self.prompt[torch.zeros(batch, dtype=torch.long)]
+
+    def _teacher_peak(self, batch: int) -> int:
+        """As many times what one sample takes, as nothing is kept for a backward."""
+        return batch * self._of_one[0]
+
+    def _decoding_peak(self, batch: int) -> int:
+        return batch * self._of_one[1]
+
+    @cached_property
+    def _of_one(self) -> tuple[int, int]:
+        """What teacher and autoencoder need for one sample."""
+        decoding = model.decoding_peak(self.family, self.pipeline, 1, self.latents)
+        return model.teacher_peak(self.networks, self._inputs(1)), decoding
+
+    def _reading_peak(self, batch: int) -> int:
+        """The hungriest text encoder's."""
+        tokens = self.prompt.tensors["prompt_embeds"].shape[1] + READS_MORE.get(self.config["_class_name"], 0)
+        return max(model.encoding_peak(encoder, batch, tokens) for encoder in self.encoders)
+
+    def _step_peak(self) -> int:
+        """The gradients, and AdamW's square roots: on a GPU of all tensors at once, else of one at a time."""
+        largest = max(parameter.nbytes for parameter in self.trained)
+        at_once = self.device_type == "cuda" and not self.args.use_8bit_adam
+        return self.trained_size + (self.trained_size if at_once else 2 * largest)
+
+    # --- phases ---------------------------------------------------------------------------------------------------
+
+    def phases(self, sizes: dict[str, int]) -> dict[str, int]:
+        """The most bytes of each phase, in the order of a run."""
+        args, names = self.args, list(sizes)
+        rollouts, gradients = sizes["a group's rollouts"], sizes["gradients of one role"]
+        stays = sum(sizes[name] for name in names[: names.index("a group's rollouts")])
+        average = sizes["the student's moving average"] if args.offload else 0
+        stays += (sizes["autoencoder"] if args.reward else 0) - average
+        step = max(sizes["optimiser's step, at most"], average)
+        return {
+            "reading the prompts": self._reading(sizes),
+            "the teacher's pictures": self._contrast(sizes, stays),
+            "rollouts and R_dm": stays + rollouts + sizes["teacher, at most"] + self._folded(),
+            "forward and backward": stays + rollouts + gradients + sizes["forward and backward, at most"],
+            "optimiser's step": stays + rollouts + step,
+            "validation pictures": stays + rollouts + self._validation(sizes),
+            "the last pictures": self._last(sizes),
+        }
+
+    def _reading(self, sizes: dict[str, int]) -> int:
+        """Nothing else is on the device then; before, a denoiser may have been quantised there."""
+        quantised = self.frozen_size if self.args.quantization in NEEDS_GPU else 0
+        return max(quantised, sizes["text encoders"] + sizes[f"reading {PROMPTS_AT_ONCE} prompts, at most"])
+
+    def _contrast(self, sizes: dict[str, int], stays: int) -> int:
+        """Before the optimisers have any states; the whole way of the pictures is kept."""
+        if self.args.monitor_images == 0:
+            return 0
+        way = self._way(self.args.monitor_images, CONTRAST_STEPS)
+        return stays - sizes["two optimisers"] + way + sizes["teacher, at most"]
+
+    def _way(self, pictures: int, steps: int) -> int:
+        """A rollout's three tensors a step, and the four that they are stacked into."""
+        return 7 * steps * pictures * FLOAT * math.prod(self.latents)
+
+    def _validation(self, sizes: dict[str, int]) -> int:
+        """The autoencoder, unless it is there for rewards, one picture in it, and all the pictures, twice."""
+        count, side = self.args.num_validation_images, self.latents[-1] * self.pipeline.vae_scale_factor
+        pictures = 2 * FLOAT * count * 3 * side**2
+        drawn = sizes["decoding a picture, at most"] + pictures
+        there = 0 if self.args.reward else sizes["autoencoder"]
+        return there + drawn + self._way(count, self.args.num_student_steps)
+
+    def _last(self, sizes: dict[str, int]) -> int:
+        """Teacher and student as stock pipelines, which share all but the denoiser."""
+        student = self.frozen_size if self.is_lora else self.plain_size
+        shown = self._shown()
+        reading, teacher, decoding = self._reading_peak(shown), self._teacher_peak(shown), self._decoding_peak(shown)
+        if not self.args.offload:
+            there = self.frozen_size + student + sizes["text encoders"] + sizes["autoencoder"]
+            return there + max(reading, teacher, decoding)
+        alone = [model.nbytes(encoder) + reading for encoder in self.encoders]
+        return max(max(self.frozen_size, student) + teacher, sizes["autoencoder"] + decoding, *alone)
+
+    def _shown(self) -> int:
+        """Pictures of samples.png that are drawn at once."""
+        return min(self.args.num_validation_images, self.args.train_batch_size, PICTURES_AT_ONCE)

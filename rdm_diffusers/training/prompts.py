@@ -137,7 +137,7 @@ class PromptGroups:
 
 
 def embed_prompts(
-    teacher: Teacher, prompts: Sequence[str], cache_dir: str | None, fingerprint: str, batch_size: int = 64
+    teacher: Teacher, prompts: Sequence[str], cache_dir: str | None, fingerprint: str, batch_size: int = 8
 ) -> Dataset:
     """Encodes the prompts with the teacher's text encoders, or reads what an earlier run cached.
 

@@ -36,7 +36,7 @@ def prompt_options(args: argparse.Namespace) -> PromptOptions:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Teacher:
-    """The teacher that the arguments name, on the CPU, but for what bitsandbytes quantises, on the device."""
+    """The teacher that the arguments name, on the CPU; the device is for what needs one to be quantised."""
     return load_teacher(
         args.pretrained_model_name_or_path,
         DTYPES[args.mixed_precision],

@@ -46,8 +46,8 @@ def sample_student(run: Distillation, teacher: Teacher, conditioning: Conditioni
         run.student, run.scheduler, noise, conditioning, micro_batch_size=run.micro_batch_size,
     )  # fmt: skip
     with visiting([teacher.pipeline.vae], trajectory.next.device):
-        parts = trajectory.next[-1].split(run.micro_batch_size)
-        return torch.cat([teacher.family.decode(teacher.pipeline, part) for part in parts])
+        one_by_one = trajectory.next[-1].split(1)  # a decoder takes much memory for a picture
+        return torch.cat([teacher.family.decode(teacher.pipeline, latents) for latents in one_by_one])
 
 
 def validate(

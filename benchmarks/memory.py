@@ -1,0 +1,335 @@
+"""The peak memory of one real update, for several layouts of the three roles and settings of a run.
+
+    python benchmarks/memory.py --work_dir memory
+
+Every row is a process of its own. It trains the tiny teacher for an update, so that the libraries are loaded; what is
+resident by then is subtracted. The optimisers' states are made before the update, by a step with zero gradients, as
+they are there from the second update on. The peak is the kernel's mark of highest memory during the update, on a GPU
+torch's of allocated memory; what loading takes for a moment is not in it. Layouts:
+
+- shared: one base with two LoRAs, `train_rdm_lora.py`
+- three_copies: a base for each role, with a LoRA on the student's and on the fake score's
+- full_fake: a LoRA student on the teacher's base, and a fake score of full float32 weights
+- full: `train_rdm_full.py`, three networks with full weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import free_memory
+from runs import ROOT, write_result
+from step_cost import Run, command_line, cost, make_run, save_teacher, software
+
+from rdm_diffusers.families import Teacher, load_denoiser
+from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SeparateNetworks, SharedBase
+from rdm_diffusers.training.arguments import parse_args
+from rdm_diffusers.training.memory_plan import plan_memory
+from rdm_diffusers.training.placement import place
+from rdm_diffusers.training.prompts import Texts
+from rdm_diffusers.training.setup import DTYPES, lora_config, make_lora_networks
+from rdm_diffusers.training.speed import prepare_denoiser
+
+GIB = 2**30
+COMMON: dict[str, Any] = dict(
+    resolution=128, train_batch_size=1, gradient_accumulation_steps=4, group_size=4, num_student_steps=2,
+    steps_per_rollout=1, guidance_scale=7.5, rank=64, gradient_checkpointing=True,
+)  # fmt: skip
+SD15 = {"resolution": 256, "num_student_steps": 1}
+# row -> the network's name, the layout, and what it changes
+ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mid shared": ("sd_mid", "shared", {}),
+    "mid three_copies": ("sd_mid", "three_copies", {}),
+    "mid full_fake": ("sd_mid", "full_fake", {}),
+    "mid full": ("sd_mid", "full", {}),
+    "mid full, 8-bit Adam, no EMA": ("sd_mid", "full", {"use_8bit_adam": True, "use_ema": False}),
+    "mid group 4 in fours": ("sd_mid", "shared", {"train_batch_size": 4, "gradient_accumulation_steps": 1}),
+    "mid group 16 in fours": ("sd_mid", "shared", {"train_batch_size": 4, "group_size": 16}),
+    "mid shared, 8-bit Adam": ("sd_mid", "shared", {"use_8bit_adam": True}),
+    "mid shared, no EMA": ("sd_mid", "shared", {"use_ema": False}),
+    "mid shared, bf16": ("sd_mid", "shared", {"mixed_precision": "bf16"}),
+    "mid shared, int8": ("sd_mid", "shared", {"base_quantization": "int8"}),
+    "mid shared, no checkpointing": ("sd_mid", "shared", {"gradient_checkpointing": None}),
+    "mid shared, folded": ("sd_mid", "shared", {"gradient_checkpointing": None, "fold_adapters": True}),
+    **{f"mid {k} steps": ("sd_mid", "shared", {"num_student_steps": k}) for k in (1, 4, 8)},
+    "mid 256 px": ("sd_mid", "shared", {"resolution": 256}),
+    "mid 512 px": ("sd_mid", "shared", {"resolution": 512}),
+    "sd15 shared": ("sd15", "shared", SD15),
+    "sd15 three_copies": ("sd15", "three_copies", SD15),
+    "sd15 shared, rank 16": ("sd15", "shared", {**SD15, "rank": 16}),
+    "sd15 three_copies, rank 16": ("sd15", "three_copies", {**SD15, "rank": 16}),
+    "sd15 shared, 8-bit Adam": ("sd15", "shared", {**SD15, "use_8bit_adam": True}),
+    "sd15 three_copies, 8-bit Adam": ("sd15", "three_copies", {**SD15, "use_8bit_adam": True}),
+    "sd15 full_fake": ("sd15", "full_fake", SD15),
+    "sd15 full": ("sd15", "full", SD15),
+}
+# ratio -> the rows' names, and what it is meant to be at most
+RATIOS: dict[str, tuple[str, str, float | None]] = {
+    "shared / three_copies, sd15": ("sd15 shared", "sd15 three_copies", 0.45),
+    "shared / three_copies, sd15, rank 16": ("sd15 shared, rank 16", "sd15 three_copies, rank 16", 0.45),
+    "shared / three_copies, sd15, 8-bit Adam": ("sd15 shared, 8-bit Adam", "sd15 three_copies, 8-bit Adam", 0.45),
+    "shared / full_fake, sd15": ("sd15 shared", "sd15 full_fake", None),
+    "shared / three_copies, mid": ("mid shared", "mid three_copies", None),
+    "shared / full_fake, mid": ("mid shared", "mid full_fake", None),
+    "shared / full, mid": ("mid shared", "mid full", None),
+    "group 16 / group 4, micro-batches of 4": ("mid group 16 in fours", "mid group 4 in fours", 1.1),
+    "8 steps / 1 step": ("mid 8 steps", "mid 1 steps", None),
+}
+PHASES = ("rollouts and R_dm", "forward and backward", "optimiser's step")  # of the plan, that an update has
+# Float32 numbers per parameter of a network, roughly, for rows that a machine cannot hold.
+NUMBERS = {"shared": 2, "three_copies": 3.6, "full_fake": 5, "full": 9.5}
+MILLIONS = {"sd_mid": 80, "sd15": 860}
+# Freed memory goes back to the system at once, so that the mark is of what is needed.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+def main() -> None:
+    args = parse()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.row:
+        print(json.dumps(measure(args, args.row)))
+        return
+    chosen = [name for name in ROWS if args.only in name]
+    for name in {ROWS[row][0] for row in chosen}:
+        if not (teacher_folder(args, name) / "model_index.json").exists():
+            save_teacher(name, teacher_folder(args, name), small=args.small)
+    rows = {name: row_of(args, name) for name in chosen}
+    record = {"software": software(), "common": COMMON, "ratios": ratios(rows), "rows": rows}
+    if args.small or args.only:
+        print(json.dumps(record, indent=2))
+    else:
+        write_result("memory", record)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="teachers and finished rows, which are kept")
+    parser.add_argument("--only", default="", help="only the rows whose names hold this; writes no result")
+    parser.add_argument("--small", action="store_true", help="shrunken networks, to try the script; writes no result")
+    parser.add_argument("--row", help="measure one row and print it; for the script itself")
+    return parser.parse_args()
+
+
+def teacher_folder(args: argparse.Namespace, name: str) -> Path:
+    """Where a teacher with random weights is."""
+    return args.work_dir / (f"{name}-small" if args.small else name)
+
+
+def row_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """A row, measured by a process of its own unless an earlier command did, beside what was planned."""
+    row = {**measured(args, name), **planned(args, name)}
+    print(name, json.dumps(row), flush=True)
+    return row
+
+
+def measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The kept row, or else a new one, unless this machine cannot hold it."""
+    network, layout, changes = ROWS[name]
+    about = {"network": network, "layout": layout, "changes": changes}
+    kept = args.work_dir / f"{name.replace(', ', '-').replace(' ', '_')}{'-small' if args.small else ''}.json"
+    if kept.exists():
+        return about | json.loads(kept.read_text())
+    needed = NUMBERS[layout] * MILLIONS[network] * 4e6
+    if not args.small and not torch.cuda.is_available() and needed > psutil.virtual_memory().available:
+        return about | {"not_run": f"would need about {needed / GIB:.0f} GiB"}
+    row = started(args, name)
+    if "failed" not in row:
+        kept.write_text(json.dumps(row))
+    return about | row
+
+
+def started(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Runs this script for one row; the last line that it prints is the row."""
+    own = [sys.executable, str(Path(__file__)), "--work_dir", str(args.work_dir), "--row", name]
+    environment = {**os.environ, **MALLOC, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [*own, *(["--small"] if args.small else [])], env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Peaks over peaks, of the rows that were measured."""
+    found = {}
+    for name, (over, under, target) in RATIOS.items():
+        peaks = [rows.get(row, {}).get("peak_gib") for row in (over, under)]
+        if all(peaks):
+            found[name] = {"ratio": peaks[0] / peaks[1], "target": target}
+    return found
+
+
+def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Loads, updates once, and reads the mark."""
+    network, layout, changes = ROWS[name]
+    student = student_of(layout)
+    warm_up(args.work_dir, student, changes)
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
+        argv = command_line(teacher_folder(args, network), Path(folder), **flags_of(args, name))
+        before = reset_mark()
+        run = make_run(argv, student, None if layout == "full" else LAYOUTS[layout])
+        make_states(run)
+        leave_files(run)
+        reset_mark()
+        seconds = cost(run.update).wall
+        peak = mark() - before
+    trained = sum(parameter.numel() for parameter in run.networks.parameters(STUDENT))
+    return {"peak_gib": peak / GIB, "million_trained_of_student": trained / 1e6, "seconds": seconds}
+
+
+def leave_files(run: Run) -> None:
+    """Weights that are still pages of a file become memory, and the file's other pages are let go."""
+    for module in run.networks.modules:
+        for parameter in module.parameters():
+            if type(parameter.data) is torch.Tensor:  # what is quantised has left its file
+                parameter.data = parameter.data.clone()
+    free_memory()
+
+
+def warm_up(work_dir: Path, student: str, changes: dict[str, Any]) -> None:
+    """An update of the tiny teacher, so that all libraries are loaded and have their own memory."""
+    flags = {
+        name: changes[name] for name in ("use_8bit_adam", "base_quantization", "mixed_precision") if name in changes
+    }
+    flags |= dict(train_batch_size=4, steps_per_rollout=1, num_student_steps=1)
+    if student == "lora":
+        flags |= dict(fold_adapters=False, rank=2)
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
+        make_run(command_line("tiny", Path(folder), **flags), student).update()
+    free_memory()
+
+
+def planned(args: argparse.Namespace, name: str) -> dict[str, float]:
+    """What `--dry_run` says of an update, and of a whole run with its last pictures; nothing of others' layouts."""
+    network, layout, _ = ROWS[name]
+    if layout not in ("shared", "full"):
+        return {}
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
+        argv = command_line(teacher_folder(args, network), Path(folder), **flags_of(args, name))
+        plan = plan_memory(parse_args(argv, student=student_of(layout)), "cuda" if torch.cuda.is_available() else "cpu")
+    update = max(plan.phases[phase] for phase in PHASES)
+    return {"planned_gib": update / GIB, "planned_for_whole_run_gib": plan.peak / GIB}
+
+
+def student_of(layout: str) -> str:
+    """Whose arguments a layout takes."""
+    return "full" if layout == "full" else "lora"
+
+
+def flags_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """A row's flags."""
+    _, layout, changes = ROWS[name]
+    return {**COMMON, **changes, **({"rank": None} if layout == "full" else {})}
+
+
+def make_states(run: Run) -> None:
+    """Has the optimisers make their states, by a step that moves nothing but by weight decay."""
+    for role in (STUDENT, FAKE_SCORE):
+        for parameter in run.networks.parameters(role):
+            parameter.grad = torch.zeros_like(parameter)
+        run.state.optimizers[role].step()
+
+
+def reset_mark() -> int:
+    """Sets the mark of the highest memory back to the memory at hand, whose bytes it returns."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return of_status("VmRSS")
+
+
+def mark() -> int:
+    """The most bytes since `reset_mark`."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else of_status("VmHWM")
+
+
+def of_status(name: str) -> int:
+    """A number of bytes that Linux knows of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def make_three_copies(
+    teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator
+) -> SeparateNetworks:
+    """A copy of the base for each role."""
+    source = (args.pretrained_model_name_or_path, DTYPES[args.mixed_precision])
+    denoisers = {role: load_denoiser(*source).eval().requires_grad_(False) for role in (STUDENT, FAKE_SCORE)}
+    for denoiser in denoisers.values():
+        prepare_denoiser(denoiser, args)
+        denoiser.add_adapter(lora_config(teacher.family, args))
+        in_float32(denoiser)
+    networks = SeparateNetworks({**denoisers, TEACHER: teacher.denoiser}, *known(teacher, texts, args, accelerator))
+    place(networks, accelerator)
+    return networks
+
+
+class FullFakeScore(SharedBase):
+    """A student's LoRA on the teacher's base, and a fake score that is a network of its own."""
+
+    def __init__(self, fake_score, *others):
+        super().__init__(*others)
+        self.denoiser.delete_adapters("fake_score")
+        self.fake_score = fake_score
+        self._trainable[FAKE_SCORE] = list(fake_score.parameters())
+
+    @property
+    def modules(self) -> list:
+        return [self.denoiser, self.fake_score]
+
+    def place(self, put) -> None:
+        put(self.fake_score)
+        super().place(put)
+        self._trainable[FAKE_SCORE] = list(self.fake_score.parameters())
+
+    def _callable(self, role: str):
+        return self.fake_score if role == FAKE_SCORE else super()._callable(role)
+
+    def _output(self, role, x_t, t, conditioning):
+        mixed = role == FAKE_SCORE and conditioning.tensors["prompt_embeds"].dtype != torch.float32
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=mixed):
+            return super()._output(role, x_t, t, conditioning)
+
+
+def make_full_fake(teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator) -> FullFakeScore:
+    """As others do it: the fake score is trained whole."""
+    fake_score = load_denoiser(args.pretrained_model_name_or_path, torch.float32).eval()
+    for denoiser in (fake_score, teacher.denoiser):
+        prepare_denoiser(denoiser, args)
+    config = lora_config(teacher.family, args)
+    networks = FullFakeScore(fake_score, teacher.denoiser, config, False, *known(teacher, texts, args, accelerator))
+    place(networks, accelerator)
+    return networks
+
+
+def known(teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator) -> tuple:
+    """What all `Networks` are told."""
+    nothing = texts.nothing.to(accelerator.device, DTYPES[args.mixed_precision])
+    return teacher.family, teacher.schedule, teacher.prediction_type, nothing, args.guidance_scale
+
+
+def in_float32(denoiser: torch.nn.Module) -> None:
+    """Trained weights are float32 whatever the base is."""
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+LAYOUTS = {"shared": make_lora_networks, "three_copies": make_three_copies, "full_fake": make_full_fake}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""What networks need of memory, found by running them on the meta device, where tensors have sizes and no numbers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import ModelMixin
+from diffusers.models.modeling_utils import no_init_weights
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from ..families import Conditioning, Family, PromptOptions
+from ..networks import STUDENT, TEACHER, Networks
+from ..tiny import resolve_teacher
+
+READ_BY_VALUE = ("prompt_embeds_mask", "prompt_length")  # their shapes alone do not say how long a prompt is
+# What torch.autocast does on a GPU to the operations that diffusers' networks are made of.
+LOWERED = {"linear", "conv2d", "matmul", "__matmul__", "bmm", "baddbmm", "addmm"}
+RAISED = {"layer_norm", "group_norm", "softmax", "log_softmax", "pow", "__pow__", "rsqrt", "norm", "cumsum", "exp"}
+
+
+def meta_models(name_or_path: str, config: dict[str, Any], revision: str | None) -> dict[str, nn.Module]:
+    """The networks of a `pipeline_config` on the meta device, by component, from their configurations; float32."""
+    models: dict[str, nn.Module] = {}
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    for name, entry in config.items():
+        library, class_name = entry if isinstance(entry, list | tuple) else (None, None)
+        kind: Any = getattr(libraries.get(library), class_name or "", None)
+        if not _is_network(kind):
+            continue
+        source = dict(subfolder=name, revision=revision)
+        if issubclass(kind, ModelMixin):
+            settings = kind.load_config(resolve_teacher(name_or_path), **source)
+        else:
+            settings = kind.config_class.from_pretrained(resolve_teacher(name_or_path), **source)
+        with torch.device("meta"), no_init_weights():
+            model = kind.from_config(settings) if issubclass(kind, ModelMixin) else kind(settings)
+        models[name] = model.eval().requires_grad_(False)
+    return models
+
+
+def _is_network(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
+
+
+def meta_pipeline(family: Family, models: dict[str, nn.Module]) -> diffusers.DiffusionPipeline:
+    """The stock pipeline of networks on the meta device, which knows its sizes and cannot be called."""
+    parts, _ = family.pipeline_class._get_signature_keys(family.pipeline_class)
+    return family.pipeline_class(**{name: models.get(name) for name in parts})
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its floating-point weights and buffers in a dtype, in place, without a word from diffusers."""
+    return nn.Module.to(model, dtype)
+
+
+def nbytes(*modules: nn.Module) -> int:
+    """Bytes of all weights and buffers."""
+    return sum(tensor.nbytes for module in modules for tensor in [*module.parameters(), *module.buffers()])
+
+
+class LivePeak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside it, from when they are made until nothing holds them.
+
+    What single kernels need of their own for a moment is not seen.
+
+    Args:
+        modules: what is there already and does not count.
+
+    Attributes:
+        now: bytes at the moment.
+        peak: the most so far.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet = weakref.WeakSet()
+        for module in modules:
+            for tensor in [*module.parameters(), *module.buffers()]:
+                self._seen.add(tensor.untyped_storage())
+                if tensor.grad is not None:
+                    self._seen.add(tensor.grad.untyped_storage())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        self._add(storage.nbytes())
+        weakref.finalize(storage, self._add, -storage.nbytes())
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention that keeps what fused kernels keep for backward: queries, keys, values, the result, a number a row."""
+    stock = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _Fused.apply(query, key, value)
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = stock
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, result, rows)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def stand_in_autocast(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager:
+    """A `StandInAutocast`; for None, where nothing is cast, nothing."""
+    return nullcontext() if dtype is None else StandInAutocast(dtype, device_type)
+
+
+class StandInAutocast(TorchFunctionMode):
+    """`torch.autocast` of a device, for tensors on the meta device, which has none.
+
+    Args:
+        dtype: what is computed in.
+        device_type: whose rules.
+    """
+
+    def __init__(self, dtype: torch.dtype, device_type: str):
+        super().__init__()
+        self.dtype = dtype
+        self.raised = RAISED if device_type == "cuda" else set()
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in LOWERED:
+            args, kwargs = self._each(self._lower, args, kwargs)
+        elif name in self.raised:
+            args, kwargs = self._each(lambda t: t.float() if t.dtype == self.dtype else t, args, kwargs)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _each(change: Callable[[Tensor], Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def of(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return tuple(of(value) for value in args), {name: of(value) for name, value in kwargs.items()}
+
+    def _lower(self, tensor: Tensor) -> Tensor:
+        if not (tensor.requires_grad and tensor.is_leaf):
+            return tensor.to(self.dtype)
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor.to(self.dtype)
+        return self._copies[id(tensor)]
+
+    def __exit__(self, *error):
+        self._copies.clear()
+        return super().__exit__(*error)
+
+
+def checkpoint_blocks(network: Any, dtype: torch.dtype | None, device_type: str) -> None:
+    """Gradient checkpointing, whose recomputation has an autocast of its own, as in the thread that does it on a GPU.
+
+    Args:
+        network: one of diffusers.
+        dtype, device_type: as `stand_in_autocast` takes them.
+    """
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        contexts = nullcontext(), stand_in_autocast(dtype, device_type)
+        return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: contexts)
+
+    network.enable_gradient_checkpointing(run)
+
+
+def quantise(model: nn.Module, kind: str) -> None:
+    """Gives all linear layers of a model on the meta device the sizes and the manners of quantised ones, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            shape = module.weight.shape
+            module.__class__ = {"int8": _Int8Linear, "fp8": _Fp8Linear, "nf4": _Nf4Linear}[kind]
+            small = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "nf4": torch.uint8}[kind]
+            # nf4 has two weights a byte, a byte for 64 weights' scale, and a float32 for 256 of these.
+            size = (shape.numel() // 2 + shape.numel() // 64 + 4 * (shape.numel() // 16384 + 1),)
+            packed = torch.empty(size if kind == "nf4" else shape, dtype=small, device="meta")
+            scale = torch.empty(0 if kind == "nf4" else shape[0], dtype=module.weight.dtype, device="meta")
+            module.weight = nn.Parameter(packed, requires_grad=False)
+            module.scale = nn.Parameter(scale, requires_grad=False)
+
+
+class _Int8Linear(nn.Linear):
+    """torchao's: a copy of the weight in the input's dtype, which autograd keeps."""
+
+    scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        flat = torch.mm(input.reshape(-1, input.shape[-1]), self.weight.t().to(input.dtype)) * self.scale
+        output = flat.reshape(*input.shape[:-1], self.out_features)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+class _Fp8Linear(nn.Linear):
+    """torchao's: as with int8, by way of float32."""
+
+    scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = torch.matmul(input, (self.weight.float() * self.scale[:, None]).to(input.dtype).t())
+        return output if self.bias is None else output + self.bias
+
+
+class _Nf4Linear(nn.Linear):
+    """bitsandbytes': a copy of the weight in the input's dtype, made anew in the backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _Nf4.apply(input, self.bias, (self.out_features, self.in_features))
+
+
+class _Nf4(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        ctx.shape = shape
+        return F.linear(input, input.new_empty(shape), bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ gradient.new_empty(ctx.shape), None, None
+
+
+def conditioning(family: Family, pipeline: diffusers.DiffusionPipeline, options: PromptOptions, dtype: torch.dtype):
+    """The `Conditioning` of one prompt, on the meta device but for what is read by its value."""
+    shapes = family.conditioning_shapes(pipeline, options)
+    tokens = shapes["prompt_embeds"][0]
+
+    def stand_in(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name in READ_BY_VALUE:
+            return torch.full(shape, 1 if name.endswith("mask") else tokens)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return Conditioning({name: stand_in(name, (1, *shape)) for name, shape in shapes.items()})
+
+
+@torch.no_grad()
+def encoding_peak(encoder: Any, batch: int, tokens: int) -> int:
+    """Bytes that a text encoder needs beside its weights to read `batch` prompts of `tokens` tokens."""
+    if type(encoder).__name__.startswith("CLIP"):
+        tokens = encoder.config.max_position_embeddings
+    ids = torch.empty(batch, tokens, dtype=torch.long, device="meta")
+    # The stock pipelines take T5's and Gemma's last layer, and choose among all layers of the others.
+    chosen = not type(encoder).__name__.startswith(("T5", "Gemma"))
+    with fused_attention(), LivePeak(encoder) as live:
+        encoder(ids, output_hidden_states=chosen)
+    return live.peak
+
+
+@torch.no_grad()
+def decoding_peak(family: Family, pipeline: diffusers.DiffusionPipeline, batch: int, latents: tuple[int, ...]) -> int:
+    """Bytes that the autoencoder needs beside its weights to decode `batch` latents of a shape `(C, H, W)`."""
+    with fused_attention(), LivePeak(pipeline.vae) as live:
+        family.decode(pipeline, torch.empty(batch, *latents, device="meta"))
+    return live.peak
+
+
+def update_peak(
+    networks: Networks, inputs: tuple, has_gradients: bool, dtype: torch.dtype | None, device_type: str
+) -> tuple[int, int]:
+    """Bytes of one forward and backward of the student.
+
+    Args:
+        networks: on the meta device.
+        inputs: x_t, t and the conditioning, as `predict` takes them.
+        has_gradients: whether the student has gradients already, which then do not count.
+        dtype: of autocast, if any.
+        device_type: whose autocast.
+
+    Returns:
+        What the forward leaves for the backward, and the most at any time.
+    """
+    student = networks.parameters(STUDENT)
+    for parameter in student:
+        parameter.grad = torch.empty_like(parameter) if has_gradients else None
+    with fused_attention(), LivePeak(*networks.modules) as live:
+        with stand_in_autocast(dtype, device_type):
+            x0 = networks.predict(STUDENT, *inputs)
+        kept = live.now
+        networks.backward(STUDENT, x0, torch.empty_like(x0))
+    for parameter in student:
+        parameter.grad = None
+    return kept, live.peak
+
+
+@torch.no_grad()
+def teacher_peak(networks: Networks, inputs: tuple) -> int:
+    """Bytes that one call of the teacher, guided if it is, needs without gradients."""
+    with fused_attention(), LivePeak(*networks.modules) as live:
+        networks.predict(TEACHER, *inputs)
+    return live.peak
