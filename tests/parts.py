@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,6 +164,17 @@ def make_run(argv: list[str], student: str = "lora") -> SimpleNamespace:
     return SimpleNamespace(
         args=args, teacher=teacher, texts=texts, networks=networks, run=run, state=state, accelerator=accelerator
     )
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Makes the system refuse to write larger files, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def read_state(checkpoint: Path) -> dict[str, Tensor]:

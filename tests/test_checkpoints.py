@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from parts import make_run, run_arguments, train_run
+from parts import files_of_at_most, make_run, run_arguments, train_run
 
 from rdm_diffusers.networks import FAKE_SCORE
 from rdm_diffusers.training import checkpoints
@@ -24,17 +21,6 @@ def argv(teacher_folder: Path, prompts_file: Path, tmp_path: Path):
     return lambda **changes: run_arguments(
         teacher_folder, prompts_file, tmp_path / "student", **{"checkpointing_steps": 1, **changes}
     )
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Makes the system refuse to write larger files, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(folder: Path) -> list[str]:

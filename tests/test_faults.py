@@ -7,8 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from parts import read_state, run_arguments
-from test_checkpoints import files_of_at_most
+from parts import files_of_at_most, read_state, run_arguments
 
 import train_rdm_full
 import train_rdm_lora

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from parts import make_run, make_unet, relative_error, run_arguments, train_run
 from parts_families import make_pipeline
 
-from rdm_diffusers.families import FAMILIES
+from rdm_diffusers.families import FAMILIES, PromptOptions
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
 from rdm_diffusers.training.speed import prepare_denoiser
 from rdm_diffusers.training.validation import averaged_student, validate
@@ -72,8 +72,6 @@ def test_a_run_needs_its_text_encoders_no_more_once_its_prompts_are_read(student
 def test_an_attention_backend_is_used_by_a_transformer_that_heeds_it() -> None:
     pipeline, family = make_pipeline("FluxPipeline"), FAMILIES["FluxPipeline"]
     shape, transformer = family.latent_shape(pipeline, 32), pipeline.transformer
-    from rdm_diffusers.families import PromptOptions
-
     conditioning = family.encode_prompts(pipeline, ["a", "b"], PromptOptions(8, 32, 3.5))
     call = (torch.randn(2, *shape), torch.tensor([300.0, 800.0]), conditioning)
     with torch.no_grad():
