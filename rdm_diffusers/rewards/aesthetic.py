@@ -58,11 +58,11 @@ def load(path: str | None, dtype: torch.dtype) -> Aesthetic:
         raise ValueError(
             f"The reward aesthetic takes no Hub id such as {path}; give the file of its head, or a folder."
         )
-    beside = (place if place.is_dir() else place.parent) / "clip"
+    file = file_in("aesthetic", place, FILES)
+    tensors = read_tensors("aesthetic", file)  # first, for it is small
+    beside = file.parent / "clip"
     model, _ = load_clip("aesthetic", beside if beside.is_dir() else CLIP_SOURCE, dtype)
     head = ScoringHead(model.config.projection_dim)
-    file = file_in("aesthetic", place, FILES)
-    tensors = read_tensors("aesthetic", file)
     check_tensors("aesthetic", file, head, tensors)
     head.load_state_dict(tensors)
     return Aesthetic(model, head)

@@ -116,9 +116,9 @@ def load_clip(
     return from_tensors(reward, CLIPModel, found, tensors, file, dtype), path
 
 
-def clip_tokenizer(reward: str, path: Path | None, place: str) -> CLIPTokenizer:
+def clip_tokenizer(reward: str, model: CLIPModel, path: Path | None, place: str) -> CLIPTokenizer:
     """The tokenizer beside the weights, or that of the Hub id `place`."""
-    return load_tokenizer(reward, CLIPTokenizer, path, place)
+    return load_tokenizer(reward, CLIPTokenizer, path, place, model.config.text_config.vocab_size)
 
 
 def vit_h_config() -> CLIPConfig:

@@ -31,5 +31,5 @@ def load(path: str | None, dtype: torch.dtype) -> ClipScore:
         ValueError: one sentence on what is missing or wrong.
     """
     model, found = load_clip("clip_score", path or SOURCE, dtype)
-    tokenizer = clip_tokenizer("clip_score", found, SOURCE if found or not path else path)
+    tokenizer = clip_tokenizer("clip_score", model, found, SOURCE if found or not path else path)
     return ClipScore("clip_score", model, tokenizer, Preprocessing(model.config.vision_config.image_size))

@@ -39,6 +39,6 @@ def load_v2_1(path: str | None, dtype: torch.dtype) -> HpsV2:
 def _load(name: str, path: str | None, dtype: torch.dtype) -> HpsV2:
     place = path or hub_file(name, SOURCE, FILES[name])
     model, found = load_clip(name, place, dtype, [FILES[name]], vit_h_config())
-    tokenizer = clip_tokenizer(name, found if path else None, VIT_H_TOKENIZER)
+    tokenizer = clip_tokenizer(name, model, found if path else None, VIT_H_TOKENIZER)
     preprocessing = Preprocessing(model.config.vision_config.image_size, fit="pad", clamps=False)
     return HpsV2(name, model, tokenizer, preprocessing)

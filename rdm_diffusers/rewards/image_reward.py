@@ -82,9 +82,10 @@ def load(path: str | None, dtype: torch.dtype) -> ImageReward:
     file = file_in("image_reward", place, FILES)
     beside = file.parent / "config.json"
     config = BlipConfig.from_pretrained(beside) if beside.is_file() else blip_config()
-    return ImageReward(*_networks(file, config, dtype), load_tokenizer(
-        "image_reward", BertTokenizer, place if path else None, TOKENIZER
-    ))  # fmt: skip
+    vision, text, head = _networks(file, config, dtype)
+    beside_it = place if path else None
+    tokenizer = load_tokenizer("image_reward", BertTokenizer, beside_it, TOKENIZER, config.text_config.vocab_size)
+    return ImageReward(vision, text, head, tokenizer)
 
 
 def blip_config() -> BlipConfig:

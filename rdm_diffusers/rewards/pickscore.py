@@ -31,5 +31,5 @@ def load(path: str | None, dtype: torch.dtype) -> PickScore:
         ValueError: one sentence on what is missing or wrong.
     """
     model, found = load_clip("pickscore", path or SOURCE, dtype)
-    tokenizer = clip_tokenizer("pickscore", found, VIT_H_TOKENIZER)
+    tokenizer = clip_tokenizer("pickscore", model, found, VIT_H_TOKENIZER)
     return PickScore("pickscore", model, tokenizer, Preprocessing(model.config.vision_config.image_size))

@@ -86,7 +86,7 @@ def from_tensors(
     return cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **options)  # type: ignore[attr-defined]
 
 
-def load_tokenizer(reward: str, cls: type, place: Path | None, default: str) -> Any:
+def load_tokenizer(reward: str, cls: type, place: Path | None, default: str, vocab_size: int) -> Any:
     """The tokenizer beside the weights if there is one, else the Hub's.
 
     Args:
@@ -94,21 +94,30 @@ def load_tokenizer(reward: str, cls: type, place: Path | None, default: str) -> 
         cls: transformers' class.
         place: file or folder of the weights; None if they came from the Hub.
         default: the Hub id.
+        vocab_size: how many tokens the model knows.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is neither, or if it is of another model.
     """
     folder = place if place is None or place.is_dir() else place.parent
     beside = folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
     source = folder if beside else default
     try:
-        return cls.from_pretrained(source)  # type: ignore[attr-defined]
+        tokenizer = cls.from_pretrained(source)  # type: ignore[attr-defined]
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("it has no words")  # transformers 5 gives an empty one where it finds no files
     except Exception as error:  # of many kinds: no network, no such file, a file of another kind
         raise ValueError(
             f"The reward {reward} needs the tokenizer of {default}, which could not be loaded from {source} "
-            f"({reason(error)}); connect to the network, or put its files ({', '.join(TOKENIZER_FILES[:2])}) beside "
+            f"({reason(error)}); connect to the network, or put its files ({' or '.join(TOKENIZER_FILES)}) beside "
             "the weights."
         ) from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, the reward {reward} knows {vocab_size}; put its "
+            "own tokenizer beside the weights."
+        )
+    return tokenizer
 
 
 @contextmanager
