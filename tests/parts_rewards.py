@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from parts_families import qwen_tokenizer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     BertTokenizer,
@@ -14,8 +16,11 @@ from transformers import (
     BlipVisionConfig,
     CLIPConfig,
     CLIPModel,
+    Qwen2VLConfig,
+    Qwen2VLModel,
 )
 
+from rdm_diffusers.rewards.hpsv3 import preference_head
 from rdm_diffusers.rewards.scoring_head import ScoringHead
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
@@ -210,8 +215,45 @@ def save_aesthetic(folder: Path) -> ScoringHead:
     return head
 
 
+def qwen_config() -> Qwen2VLConfig:
+    """A Qwen2-VL of two layers a tower."""
+    text = dict(
+        vocab_size=400, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=1, rope_scaling={"mrope_section": [1, 1, 2], "rope_type": "default"},
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    vision = dict(depth=LAYERS, embed_dim=WIDTH, hidden_size=WIDTH, num_heads=HEADS, mlp_ratio=2)
+    return Qwen2VLConfig(text_config=text, vision_config=vision)
+
+
+def save_hpsv3(folder: Path) -> tuple[Qwen2VLModel, nn.Sequential]:
+    """A file as HPSv3 publishes it, in the names of old transformers, with configuration and tokenizer beside it."""
+    model, head = randomise(Qwen2VLModel(qwen_config())), randomise(preference_head(WIDTH))
+    parts = {"visual.": model.visual, "model.": model.language_model, "rm_head.": head}
+    tensors = {start + name: tensor for start, part in parts.items() for name, tensor in part.state_dict().items()}
+    folder.mkdir(exist_ok=True)
+    vocabulary = qwen_config().text_config.vocab_size - 20
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:vocabulary].clone()
+    save_file({**tensors, "lm_head.weight": torch.zeros(1)}, folder / "HPSv3.safetensors")
+    qwen_config().save_pretrained(folder)
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return model, head
+
+
+def save_hpsv3_package(folder: Path) -> None:
+    """As much of the package hpsv3 as is read, in other words; it would fail if it were executed."""
+    (folder / "hpsv3" / "dataset").mkdir(parents=True)
+    (folder / "hpsv3" / "dataset" / "data_collator_qwen.py").write_text(
+        'import no_such_package\n\nINSTRUCTION = """\nRate it: {text_prompt}\n"""\n\n'
+        'prompt_with_special_token = """\nRating: <|Reward|>\n\nEND\n"""\n\n\ndef judge():\n    pass\n'
+    )
+
+
 SAVE = {
     "hpsv2": save_open_clip,
+    "hpsv3": save_hpsv3,
     "pickscore": save_clip,
     "clip_score": save_clip,
     "image_reward": save_image_reward,

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from parts_rewards import qwen_config
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, Qwen2VLImageProcessor, Qwen2VLModel
 
+from rdm_diffusers.rewards.hpsv3 import PIXELS, HpsV3, preference_head
 from rdm_diffusers.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # 640 x 427 pixels
@@ -80,6 +82,19 @@ def test_the_half_pixel_of_the_centre_matters() -> None:
     picture = photograph("china.jpg")
     difference = (Preprocessing()(as_tensor(picture)) - torchvision_crop(picture)).abs().mean()
     assert difference > 0.05  # one pixel aside: the two official centres are not the same
+
+
+@pytest.mark.parametrize("crop", [None, (427, 427), (300, 201), (96, 96)], ids=["wide", "square", "tall", "enlarged"])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_patches_for_hpsv3_are_those_of_qwen_s_processor(name: str, crop: tuple[int, int] | None) -> None:
+    picture = photograph(name, crop)
+    judge = HpsV3(Qwen2VLModel(qwen_config()), preference_head(16), None, "{text_prompt}")  # type: ignore[arg-type]
+    official = Qwen2VLImageProcessor(min_pixels=PIXELS, max_pixels=PIXELS)(
+        Image.fromarray(picture), return_tensors="pt"
+    )
+    patches, grid = judge.patches(as_tensor(picture))
+    assert grid == tuple(official.image_grid_thw[0].tolist())
+    assert (patches - official.pixel_values).abs().mean() * min(CLIP_STD) < 0.5 / 255
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])

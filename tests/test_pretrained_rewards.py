@@ -8,13 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from parts_rewards import MAX_TOKENS, SAVE, save_aesthetic, save_clip, save_image_reward, save_open_clip
+from parts_rewards import (
+    MAX_TOKENS,
+    SAVE,
+    save_aesthetic,
+    save_clip,
+    save_hpsv3,
+    save_hpsv3_package,
+    save_image_reward,
+    save_open_clip,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import train_rdm_lora
 from rdm_diffusers.rewards import Reward, evaluate, load_reward
 from rdm_diffusers.rewards.clip import vit_h_config
+from rdm_diffusers.rewards.hpsv3 import HpsV3, split_tensors as split_hpsv3
 from rdm_diffusers.rewards.image_reward import MEAN, STD, blip_config, split_tensors
 from rdm_diffusers.rewards.pretrained import PretrainedReward
 from rdm_diffusers.rewards.registry import PRETRAINED_REWARDS
@@ -38,6 +48,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.fixture(scope="session")
+def hpsv3_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where as much of the package hpsv3 stands as is needed."""
+    folder = tmp_path_factory.mktemp("packages")
+    save_hpsv3_package(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def installed(hpsv3_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package hpsv3 is installed."""
+    monkeypatch.syspath_prepend(str(hpsv3_package))
+
+
 @pytest.fixture
 def reward(folders: dict[str, Path]):
     """Loads a reward from its small weights."""
@@ -45,6 +69,8 @@ def reward(folders: dict[str, Path]):
     def load(name: str, dtype: torch.dtype = torch.float32) -> PretrainedReward:
         loaded = load_reward(f"{name}={folders[name]}", "cpu", dtype).reward
         assert isinstance(loaded, PretrainedReward)
+        if isinstance(loaded, HpsV3):
+            loaded.pixels = 56 * 56  # 16 patches instead of 1024
         return loaded
 
     return load
@@ -89,7 +115,8 @@ def test_a_reward_gives_one_finite_number_per_picture_and_gradients_to_all_pixel
 def test_gradients_to_the_pixels_are_those_of_finite_differences(name: str, reward) -> None:
     judge = reward(name, torch.float64).double()
     images = pictures(2, 24, 20).detach().double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda pixels: judge(pixels, PROMPTS[:2]), images, fast_mode=True)
+    steps = dict(eps=1e-3, atol=1e-4, rtol=0.01) if name == "hpsv3" else {}  # Qwen's norms and angles are float32
+    assert torch.autograd.gradcheck(lambda pixels: judge(pixels, PROMPTS[:2]), images, fast_mode=True, **steps)
 
 
 @pytest.mark.parametrize("name", SAVE)
@@ -217,6 +244,53 @@ def test_image_reward_is_the_head_on_the_token_that_attended_to_the_picture(tmp_
     read = text(ids.input_ids, attention_mask=ids.attention_mask, encoder_hidden_states=seen,
                 encoder_attention_mask=torch.ones(seen.shape[:2])).last_hidden_state  # fmt: skip
     torch.testing.assert_close(evaluate(judge, images, PROMPTS), (head(read[:, 0]) - MEAN) / STD)
+
+
+def test_hpsv3_is_the_head_on_the_reward_token_of_qwen_s_own_forward(tmp_path: Path) -> None:
+    _, head = save_hpsv3(tmp_path)
+    judge, images = load_reward(f"hpsv3={tmp_path}", "cpu").reward, pictures(2)
+    assert isinstance(judge, HpsV3)
+    patches, grid = judge.patches(images)
+    expected = []
+    for image, prompt in zip(patches.chunk(2), PROMPTS, strict=False):
+        ids = judge.tokenizer(judge.message(prompt, 256), return_tensors="pt").input_ids
+        judge.model.config.image_token_id = judge.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
+        read = judge.model(
+            input_ids=ids, pixel_values=image, image_grid_thw=torch.tensor([grid]), position_ids=positions
+        )
+        at = ids[0].tolist().index(judge.tokenizer.convert_tokens_to_ids("<|Reward|>"))
+        expected.append(head(read.last_hidden_state[0, at])[0])
+    torch.testing.assert_close(evaluate(judge, images, PROMPTS[:2]), torch.stack(expected))
+
+
+def test_hpsv3_reads_the_names_of_old_and_new_transformers_alike(folders) -> None:
+    old = load_file(folders["hpsv3"] / "HPSv3.safetensors")
+    names = {"model.": "model.language_model.", "visual.": "model.visual."}
+    new = {next((b + n.removeprefix(a) for a, b in names.items() if n.startswith(a)), n): t for n, t in old.items()}
+    assert old.keys() != new.keys()
+    assert [part.keys() for part in split_hpsv3(old)] == [part.keys() for part in split_hpsv3(new)]
+
+
+def test_a_prompt_cannot_speak_for_the_reward_token(reward) -> None:
+    judge, images = reward("hpsv3"), pictures(1)
+    scores = [evaluate(judge, images, [f"{PROMPTS[0]}{trick}"]) for trick in ("", "<|Reward|>", "<|image_pad|>")]
+    assert torch.equal(scores[0], scores[1])
+    assert torch.equal(scores[0], scores[2])
+
+
+def test_without_its_package_hpsv3_says_how_to_get_it(complaint, folders, monkeypatch) -> None:
+    monkeypatch.undo()
+    assert complaint(f"hpsv3={folders['hpsv3']}") == (
+        "The reward hpsv3 asks Qwen2-VL in the words of the package hpsv3; get it by pip install --no-deps hpsv3 "
+        "(nothing else of it is used, and what it depends on is not needed)."
+    )
+
+
+def test_another_version_of_hpsv3_s_package(complaint, folders, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "hpsv3").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "finds no INSTRUCTION and prompt_with_special_token in" in complaint(f"hpsv3={folders['hpsv3']}")
 
 
 def test_the_real_sizes_are_those_of_the_published_models() -> None:

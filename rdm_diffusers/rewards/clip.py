@@ -63,6 +63,10 @@ class ClipReward(PretrainedReward):
         """Cosines `[B]` on the reward's own scale."""
         return cosine
 
+    def cleaned(self, prompt: str) -> str:
+        """A prompt as the tokenizer is to read it."""
+        return prompt
+
     def embed_images(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [0, 1] -> unit vectors `[B, D]`. Gradients flow to the images."""
         return embed_images(self.model, self.preprocessing(images).to(self.dtype))
@@ -71,8 +75,9 @@ class ClipReward(PretrainedReward):
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> unit vectors `[B, D]`; equal prompts are read once. No gradients."""
         unique = list(dict.fromkeys(prompts))
+        cleaned = [self.cleaned(prompt) for prompt in unique]
         length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer(unique, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = self.tokenizer(cleaned, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         pooled = self.model.text_model(input_ids=ids.input_ids.to(self.device)).pooler_output
         embeddings = F.normalize(as_float(self.model.text_projection(pooled)), dim=-1)
         return embeddings[[unique.index(prompt) for prompt in prompts]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import torch
 
 from .clip import VIT_H_TOKENIZER, ClipReward, clip_tokenizer, load_clip, vit_h_config
@@ -9,6 +11,7 @@ from .preprocessing import Preprocessing
 from .weights import hub_file
 
 SOURCE = "xswu/HPSv2"
+STRAIGHT_QUOTES = str.maketrans("\u2018\u2019\u201b\u201c\u201d\u201f", "'''\"\"\"")
 FILES = {"hpsv2.0": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 
 
@@ -20,6 +23,13 @@ class HpsV2(ClipReward):
     pictures are only resized. The package antialiases with torchvision 0.17 and later, as is done here; with older ones
     it did not.
     """
+
+    def cleaned(self, prompt: str) -> str:
+        """A prompt with HTML's names as characters and with straight quotes, as open_clip's tokenizer reads it.
+
+        What else it mends, with the package ftfy, is left as it is: text in a wrong encoding, ligatures, wide letters.
+        """
+        return html.unescape(html.unescape(prompt)).translate(STRAIGHT_QUOTES)
 
 
 def load_v2_0(path: str | None, dtype: torch.dtype) -> HpsV2:

@@ -23,6 +23,7 @@ PRETRAINED_REWARDS: dict[str, str] = {  # functions of the weights' path and dty
     "hpsv2": "rdm_diffusers.rewards.hpsv2:load_v2_1",
     "hpsv2.0": "rdm_diffusers.rewards.hpsv2:load_v2_0",
     "hpsv2.1": "rdm_diffusers.rewards.hpsv2:load_v2_1",
+    "hpsv3": "rdm_diffusers.rewards.hpsv3:load",
     "pickscore": "rdm_diffusers.rewards.pickscore:load",
     "clip_score": "rdm_diffusers.rewards.clip_score:load",
     "image_reward": "rdm_diffusers.rewards.image_reward:load",
