@@ -1,9 +1,10 @@
-"""What the official packages of HPSv2 and ImageReward say of two photographs, with random weights.
+"""What the official packages of HPSv2, ImageReward and HPSv3 say of two photographs, with random weights.
 
 To be run in an environment of its own, because the packages do not live beside ours (old pins, no transformers 5):
 
-    pip install torch numpy pillow ftfy regex scikit-learn transformers==4.35.2
-    pip install --no-deps hpsv2==1.2.0 image-reward==1.5 open_clip_torch torchvision timm==0.6.13 fairscale clint args
+    pip install torch numpy pillow ftfy regex scikit-learn transformers==4.45.2
+    pip install --no-deps hpsv2==1.2.0 image-reward==1.5 hpsv3==1.0.0 open_clip_torch
+    pip install --no-deps torchvision timm==0.6.13 fairscale clint args
     python benchmarks/official_scores.py --work_dir official --size small
 
 It leaves in the folder what `official_rewards.py` compares with: weights in the published form, the photographs,
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 PROMPTS = [
@@ -48,6 +50,15 @@ BERT = {  # the rest of BLIP's med_config.json
     "hidden_act": "gelu", "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "pad_token_id": 0,
     "vocab_size": 30524, "encoder_width": 768, "add_cross_attention": True,
 }  # fmt: skip
+QWEN_SMALL = {  # vision_config in the words of transformers 4.45; HPSv3 is compared at small size only
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "rms_norm_eps": 1e-6,
+    "vision_config": {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+}  # fmt: skip
+HPSV3_NEEDS = (  # of training, and not installed
+    "matplotlib", "matplotlib.pyplot", "matplotlib.patches", "torch.utils.tensorboard", "pandas", "datasets", "peft",
+    "trl", "hpsv3.utils.training_utils",
+)  # fmt: skip
 VIT_SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 4}
 
 
@@ -57,6 +68,15 @@ def package(name: str) -> Path:
     sys.modules[name] = module = types.ModuleType(name)
     module.__path__ = [str(folder)]
     return folder
+
+
+class StandIn(types.ModuleType):
+    """A module that has an empty class by every name, for what is imported and not used."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
 
 
 def clear_the_way() -> None:
@@ -72,6 +92,7 @@ def clear_the_way() -> None:
     folder = package("ImageReward")
     sys.modules["ImageReward.models"] = models = types.ModuleType("ImageReward.models")
     models.__path__ = [str(folder / "models")]
+    package("hpsv3")
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
@@ -181,6 +202,68 @@ def image_reward_scores(folder: Path, paths: list[Path], full: bool) -> dict[str
     return {"pixels": pixels, "ids": ids.input_ids, "scores": torch.tensor(scores)}
 
 
+@torch.no_grad()
+def hpsv3_scores(folder: Path, paths: list[Path], full: bool) -> dict[str, torch.Tensor]:
+    """The package's model on its own resized pictures, patches by Qwen's processor; the text in Qwen's chat form."""
+    import transformers.trainer  # noqa: F401 - it must not see what stands in below
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor  # noqa: F401
+
+    for name in HPSV3_NEEDS:
+        sys.modules[name] = StandIn(name)
+    from hpsv3.model.qwen2vl_trainer import Qwen2VLRewardModelBT
+
+    words = hpsv3_words()
+    tokenizer = save_qwen_tokenizer(folder)
+    image_id, reward_id = (tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|Reward|>"))
+    config = Qwen2VLConfig(**QWEN_SMALL, image_token_id=image_id, pad_token_id=0)
+    model = Qwen2VLRewardModelBT(config, output_dim=2, special_token_ids=[reward_id], rm_head_type="ranknet")
+    randomise(model)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "HPSv3.safetensors")
+    vision = {**QWEN_SMALL["vision_config"]}
+    text = {k: v for k, v in QWEN_SMALL.items() if k != "vision_config"}
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_vl", "text_config": text, "vision_config": vision})
+    )
+    processor = Qwen2VLImageProcessor(min_pixels=256 * 28 * 28, max_pixels=256 * 28 * 28)
+    pixels, scores = [], []
+    for path in paths:
+        seen = processor(Image.open(path), return_tensors="pt")
+        pixels.append(seen.pixel_values)
+        texts = [chat(words.format(text_prompt=prompt), len(seen.pixel_values) // 4) for prompt in PROMPTS]
+        ids = [tokenizer(one, return_tensors="pt").input_ids for one in texts]
+        scores.append([model(input_ids=one, **seen, return_dict=True)["logits"][0, 0] for one in ids])
+    return {"patches": torch.cat(pixels), "scores": torch.tensor(scores)}
+
+
+def hpsv3_words() -> str:
+    """HPSv3's question, from the package itself."""
+    from hpsv3.dataset.data_collator_qwen import INSTRUCTION, prompt_with_special_token
+
+    return INSTRUCTION + prompt_with_special_token
+
+
+def chat(question: str, num_tokens: int) -> str:
+    """A question on a picture as Qwen2-VL's chat template renders it."""
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        f"{'<|image_pad|>' * num_tokens}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def save_qwen_tokenizer(folder: Path):
+    """Qwen's tokenizer with no words, only bytes, and the special tokens of Qwen2-VL and HPSv3."""
+    from transformers import Qwen2Tokenizer
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(bytes_to_unicode().values())}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "Reward")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def blip_config() -> dict:
     """The small BLIP in transformers' words."""
     text = {**BERT_SMALL, "encoder_hidden_size": VIT_SMALL["embed_dim"], "vocab_size": 30524, "is_decoder": True}
@@ -201,11 +284,12 @@ def main() -> None:
     torch.manual_seed(0)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     paths = photographs(args.work_dir)[: None if args.size == "small" else 2]
-    for name, score in ("hpsv2", hpsv2_scores), ("image_reward", image_reward_scores):
+    rewards = {"hpsv2": hpsv2_scores, "image_reward": image_reward_scores}
+    for name, score in {**rewards, **({} if args.size == "full" else {"hpsv3": hpsv3_scores})}.items():
         folder = args.work_dir / name
         folder.mkdir(exist_ok=True)
         torch.save(score(folder, paths, args.size == "full"), folder / "official.bin")
-    packages = ("torch", "torchvision", "transformers", "pillow", "hpsv2", "image-reward", "timm")
+    packages = ("torch", "torchvision", "transformers", "pillow", "hpsv2", "image-reward", "hpsv3", "timm")
     record = {"pictures": [path.name for path in paths], "prompts": PROMPTS, "size": args.size}
     record["versions"] = {name: version(name) for name in packages}
     (args.work_dir / "official.json").write_text(json.dumps(record))

@@ -32,7 +32,7 @@ VISION_NAMES = {
     ".attn.qkv.": ".self_attn.qkv.",
     ".attn.proj.": ".self_attn.projection.",
 }
-UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+POSITIONS = "blip.text_encoder.embeddings.position_ids"  # a constant that old versions saved
 
 
 class ImageReward(PretrainedReward):
@@ -102,16 +102,20 @@ def blip_config() -> BlipConfig:
 
 
 def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The published file's tensors as those of the vision model, the text model and the head; unknown ones stay."""
+    """The published file's tensors as those of the vision model, the text model and the head.
+
+    What else BLIP has (projections for its own training) is left out; what is no part of BLIP stays with the head's,
+    for an error to name it.
+    """
     vision: dict[str, Tensor] = {}
     text: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith("blip.visual_encoder."):
             vision[_vision_name(name.removeprefix("blip."))] = tensor
-        elif name.startswith("blip.text_encoder.") and not name.startswith(UNUSED):
+        elif name.startswith("blip.text_encoder.") and name != POSITIONS:
             text[name.removeprefix("blip.text_encoder.")] = tensor
-        elif not name.startswith(UNUSED):
+        elif not name.startswith("blip."):
             head[name.removeprefix("mlp.")] = tensor
     return vision, text, head
 
