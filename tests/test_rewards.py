@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdm_diffusers.rewards import REWARDS, Reward, evaluate, load_reward
+from rdm_diffusers.rewards import Reward, evaluate, load_reward
+from rdm_diffusers.rewards.registry import TINY_REWARDS
 from rdm_diffusers.rewards.user_file import NamedReward
 from rdm_diffusers.tiny.captions import BACKGROUNDS, CAPTIONS, DRAWINGS, INKS
 
-DIFFERENTIABLE = [name for name in REWARDS if name != "tiny_prompt_black_box"]
+DIFFERENTIABLE = [name for name in TINY_REWARDS if name != "tiny_prompt_black_box"]
 PROMPTS = CAPTIONS[:4]
 
 
@@ -38,8 +39,8 @@ def paint(coverage: Tensor, ink: str = "white", background: str = "blue") -> Ten
     return colours[0] + coverage * (colours[1] - colours[0])
 
 
-@pytest.mark.parametrize("name", REWARDS)
-def test_every_built_in_reward_gives_one_finite_number_per_image(name: str) -> None:
+@pytest.mark.parametrize("name", TINY_REWARDS)
+def test_every_tiny_reward_gives_one_finite_number_per_image(name: str) -> None:
     weighted = load_reward(name, "cpu")
     scores = evaluate(weighted.reward, noisy_images(), PROMPTS)
     assert isinstance(weighted.reward, Reward)
@@ -49,7 +50,7 @@ def test_every_built_in_reward_gives_one_finite_number_per_image(name: str) -> N
     assert scores.isfinite().all()
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", TINY_REWARDS)
 def test_a_reward_of_one_image_does_not_depend_on_the_others(name: str) -> None:
     images, reward = noisy_images(), reward_of(name)
     alone = torch.cat([evaluate(reward, images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])

@@ -10,30 +10,43 @@ import torch
 from .base import Reward, WeightedReward
 from .user_file import instantiated, load_from_file, prepared
 
-FORMS = "name, name:weight, path/to/file.py:function or path/to/file.py:function:weight"
+FORMS = "name, name:weight, name=weights:weight, path/to/file.py:function or path/to/file.py:function:weight"
 
 # Imported when they are used, so that a reward's own needs are nobody else's.
-REWARDS: dict[str, str] = {
+TINY_REWARDS: dict[str, str] = {
     "tiny_prompt": "rdm_diffusers.tiny.rewards:PromptFaithfulness",
     "tiny_prompt_black_box": "rdm_diffusers.tiny.rewards:BlackBoxPromptFaithfulness",
     "tiny_bold": "rdm_diffusers.tiny.rewards:Boldness",
     "tiny_thin": "rdm_diffusers.tiny.rewards:Thinness",
 }
+PRETRAINED_REWARDS: dict[str, str] = {  # functions of the weights' path and dtype
+    "hpsv2": "rdm_diffusers.rewards.hpsv2:load_v2_1",
+    "hpsv2.0": "rdm_diffusers.rewards.hpsv2:load_v2_0",
+    "hpsv2.1": "rdm_diffusers.rewards.hpsv2:load_v2_1",
+    "hpsv3": "rdm_diffusers.rewards.hpsv3:load",
+    "pickscore": "rdm_diffusers.rewards.pickscore:load",
+    "clip_score": "rdm_diffusers.rewards.clip_score:load",
+    "image_reward": "rdm_diffusers.rewards.image_reward:load",
+    "aesthetic": "rdm_diffusers.rewards.aesthetic:load",
+}
+REWARDS: dict[str, str] = TINY_REWARDS | PRETRAINED_REWARDS
 
 
-def load_reward(spec: str, device: torch.device | str) -> WeightedReward:
+def load_reward(spec: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> WeightedReward:
     """The reward that a specification names.
 
     Args:
-        spec: `name`, `name:weight`, `path/to/file.py:function` or `path/to/file.py:function:weight`; the weight is 1
-            by default. **A file is executed**: name only files that you trust.
+        spec: `name`, `name=path` for weights of one's own, or `path/to/file.py:function`, and behind each of them
+            `:weight`, 1 by default. **A Python file is executed**: name only files that you trust. Weights are not:
+            they are safetensors, or files of tensors that are never unpickled.
         device: where a reward that is a `torch.nn.Module` goes; it is also frozen, in evaluation mode.
+        dtype: of the weights of pretrained rewards; the others have their own.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
     place, function, weight = _parse(spec)
-    reward = _built_in(place, device) if function is None else load_from_file(place, function, device)
+    reward = _built_in(place, device, dtype) if function is None else load_from_file(place, function, device)
     return WeightedReward(reward, weight)
 
 
@@ -65,8 +78,16 @@ def _weight(spec: str, text: str) -> float:
     return weight
 
 
-def _built_in(name: str, device: torch.device | str) -> Reward:
+def _built_in(place: str, device: torch.device | str, dtype: torch.dtype) -> Reward:
+    """A reward of the table; `place` is its name, perhaps with `=path`."""
+    name, equals, path = place.partition("=")
     if name not in REWARDS:
         raise ValueError(f"There is no reward {name!r}; use {', '.join(REWARDS)}, or path/to/file.py:function.")
+    if equals and not path:
+        raise ValueError(f"--reward {place!r} names no weights behind the =; write {name}=/path/to/weights, or {name}.")
     module, attribute = REWARDS[name].split(":")
+    if name in PRETRAINED_REWARDS:
+        return prepared(getattr(import_module(module), attribute)(path or None, dtype), device)
+    if equals:
+        raise ValueError(f"The reward {name} has no weights to choose; leave ={path} out.")
     return prepared(instantiated(getattr(import_module(module), attribute), name), device)

@@ -23,7 +23,7 @@ from ..families import QUANTIZATIONS
 from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
 from .checks import check_arguments
-from .external_rewards import BLACK_BOX_FORMS
+from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
 
 ALGORITHMS = ("dmd", "gndm", "gndmr")
 
@@ -134,7 +134,9 @@ def _add_full(add) -> None:
 
 def _add_rewards(add) -> None:
     add("--reward", action="append",
-        help="name[:weight] or path/to/file.py:function[:weight], repeatable; a file is executed")
+        help="name[=weights][:weight] or path/to/file.py:function[:weight], repeatable; a Python file is executed")
+    add("--reward_dtype", default="float32", choices=tuple(REWARD_DTYPES),
+        help="of the weights of pretrained rewards; bfloat16 halves their memory")
     add("--reward_share", type=float, default=0.2, help="rho, size of the rewards' part beside R_dm, 0 to 1")
     add("--reward_combination", default="share", choices=COMBINATIONS,
         help="share: normalised, with --reward_share; sum: DMDR's plain weighted sum of losses")

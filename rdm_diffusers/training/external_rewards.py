@@ -29,6 +29,7 @@ from ..families import Teacher
 from ..rewards import Reward, WeightedReward, load_reward
 
 BLACK_BOX_FORMS = ("tilt", "group", "perturbation")
+REWARD_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def load_rewards(args: argparse.Namespace, device: torch.device) -> list[Weighte
     Raises:
         ValueError: as `load_reward`, and if two have one name.
     """
-    loaded = [load_reward(spec, device) for spec in args.reward or ()]
+    loaded = [load_reward(spec, device, REWARD_DTYPES[args.reward_dtype]) for spec in args.reward or ()]
     if len({weighted.reward.name for weighted in loaded}) < len(loaded):
         raise ValueError(f"Two of the rewards {', '.join(args.reward)} have one name; name each once.")
     boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]

@@ -1,0 +1,165 @@
+"""CLIP as rewards use it: transformers' `CLIPModel` from a folder, the Hub, or a file in open_clip's naming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from .preprocessing import Preprocessing, as_float
+from .pretrained import PretrainedReward, from_tensors, from_transformers, load_tokenizer
+from .weights import SAFETENSORS, file_in, local_path, read_tensors
+
+VIT_H_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+# open_clip's names of what a transformer's layer holds -> transformers'; what stands in `attn.in_proj` is in thirds.
+LAYER_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+TOWER_NAMES = {
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "logit_scale": "logit_scale",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+PROJECTIONS = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+
+
+class ClipReward(PretrainedReward):
+    """Judges by the angle between a picture's and a prompt's CLIP embedding; a subclass says on what scale.
+
+    Args:
+        name: what logs call it.
+        model: with both projections.
+        tokenizer: prompts are cut off at the model's length.
+        preprocessing: of the pictures.
+    """
+
+    def __init__(self, name: str, model: CLIPModel, tokenizer: CLIPTokenizer, preprocessing: Preprocessing) -> None:
+        super().__init__(name)
+        self.model, self.tokenizer, self.preprocessing = model, tokenizer, preprocessing
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1] and B prompts -> `[B]`. Gradients flow to the images."""
+        return self.scaled((self.embed_images(images) * self.embed_prompts(prompts)).sum(-1))
+
+    def scaled(self, cosine: Tensor) -> Tensor:
+        """Cosines `[B]` on the reward's own scale."""
+        return cosine
+
+    def cleaned(self, prompt: str) -> str:
+        """A prompt as the tokenizer is to read it."""
+        return prompt
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1] -> unit vectors `[B, D]`. Gradients flow to the images."""
+        return embed_images(self.model, self.preprocessing(images).to(self.dtype))
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> unit vectors `[B, D]`; equal prompts are read once. No gradients."""
+        unique = list(dict.fromkeys(prompts))
+        cleaned = [self.cleaned(prompt) for prompt in unique]
+        length = self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer(cleaned, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        pooled = self.model.text_model(input_ids=ids.input_ids.to(self.device)).pooler_output
+        embeddings = F.normalize(as_float(self.model.text_projection(pooled)), dim=-1)
+        return embeddings[[unique.index(prompt) for prompt in prompts]]
+
+
+def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """Preprocessed pictures `[B, 3, S, S]` -> unit vectors `[B, D]`, float32 at least. Gradients flow to the pixels."""
+    pooled = model.vision_model(pixel_values=pixels).pooler_output
+    return F.normalize(as_float(model.visual_projection(pooled)), dim=-1)
+
+
+def load_clip(
+    reward: str, place: str | Path, dtype: torch.dtype, files: Sequence[str] = (), config: CLIPConfig | None = None
+) -> tuple[CLIPModel, Path | None]:
+    """A CLIP model, and where it was found on this machine (None for the Hub).
+
+    Args:
+        reward: its name, for errors.
+        place: a folder that transformers saved, a Hub id, or a file; a folder may hold such a file instead.
+        dtype: of the weights.
+        files: names of published files to look for in a folder, in open_clip's naming.
+        config: of those; `config.json` beside them comes first.
+
+    Raises:
+        ValueError: one sentence on what is missing or wrong.
+    """
+    path = local_path(reward, str(place))
+    if path is None or (path.is_dir() and (config is None or not any((path / name).is_file() for name in files))):
+        return from_transformers(reward, CLIPModel, path or str(place), dtype), path
+    file = file_in(reward, path, files)
+    tensors = read_tensors(reward, file)
+    if "visual.conv1.weight" in tensors:
+        tensors = convert_open_clip(tensors)
+    beside = file.parent / "config.json"
+    found = CLIPConfig.from_pretrained(beside) if beside.is_file() else config
+    if found is None:
+        kinds = ", ".join(SAFETENSORS)
+        raise ValueError(
+            f"The file {file} of the reward {reward} has no config.json beside it; name a folder ({kinds})."
+        )
+    return from_tensors(reward, CLIPModel, found, tensors, file, dtype), path
+
+
+def clip_tokenizer(reward: str, model: CLIPModel, path: Path | None, place: str) -> CLIPTokenizer:
+    """The tokenizer beside the weights, or that of the Hub id `place`."""
+    return load_tokenizer(reward, CLIPTokenizer, path, place, model.config.text_config.vocab_size)
+
+
+def vit_h_config() -> CLIPConfig:
+    """The configuration of open_clip's ViT-H-14, as in its `model_configs/ViT-H-14.json`."""
+    common = {"hidden_act": "gelu", "num_attention_heads": 16, "projection_dim": 1024}
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, **common}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "patch_size": 14, **common}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+
+
+def convert_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in open_clip's naming -> those of transformers' `CLIPModel`.
+
+    Queries, keys and values are split, projections transposed; unknown names stay, for an error to name them.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if "resblocks." in name:
+            converted |= _convert_layer(name, tensor)
+        elif name in PROJECTIONS:
+            converted[PROJECTIONS[name]] = tensor.T.contiguous()
+        elif not name.endswith("attn_mask"):  # a constant that old versions saved
+            converted[TOWER_NAMES.get(name, name)] = tensor
+    return converted
+
+
+def _convert_layer(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One tensor of a layer, `[visual.]transformer.resblocks.N.part.weight`."""
+    tower = "vision_model" if name.startswith("visual.") else "text_model"
+    number, part = name.split("resblocks.")[1].split(".", 1)
+    layer = f"{tower}.encoder.layers.{number}"
+    if part.startswith("attn.in_proj_"):
+        kind = part.removeprefix("attn.in_proj_")
+        return {
+            f"{layer}.self_attn.{which}_proj.{kind}": third.clone()
+            for which, third in zip("qkv", tensor.chunk(3), strict=True)
+        }
+    module, kind = part.rsplit(".", 1)
+    return {f"{layer}.{LAYER_NAMES.get(module, module)}.{kind}": tensor}
