@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..tiny import is_tiny
 from .features import FEATURES
 from .prompt_sets import PROMPT_SETS
 from .samplers import FLOW_SOLVERS, TEACHER_SOLVERS
@@ -100,8 +101,8 @@ def fill_in(args: argparse.Namespace) -> None:
         ValueError: if prompts are missing, or the student cannot be found.
     """
     args.tiny = tiny_teacher(args)
-    places = (args.tiny, args.reference_data, args.reference_teacher)
-    args.features = args.features or ("tiny" if any(str(place).startswith("tiny") for place in places) else "inception")
+    own = args.tiny or any(is_tiny(place) for place in (args.reference_data, args.reference_teacher) if place)
+    args.features = args.features or ("tiny" if own else "inception")
     if args.tiny:
         args.prompts = args.prompts or args.tiny
         args.reward = list(TINY_REWARDS) if args.reward is None else args.reward

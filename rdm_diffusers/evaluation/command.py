@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..rewards import RewardError, WeightedReward, load_reward
+from ..rewards import WeightedReward, load_reward
 from .arguments import make_compare_parser, parse_args
 from .digests import digest_of_files, digest_of_tensors, digest_of_texts
 from .features import Features, load_features
@@ -31,7 +31,7 @@ from .subjects import DRAWING, load_subject, versions
 PATIENCE = timedelta(days=2)  # processes that have drawn their share wait for the slowest
 MEASURING = ("numpy", "pillow", "torch", "torch-fidelity", "clean-fid")
 SHEET = "contact_sheet.png"
-ERRORS = (ValueError, ImportError, RewardError)
+ERRORS = (ValueError, ImportError, OSError)
 
 
 @dataclass(frozen=True)

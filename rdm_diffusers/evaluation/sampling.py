@@ -62,7 +62,7 @@ def draw(plan: Plan, subject: Subject, state: PartialState) -> None:
     """Draws what is missing; returns in every process when all have finished.
 
     Raises:
-        ValueError: if the folder holds pictures of other settings, or if not all arrived there.
+        ValueError: if the folder holds pictures of other settings, if a picture is not finite, or if not all arrived.
     """
     if state.is_main_process:
         (plan.folder / "images").mkdir(parents=True, exist_ok=True)
@@ -83,6 +83,8 @@ def _draw_batch(plan: Plan, subject: Subject, batch: range, process: int) -> Non
     started = time.perf_counter()
     images, _ = subject.sampler(prompts_for(plan.prompts, batch), [plan.first_seed + i for i in batch])
     seconds = time.perf_counter() - started
+    if not images.isfinite().all():
+        raise ValueError(f"Pictures {batch.start} to {batch.stop - 1} are not finite; try --dtype float32 or bfloat16.")
     aside = plan.folder / "images" / f".process-{process}.png"
     for i, image in zip(batch, images, strict=True):
         if not plan.file(i).exists():
@@ -140,7 +142,7 @@ def images_per_second(folder: Path) -> float | None:
     """
     counted: list[dict[str, float]] = []
     for path in sorted(folder.glob("speed-*.jsonl")):
-        batches = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        batches = [json.loads(line) for line in path.read_text().splitlines()]
         counted += batches[1:] if len(batches) > 1 else batches
     seconds = sum(batch["seconds"] for batch in counted)
     return sum(batch["images"] for batch in counted) / seconds if seconds else None
