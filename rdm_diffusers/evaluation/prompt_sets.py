@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -69,11 +70,13 @@ def _hpdv2(folder: str | None) -> list[str]:
 
 
 def _hpdv2_file(style: str, folder: str | None) -> Path:
+    """From the folder, from where the package hpsv2 keeps them, or from the Hub."""
     from huggingface_hub import hf_hub_download
 
     name = f"benchmark/{style}.json"
+    kept = Path(os.environ.get("HPS_ROOT", "~/.cache/hpsv2")).expanduser() / "datasets" / name
     if folder is None:
-        return Path(hf_hub_download(HPDV2_DATASET, name, repo_type="dataset"))
+        return kept if kept.is_file() else Path(hf_hub_download(HPDV2_DATASET, name, repo_type="dataset"))
     found = [path for path in (Path(folder) / name, Path(folder) / f"{style}.json") if path.is_file()]
     if not found:
         raise ValueError(f"{Path(folder) / name} does not exist")
