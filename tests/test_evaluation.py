@@ -114,19 +114,45 @@ def test_the_batch_size_does_not_move_the_numbers(batch_size: int, evaluated, ti
         assert found["rewards"][name]["mean"] == pytest.approx(reward["mean"], rel=1e-4)
 
 
-def test_two_processes_draw_the_very_pictures_of_one(evaluated, tiny_student: Path, tmp_path: Path) -> None:
+def launch(line: list[str]) -> subprocess.CompletedProcess:
+    """An evaluation in two processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "rdm_diffusers.evaluation", *words(tmp_path, student=tiny_student)],
+    return subprocess.run(
+        [*torchrun, "-m", "rdm_diffusers.evaluation", *line],
         env=os.environ | QUIET | {"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
+
+
+def test_two_processes_draw_the_very_pictures_of_one(evaluated, tiny_student: Path, tmp_path: Path) -> None:
+    done = launch(words(tmp_path, student=tiny_student))
     assert done.returncode == 0, done.stderr[-3000:]
     assert pictures(tmp_path) == pictures(evaluated[0])
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert numbers(record) == numbers(evaluated[1]) and record["settings"] == evaluated[1]["settings"]
     assert record["context"]["processes"] == 2
     assert all((tmp_path / f"speed-{process}.jsonl").exists() for process in (0, 1))
+
+
+def test_one_of_two_processes_killed_ends_the_evaluation_and_one_process_finishes_it(
+    evaluated, tiny_student: Path, tmp_path: Path
+) -> None:
+    killer = tmp_path / "reward.py"
+    killer.write_text(
+        "import os, signal\n\nfrom rdm_diffusers.evaluation import sampling\n\nwhole = sampling.save_image\n\n\n"
+        "def save_image(image, path, aside):\n"
+        "    if path.name == '000035.png':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    whole(image, path, aside)\n\n\n"
+        "sampling.save_image = save_image\n\n\n"
+        "def judge(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    )
+    done = launch(words(tmp_path / "out", student=tiny_student, reward=[f"{killer}:judge"]))
+    assert done.returncode != 0 and not (tmp_path / "out" / "evaluation.json").exists()
+    assert 20 <= len(list((tmp_path / "out" / "images").glob("0*.png"))) < IMAGES
+    record = command.main(words(tmp_path / "out", student=tiny_student))
+    assert record is not None and numbers(record) == numbers(evaluated[1])
+    assert pictures(tmp_path / "out") == pictures(evaluated[0])
 
 
 def kill_before_picture(number: int) -> None:

@@ -168,6 +168,8 @@ def test_a_rewards_mean_leaves_out_and_counts_what_is_not_finite(tmp_path: Path)
     prompts = ["1", "nan", "2", "6"]
     found = measure_reward(list_images(folder), prompts, load_reward(f"{reward}:judge", "cpu").reward)
     assert found == {"mean": 3, "standard_error": pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5), "invalid": 0.25}
+    alone = measure_reward(list_images(folder)[:1], ["5"], load_reward(f"{reward}:judge", "cpu").reward)
+    assert alone == {"mean": 5, "standard_error": None, "invalid": 0}
 
 
 def test_prompt_sets_are_read_from_copies_of_their_datasets(tmp_path: Path) -> None:

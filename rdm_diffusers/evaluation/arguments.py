@@ -62,7 +62,8 @@ def _add_measuring(add) -> None:
     add("--reference_teacher", metavar="PLACE", help=f"for fd_to_teacher, the FID-SD: {where}")
     add("--features", choices=list(FEATURES), help="by default inception, and tiny for the tiny teachers")
     add("--feature_weights", metavar="FILE", help="the Inception weights, where there is no network")
-    add("--reward", nargs="*", metavar="SPEC", help="as in training: name, name=path or file.py:function; several")
+    add("--reward", nargs="*", action="extend", metavar="SPEC",
+        help="as in training: name or file.py:function; several, also by repeating the flag")  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 from ..rewards import WeightedReward, load_reward
 from .arguments import make_compare_parser, parse_args
-from .digests import digest_of_files, digest_of_tensors, digest_of_texts
+from .digests import SAMPLED, digest_of_files, digest_of_tensors, digest_of_texts
 from .features import Features, load_features
 from .image_files import list_images, read_image
 from .measuring import measure_accuracy, measure_distances, measure_reward
@@ -211,13 +211,13 @@ def as_record(
 
 
 def digest_of_reward(spec: str, weighted: WeightedReward) -> str:
-    """Tells rewards of one name apart: by their weights, or by the file that they are in."""
+    """Tells rewards of one name apart: by some numbers of each of their tensors, and by the file that they are in."""
     reward = weighted.reward
-    module = reward if isinstance(reward, torch.nn.Module) else getattr(reward, "function", None)
-    if isinstance(module, torch.nn.Module):
-        return digest_of_tensors(module.state_dict())
+    networks = [part for part in (reward, getattr(reward, "function", None)) if isinstance(part, torch.nn.Module)]
+    parts = [digest_of_tensors(network.state_dict(), SAMPLED) for network in networks]
     file = Path(spec.split(":")[0]).expanduser()
-    return digest_of_files([file]) if file.suffix == ".py" else "built in"
+    parts += [digest_of_files([file])] if file.suffix == ".py" else []
+    return digest_of_texts(parts) if parts else "built in"
 
 
 def run() -> None:

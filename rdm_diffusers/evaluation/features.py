@@ -44,7 +44,8 @@ class Features:
     @torch.no_grad()
     def of_files(self, files: Sequence[Path], device: torch.device | str = "cpu") -> Tensor:
         """Features `[N, D]` of pictures, on the CPU, in the files' order; ValueError as `read_batches`."""
-        return torch.cat([self.extract(batch.to(device)).float().cpu() for batch in read_batches(files)])
+        batches = read_batches(files, f"{self.name} features")
+        return torch.cat([self.extract(batch.to(device)).float().cpu() for batch in batches])
 
     def as_dict(self) -> dict[str, str]:
         """What of it moves a number, for JSON."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from .pictures import to_pil
 
@@ -55,14 +56,19 @@ def read_image(path: Path) -> Tensor:
         raise ValueError(f"The picture {path} cannot be read ({error}); remove it and start again.") from error
 
 
-def read_batches(files: Sequence[Path], at_once: int = READ_AT_ONCE) -> Iterator[Tensor]:
+def read_batches(files: Sequence[Path], shown: str | None = None, at_once: int = READ_AT_ONCE) -> Iterator[Tensor]:
     """The pictures in their order, `[B, 3, H, W]` uint8; neighbours of unlike size come in batches of their own.
+
+    Args:
+        files: the pictures.
+        shown: what a progress bar calls the work; none by default.
+        at_once: B at most.
 
     Raises:
         ValueError: if one cannot be read.
     """
     batch: list[Tensor] = []
-    for path in files:
+    for path in tqdm(files, desc=shown, unit="image", disable=shown is None):
         image = read_image(path)
         if batch and (len(batch) == at_once or image.shape != batch[0].shape):
             yield torch.stack(batch)

@@ -50,7 +50,7 @@ def measure_distances(
 @torch.no_grad()
 def measure_reward(
     files: Sequence[Path], prompts: Sequence[str], reward: Reward, device: torch.device | str = "cpu"
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """A reward's mean over pictures and its standard error; what is not finite is left out and counted.
 
     Raises:
@@ -58,7 +58,7 @@ def measure_reward(
     """
     scores: list[Tensor] = []
     done = 0
-    for batch in read_batches(files):
+    for batch in read_batches(files, reward.name):
         images = batch.to(device).float() / 255
         scores.append(evaluate(reward, images, prompts[done : done + len(batch)]).double().cpu())
         done += len(batch)
@@ -66,7 +66,7 @@ def measure_reward(
     finite = values[values.isfinite()]
     if not len(finite):
         raise ValueError(f"The reward {reward.name} gave no finite number; mend it or leave it out.")
-    error = finite.std().item() / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
+    error = finite.std().item() / math.sqrt(len(finite)) if len(finite) > 1 else None
     return {"mean": finite.mean().item(), "standard_error": error, "invalid": 1 - len(finite) / len(values)}
 
 

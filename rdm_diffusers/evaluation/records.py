@@ -47,8 +47,10 @@ def rows_of(metrics: Mapping[str, Any]) -> dict[str, tuple[float | None, float |
     return rows
 
 
-def _row_of_mean(reward: Mapping[str, float]) -> tuple[float, float, str]:
+def _row_of_mean(reward: Mapping[str, float | None]) -> tuple[float | None, float | None, str]:
     mean, error = reward["mean"], reward["standard_error"]
+    if mean is None or error is None:
+        return mean, None, ""
     return mean, error, _interval({"low": mean - 1.96 * error, "high": mean + 1.96 * error})
 
 

@@ -69,7 +69,7 @@ def draw(plan: Plan, subject: Subject, state: PartialState) -> None:
         check_record(plan, subject.record)
     state.wait_for_everyone()
     batches = plan.unfinished(subject.sampler.batch_size, state.process_index, state.num_processes)
-    with tqdm(total=sum(map(len, batches)), unit="image", disable=not state.is_main_process) as bar:
+    with tqdm(total=sum(map(len, batches)), desc="drawn", unit="image", disable=not state.is_main_process) as bar:
         for batch in batches:
             _draw_batch(plan, subject, batch, state.process_index)
             bar.update(len(batch))
