@@ -203,6 +203,9 @@ def test_digests_tell_contents_apart_and_nothing_else(tmp_path: Path) -> None:
     assert digest_of_tensors(tensors) == digest_of_tensors(dict(reversed(tensors.items())))
     assert digest_of_tensors(tensors) != digest_of_tensors({**tensors, "a": torch.arange(6.0).reshape(2, 3)})
     assert digest_of_tensors(tensors, 3) != digest_of_tensors({**tensors, "a": torch.arange(6.0) + 1}, 3)
+    large = torch.zeros(2**24 + 4, dtype=torch.int8)  # beyond what float32 counts
+    before, large[-1] = digest_of_tensors({"a": large}, 1024), 1
+    assert digest_of_tensors({"a": large}, 1024) != before
     for name in ("a", "b"):
         (tmp_path / name).write_text("same")
     assert digest_of_files([tmp_path / "a"]) == digest_of_files([tmp_path / "b"])

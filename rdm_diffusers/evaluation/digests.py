@@ -23,14 +23,14 @@ def digest_of_tensors(tensors: Mapping[str, Tensor], most: int | None = None) ->
 
     Args:
         tensors: by name, for example a `state_dict`.
-        most: how many evenly spaced numbers of each tensor are read; all of them by default.
+        most: how many evenly spaced numbers of each tensor are read, at least 2; all of them by default.
     """
 
     def parts() -> Iterable[bytes]:
         for name in sorted(tensors):
             tensor = tensors[name].detach().flatten()
             if most is not None and len(tensor) > most:
-                tensor = tensor[torch.linspace(0, len(tensor) - 1, most, device=tensor.device).long()]
+                tensor = tensor[torch.arange(most, device=tensor.device) * (len(tensor) - 1) // (most - 1)]
             yield f"{name} {list(tensors[name].shape)} {tensor.dtype}".encode()
             yield tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
