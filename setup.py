@@ -29,7 +29,7 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "8bit": ["bitsandbytes>=0.46"],
     "benchmark": ["matplotlib", "scikit-learn"],
-    "eval": ["clean-fid", "lpips", "torchmetrics[image]"],
+    "eval": ["clean-fid", "torch-fidelity"],  # the Inception features of rdm-evaluate
     "quantization": ["bitsandbytes>=0.46", "torchao>=0.15"],
     "reward": [TRANSFORMERS],  # its CLIP and BLIP classes are enough; the reward models' own packages pin old versions
     "test": [
@@ -61,6 +61,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rdm_diffusers", "rdm_diffusers.*"]),
     package_data={"rdm_diffusers.tiny": ["**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"]},
+    entry_points={"console_scripts": ["rdm-evaluate=rdm_diffusers.evaluation.command:run"]},
     py_modules=["train_rdm_full", "train_rdm_lora"],
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

@@ -48,3 +48,15 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_student(prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a LoRA student of the tiny teacher, after two updates."""
+    from parts import run_arguments
+
+    import train_rdm_lora
+
+    folder = tmp_path_factory.mktemp("tiny-student")
+    train_rdm_lora.main(run_arguments("tiny", prompts_file, folder, steps_per_rollout=2))
+    return folder

@@ -14,7 +14,10 @@ import pytest
 import rdm_diffusers
 
 PACKAGE = Path(rdm_diffusers.__file__).parent
-OPTIONAL = ("bitsandbytes", "hpsv2", "scipy", "sklearn", "tensorboard", "torchmetrics", "wandb", "xformers")
+OPTIONAL = (
+    "bitsandbytes", "cleanfid", "hpsv2", "scipy", "sklearn", "tensorboard", "torch_fidelity", "torchmetrics", "wandb",
+    "xformers",
+)  # fmt: skip
 FLOORS = (
     {"prediction", "frechet", "tiny", "rewards"},
     {"schedulers", "families", "sharding"},

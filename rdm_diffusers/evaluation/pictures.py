@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -34,3 +35,16 @@ def labelled_rows(rows: Mapping[str, Tensor], min_side: int = 96) -> Image.Image
         picture = to_pil(strip).resize((count * width * zoom, height * zoom), Image.Resampling.NEAREST)
         canvas.paste(picture, (0, top + LABEL_HEIGHT))
     return canvas
+
+
+def contact_sheet(files: Sequence[Path], columns: int = 8, rows: int = 6, side: int = 160) -> Image.Image:
+    """The first `columns` x `rows` pictures, each fitted into a square of `side` pixels; small ones pixel by pixel."""
+    shown = files[: columns * rows]
+    sheet = Image.new("RGB", (min(columns, len(shown)) * side, -(-len(shown) // columns) * side), "white")
+    for i, file in enumerate(shown):
+        with Image.open(file) as picture:
+            zoom = side / max(picture.size)
+            size = (max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom)))
+            how = Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.LANCZOS
+            sheet.paste(picture.convert("RGB").resize(size, how), (i % columns * side, i // columns * side))
+    return sheet

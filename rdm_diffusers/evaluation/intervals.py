@@ -1,0 +1,134 @@
+"""How far a Fréchet distance of few pictures can be trusted.
+
+The distance of N pictures is too large by about b / N (arXiv 1911.07023), and it scatters. A bootstrap is no help with
+the first: pictures drawn twice look like fewer pictures. The grouped jackknife (Quenouille 1956, Tukey 1958) tells
+both. The pictures are dealt at random to G groups, and d_g is the distance d without group g. Then, with f = 1 - 1 / G,
+d - f sum(d_g - d) is the distance without b / N, and f sum(d_g - mean d_g)^2 is the square of its standard error.
+
+Where prompts have several pictures each, the sample is balanced, and leaving pictures out at random would unbalance it.
+So a prompt's pictures are dealt to different groups, those that remain take over the weight of those left out, and
+f = 1 - 1 / min(pictures of a prompt, G): the stratified jackknife. The interval is then for other seeds; where every
+prompt has one picture, it is for other seeds and other prompts of the kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ..frechet import FrechetReference, GaussianStatistics
+
+GROUPS = 20
+STUDENT_T = 2.093  # 97.5% of Student's t with 19 degrees of freedom
+CONFIDENCE = 0.95
+ENOUGH = 10  # pictures for each feature dimension
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A Fréchet distance with what is known of its error; the reference is taken as it is.
+
+    Args:
+        value: of these pictures, as other programs give it.
+        low, high: the 95% interval of what as many pictures give on average; None for fewer than 40.
+        standard_error: of `value`.
+        extrapolated: the distance of infinitely many pictures, estimated; it scatters as `value` does. None where the
+            pictures are too few to tell.
+        num_images, dimensions: N and D.
+        warning: a sentence if N is less than 10 D.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    standard_error: float | None
+    extrapolated: float | None
+    num_images: int
+    dimensions: int
+    warning: str | None = None
+    confidence: float = CONFIDENCE
+    method: str = f"jackknife over {GROUPS} groups, stratified by prompt"
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+
+def distance_with_interval(features: Tensor, reference: GaussianStatistics, num_prompts: int | None = None) -> Distance:
+    """The Fréchet distance of features to a reference, with its interval.
+
+    Args:
+        features: `[N, D]`; picture i was drawn for prompt i modulo `num_prompts`.
+        reference: the reference's.
+        num_prompts: how many different prompts there are; None if unknown.
+
+    Raises:
+        ValueError: for fewer than two pictures, or features of another dimension than the reference's.
+    """
+    count, dimensions = features.shape
+    if len(reference.mean) != dimensions:
+        raise ValueError(
+            f"The reference has {len(reference.mean)} features and the pictures have {dimensions}; give a reference "
+            "made with the same features."
+        )
+    target = FrechetReference(reference)
+    value, warning = target.distance(GaussianStatistics.of(features)), too_few(count, dimensions)
+    if count < 2 * GROUPS:
+        return Distance(value, None, None, None, None, count, dimensions, warning)
+    unbiased, error = jackknife(features, value, target, num_prompts or count)
+    extrapolated = None if warning else max(0.0, unbiased)
+    low, high = max(0.0, value - STUDENT_T * error), value + STUDENT_T * error
+    return Distance(value, low, high, error, extrapolated, count, dimensions, warning)
+
+
+def jackknife(features: Tensor, value: float, target: FrechetReference, num_prompts: int) -> tuple[float, float]:
+    """The distance of infinitely many pictures, and its standard error.
+
+    Args:
+        features: `[N, D]`; picture i was drawn for prompt i modulo `num_prompts`.
+        value: the distance of all.
+        target: the reference.
+        num_prompts: 1 to N, or more.
+    """
+    each = max(1, len(features) // num_prompts)
+    strata = torch.arange(len(features)) % num_prompts if each > 1 else torch.zeros(len(features), dtype=torch.long)
+    distances = []
+    for weights in weights_without_each_group(strata):
+        kept = weights > 0
+        distances.append(target.distance(GaussianStatistics.of(features[kept], weights[kept])))
+    without = torch.tensor(distances, dtype=torch.float64)
+    factor = 1 - 1 / (min(each, GROUPS) if each > 1 else GROUPS)
+    unbiased = value - factor * (without - value).sum()
+    return unbiased.item(), (factor * (without - without.mean()).square().sum()).sqrt().item()
+
+
+def weights_without_each_group(strata: Tensor) -> list[Tensor]:
+    """The weights `[N]` of pictures where one group is left out: 0 for the group's, and the total of a stratum stays.
+
+    Args:
+        strata: `[N]`, each picture's, 0 and up; none of one picture only.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(strata), generator=generator)
+    order = order[strata[order].argsort(stable=True)]
+    group = torch.empty_like(strata)
+    group[order] = torch.arange(len(strata)) % GROUPS
+    total = torch.bincount(strata).double()
+    weights = []
+    for g in range(GROUPS):
+        kept = (group != g).double()
+        left = torch.zeros_like(total).index_add(0, strata, kept)
+        weights.append(kept * (total / left)[strata])
+    return weights
+
+
+def too_few(count: int, dimensions: int) -> str | None:
+    """A sentence where there are fewer than 10 pictures for each dimension."""
+    if count >= ENOUGH * dimensions:
+        return None
+    return (
+        f"{count:,} images are few for {dimensions:,} features: the distance is too large, and to be compared only "
+        f"with others of as many images; draw {ENOUGH * dimensions:,} or more."
+    )
