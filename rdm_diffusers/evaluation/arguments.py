@@ -64,6 +64,7 @@ def _add_measuring(add) -> None:
     add("--feature_weights", metavar="FILE", help="the Inception weights, where there is no network")
     add("--reward", nargs="*", action="extend", metavar="SPEC",
         help="as in training: name or file.py:function; several, also by repeating the flag")  # fmt: skip
+    add("--reward_dtype", default="float32", choices=list(DTYPES), help="of pretrained rewards' weights")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

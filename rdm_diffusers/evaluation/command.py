@@ -26,7 +26,7 @@ from .records import NOTE, as_markdown, compare, read_json, write_record
 from .references import Reference, load_reference, save_reference
 from .report import machine
 from .sampling import Plan, draw, images_per_second, read_record
-from .subjects import DRAWING, load_subject, versions
+from .subjects import DRAWING, DTYPES, load_subject, versions
 
 PATIENCE = timedelta(days=2)  # processes that have drawn their share wait for the slowest
 MEASURING = ("numpy", "pillow", "torch", "torch-fidelity", "clean-fid")
@@ -116,7 +116,7 @@ def load_measures(args: argparse.Namespace, device: torch.device) -> Measures:
     Raises:
         ValueError, ImportError: if one cannot be had.
     """
-    rewards = {spec: load_reward(spec, device) for spec in args.reward}
+    rewards = {spec: load_reward(spec, device, DTYPES[args.reward_dtype]) for spec in args.reward}
     names = [weighted.reward.name for weighted in rewards.values()]
     if len(set(names)) < len(args.reward):
         raise ValueError(f"Two of the rewards {', '.join(args.reward)} have one name; name each once.")

@@ -80,7 +80,7 @@ def _ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Any:
         *_, place = traceback.extract_tb(error.__traceback__)
         raise RewardError(
             f"The reward {reward.name} raised {type(error).__name__} at {place.filename}:{place.lineno} ({error}); "
-            "nothing was saved over the last checkpoint. Mend the reward and resume from it."
+            "mend it. A training run that it ended resumes from its last checkpoint."
         ) from error
 
 
