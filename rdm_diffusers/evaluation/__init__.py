@@ -8,6 +8,7 @@ from .records import compare
 from .references import Reference, load_reference, save_reference
 from .report import as_table, save_samples, student_sampler, tiny_metrics, write_metrics
 from .samplers import FLOW_SOLVERS, TEACHER_SOLVERS, Sampler, solvers_of, teacher_sampler
+from .subjects import put
 
 __all__ = [
     "FEATURES",
@@ -28,6 +29,7 @@ __all__ = [
     "load_reference",
     "measure",
     "measure_images",
+    "put",
     "save_reference",
     "save_samples",
     "solvers_of",

@@ -10,7 +10,7 @@ from .loading import (
     load_vae,
     pipeline_config,
 )
-from .quantization import QUANTIZATIONS, check_quantization
+from .quantization import QUANTIZATIONS
 from .registry import FAMILIES, family_of
 from .suitability import check_lora
 
@@ -25,7 +25,6 @@ __all__ = [
     "Teacher",
     "absent_components",
     "check_lora",
-    "check_quantization",
     "family_of",
     "load_denoiser",
     "load_options",

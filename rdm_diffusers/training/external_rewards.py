@@ -25,11 +25,11 @@ from ..distillation import (
 )
 from ..distillation.advantages import grouped
 from ..distillation.reward_gradients import Decode
+from ..evaluation.subjects import DTYPES as REWARD_DTYPES
 from ..families import Teacher
 from ..rewards import Reward, WeightedReward, load_reward
 
 BLACK_BOX_FORMS = ("tilt", "group", "perturbation")
-REWARD_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

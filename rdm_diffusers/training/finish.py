@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
 
-from ..evaluation import as_table, save_samples, tiny_metrics, write_metrics
+from ..evaluation import as_table, put, save_samples, tiny_metrics, write_metrics
 from ..families import Teacher, load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
@@ -54,11 +53,3 @@ def load_student(
         source = (args.pretrained_model_name_or_path, dtype, args.revision, args.variant)
         parts[name] = load_denoiser(*source, args.quantization, device)
     return RdmDistillationPipeline.from_pretrained(output_dir, dtype=dtype, **parts)
-
-
-def put(pipeline: DiffusionPipeline, device: torch.device, offload: bool) -> None:
-    """Puts a pipeline on the device, or with `offload` only what is at work; a CPU has nothing to offload from."""
-    if offload and device.type != "cpu":
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
