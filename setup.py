@@ -60,7 +60,10 @@ setup(
     keywords="diffusion diffusers distillation few-step LoRA text-to-image DMD R_dm",
     python_requires=">=3.11",
     packages=find_packages(include=["rdm_diffusers", "rdm_diffusers.*"]),
-    package_data={"rdm_diffusers.tiny": ["**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"]},
+    package_data={
+        "rdm_diffusers.hub": ["*.md"],
+        "rdm_diffusers.tiny": ["**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"],
+    },
     entry_points={"console_scripts": ["rdm-evaluate=rdm_diffusers.evaluation.command:run"]},
     py_modules=["train_rdm_full", "train_rdm_lora"],
     install_requires=INSTALL_REQUIRES,

@@ -30,6 +30,7 @@ from rdm_diffusers.training.launch import make_accelerator
 from rdm_diffusers.training.loop import RUN_ERRORS, train
 from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.prompts import load_prompts, read_texts
+from rdm_diffusers.training.record import training_record
 from rdm_diffusers.training.setup import (
     load,
     make_distillation,
@@ -78,10 +79,11 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # 5. The student's files, a folder that stock diffusers loads.
-    export_full(output_dir, teacher, weights, networks.denoisers[STUDENT].config, run.scheduler)
+    config, training = networks.denoisers[STUDENT].config, training_record(args)
+    export_full(output_dir, teacher, weights, config, run.scheduler, training)
 
     # 6. The student, loaded as anyone would load it, beside its teacher.
-    del teacher, networks, run, state, draw, weights
+    del teacher, networks, run, state, draw, weights, config
     present(output_dir, texts.shown, args, accelerator.device)
 
 

@@ -40,6 +40,7 @@ from rdm_diffusers.training.launch import make_accelerator
 from rdm_diffusers.training.loop import RUN_ERRORS, train
 from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.prompts import load_prompts, read_texts
+from rdm_diffusers.training.record import training_record
 from rdm_diffusers.training.setup import (
     load,
     make_distillation,
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # 5. The student's files, in formats that stock diffusers loads.
-    export_lora(output_dir, teacher, weights, run.scheduler, revision=args.revision, variant=args.variant)
+    origin = {"revision": args.revision, "variant": args.variant, "training": training_record(args)}
+    export_lora(output_dir, teacher, weights, run.scheduler, **origin)
 
     # 6. The student, loaded as anyone would load it, beside its teacher.
     del teacher, networks, run, state, draw, weights

@@ -257,7 +257,10 @@ def test_any_teacher_with_a_prompt_file_is_drawn_without_a_reference(
         (["--teacher", "tiny", "--prompts", "missing.txt"], "--prompts missing.txt is neither a file nor one of hpdv2"),
         (["--teacher", "tiny", "--reference_data", "missing"], "The folder missing does not exist"),
         (["--images", "missing"], "The folder missing does not exist; give a folder of pictures"),
-        (["--student", "missing"], "No rdm_config.json of a student could be found at 'missing'"),
+        (
+            ["--student", "missing"],
+            "The student 'missing' is no local folder, is not in the cache, and the Hub cannot be reached",
+        ),
         (["--images", ".", "--reward", "tiny_bold"], "No prompts: give --prompts"),
         (["--images", ".", "--solver", "ddim"], "--solver are a teacher's; a student is sampled as it was trained"),
         (["--teacher", "tiny", "--student", "x"], "not allowed with argument"),

@@ -41,7 +41,7 @@ def test_a_run_leaves_the_students_files(student: Path) -> None:
     files = {str(path.relative_to(student)) for path in student.rglob("*") if path.is_file()}
     assert files == {
         *(f"checkpoint-2/{name}.safetensors" for name in ("ema", "fake_score", "statistics", "student")),
-        "README.md", "checkpoint-2/state.json", "metrics.json",
+        "README.md", "checkpoint-2/state.json", "metrics.json", "pictures/0.png", "pictures/1.png",
         "pytorch_lora_weights.safetensors", "rdm_config.json", "samples.png", "scheduler/scheduler_config.json",
         "validation/step-2.png",
     }  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_folder_without_a_student_configuration_is_refused(copy_of) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"No rdm_config\.json of a student could be found at .*; check the path"):
+    with pytest.raises(ValueError, match=r"The student .* is neither a folder nor a name as the Hub has them"):
         RdmDistillationPipeline.from_pretrained(tmp_path / "missing")
 
 

@@ -58,27 +58,29 @@ def _interval(measured: Mapping[str, Any]) -> str:
     return "" if measured["low"] is None else f"{measured['low']:.4g} to {measured['high']:.4g}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
     """A record as a table of its metrics and a table of its settings."""
-    rows = [[name, _number(value), interval] for name, (value, _, interval) in rows_of(record["metrics"]).items()]
+    rows = [[name, number(value), interval] for name, (value, _, interval) in rows_of(record["metrics"]).items()]
     lines = [
         f"# {record['subject']['name']}",
         "",
-        *_table(["", "value", "95% interval"], rows),
+        *table(["", "value", "95% interval"], rows),
         "",
         *record["notes"],
         "",
     ]
     told = {**record["subject"], **record["settings"]}
     settings = [[name, str(value), ""][:2] for name, value in flattened(told)]
-    return "\n".join([*lines, *_table(["setting", "value"], settings)]) + "\n"
+    return "\n".join([*lines, *table(["setting", "value"], settings)]) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a markdown table."""
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
@@ -113,12 +115,12 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = 
     names = [f"{record['subject']['kind']} {record['subject']['name']}" for record in (a, b)]
     ours, theirs = rows_of(a["metrics"]), rows_of(b["metrics"])
     rows = [[name, *_pair(ours[name], theirs[name])] for name in ours if name in theirs]
-    return "\n".join(_table(["", *names, "difference"], rows))
+    return "\n".join(table(["", *names, "difference"], rows))
 
 
 def _pair(a: tuple[float | None, float | None, str], b: tuple[float | None, float | None, str]) -> list[str]:
     """Both values and the second less the first, with its standard error as if the pictures were independent."""
     if a[0] is None or b[0] is None:
-        return [_number(a[0]), _number(b[0]), "-"]
+        return [number(a[0]), number(b[0]), "-"]
     error = "" if a[1] is None or b[1] is None else f" ± {(a[1] ** 2 + b[1] ** 2) ** 0.5:.2g}"
-    return [_number(a[0]), _number(b[0]), f"{b[0] - a[0]:+.4g}{error}"]
+    return [number(a[0]), number(b[0]), f"{b[0] - a[0]:+.4g}{error}"]

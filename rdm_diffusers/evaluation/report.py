@@ -18,7 +18,7 @@ from ..pipelines import RdmDistillationPipeline, StudentConfig
 from ..tiny import TINY_NAME
 from ..tiny.reference import load_quality
 from .metrics import Metrics, measure
-from .pictures import labelled_rows
+from .pictures import labelled_rows, to_pil
 from .samplers import Sampler, solvers_of, teacher_sampler
 
 TEACHER_STEPS = 50
@@ -107,7 +107,7 @@ def save_samples(
     batch_size: int = 8,
 ) -> dict[str, Metrics]:
     """Writes rows of pictures of the same prompts and seeds, `batch_size` drawn at once: teacher, teacher at few steps,
-    student.
+    student; and the student's one by one into `pictures/` beside it.
 
     Returns:
         What can be said of each row without a reference: network calls and seconds.
@@ -127,13 +127,20 @@ def save_samples(
         rows[label] = images
         metrics[name] = Metrics(sampler.nfe, None, None, None, seconds, solver, 0)
     labelled_rows(rows).save(path)
+    single = path.parent / "pictures"
+    single.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        to_pil(image).save(single / f"{i}.png")
     return metrics
 
 
-def write_metrics(path: Path, metrics: dict[str, Metrics], arguments: dict) -> None:
-    """Writes `metrics.json`: every sampler's numbers, the arguments, the library versions and the machine."""
+def write_metrics(path: Path, metrics: dict[str, Metrics], arguments: dict, prompts: Sequence[str] = ()) -> None:
+    """Writes `metrics.json`: every sampler's numbers, the arguments, the prompts of the pictures beside it, the library
+    versions and the machine.
+    """
     record: dict[str, Any] = {name: measured.as_dict() for name, measured in metrics.items()}
-    record["arguments"] = {name: value for name, value in arguments.items() if "token" not in name}
+    record["arguments"] = dict(arguments)
+    record["prompts"] = list(prompts)
     record["seed"] = arguments.get("seed")
     record["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     record["machine"] = machine()

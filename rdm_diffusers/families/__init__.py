@@ -1,6 +1,7 @@
 """What differs between teachers, one file each."""
 
 from .base import LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
+from .hub_files import coming_from_hub, fetch
 from .loading import (
     Teacher,
     absent_components,
@@ -25,7 +26,9 @@ __all__ = [
     "Teacher",
     "absent_components",
     "check_lora",
+    "coming_from_hub",
     "family_of",
+    "fetch",
     "load_denoiser",
     "load_options",
     "load_teacher",

@@ -103,6 +103,7 @@ class Family(ABC):
         load_options: what `from_pretrained` is told beyond the usual.
         has_lora: whether the stock pipeline loads LoRAs; without, students are full ones.
         bins_resolutions: whether the stock pipeline draws at the nearest of its own resolutions, unless told not to.
+        comfyui_shift: what in ComfyUI undoes the teacher's shift of times, which the student's even grid has not.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -112,6 +113,7 @@ class Family(ABC):
     load_options: dict[str, Any] = {}
     has_lora: bool = True
     bins_resolutions: bool = False
+    comfyui_shift: str | None = None
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, resolve_teacher
 from .base import Conditioning, Family, PromptOptions
+from .hub_files import fetch
 from .quantization import quantized_loading
 from .registry import family_of
 from .suitability import check_folder, check_no_student, check_teacher
 
 DEFAULT_OPTIONS = PromptOptions()
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,17 @@ def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:
     """What a teacher's `model_index.json` holds.
 
     Raises:
-        ValueError: if a local folder is missing, is a LoRA, or is not a diffusers pipeline.
+        ValueError: if a local folder is missing, is a LoRA, or is not a diffusers pipeline, or if it cannot be had from
+            the Hub.
     """
     folder = Path(resolve_teacher(name_or_path))
     check_folder(name_or_path, folder)
+    if not folder.is_dir():
+        return json.loads(fetch("teacher", name_or_path, INDEX, **hub_options).read_text())
     try:
-        return DiffusionPipeline.load_config(resolve_teacher(name_or_path), **hub_options)
-    except OSError as error:
-        if folder.is_dir():
-            raise ValueError(f"{folder}/model_index.json is damaged; save or download the teacher again.") from error
-        raise ValueError(
-            f"The teacher {name_or_path!r} is no local folder and could not be had from the Hub; check its name and "
-            "your connection, and log in with `hf auth login` if it is gated."
-        ) from error
+        return json.loads((folder / INDEX).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder}/{INDEX} is damaged; save or download the teacher again.") from error
 
 
 def absent_components(config: dict[str, Any]) -> dict[str, None]:

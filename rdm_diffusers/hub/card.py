@@ -1,101 +1,108 @@
-"""The student's README.md, a model card."""
+"""The student's README.md, a model card made from what lies in its folder."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..families import absent_components, pipeline_config
-from ..pipelines import StudentConfig
-from ..tiny import is_tiny
+from ..families import FAMILIES
+from .card_facts import CARD, CardFacts, facts_of
+from .card_metrics import eval_results, results
 
-TEMPLATE = """---
-{data}
----
-
-# A {steps}-step student of {base}
-
-![the teacher, the teacher at {steps} steps, and this student](samples.png)
-
-Distilled with `rdm_diffusers` ({algorithm}; our reading of R_dm, arXiv 2603.28460). Sampling takes {steps} network
-calls, without guidance.
-
-```python
-from rdm_diffusers import RdmDistillationPipeline
-
-pipeline = RdmDistillationPipeline.from_pretrained({student!r})
-pipeline({prompt!r}).images[0]
-```
-
-With stock diffusers:
-
-```python
-{stock}
-pipeline({prompt!r}, num_inference_steps={steps}, {arguments}).images[0]
-```
-{seeding}
-{table}
-"""
-
-STOCK_LORA = """from diffusers import {scheduler_class}, {pipeline_class}
-{base_import}
-pipeline = {pipeline_class}.from_pretrained({base_arguments})
-pipeline.load_lora_weights({student!r})
-pipeline.scheduler = {scheduler_class}.from_pretrained({student!r}, subfolder="scheduler")"""
-
-STOCK_FULL = """from diffusers import {pipeline_class}
-
-pipeline = {pipeline_class}.from_pretrained({full_arguments})"""
-
-SEEDING = """
-`{scheduler_class}` gets no `generator` from the stock pipeline: for pictures that can be drawn again, call
-`torch.manual_seed` before it. `RdmDistillationPipeline` needs its `generator` only.
-"""
+TEMPLATE = Path(__file__).parent / "card_template.md"
+PROJECT = "https://pypi.org/project/rdm-diffusers"
 
 
-def write_card(folder: Path, pipeline_class: str, table: str, prompt: str, args) -> None:
-    """Writes `README.md` into the student's folder.
+def write_card(folder: Path, name: str | None = None) -> None:
+    """Writes `README.md` into a student's folder.
 
     Args:
-        folder: the student's folder.
-        pipeline_class: the stock pipeline's name.
-        table: the metrics, as plain text.
-        prompt: an example.
-        args: the run's arguments.
+        folder: the student's.
+        name: what the card tells its reader to load it by; the folder's path by default.
+
+    Raises:
+        ValueError: if the folder holds no student, or its teacher's configuration cannot be had.
     """
-    name, student = args.pretrained_model_name_or_path, StudentConfig.load(str(folder))
-    absent = [f"{each}=None" for each in absent_components(pipeline_config(name, revision=args.revision))]
-    tiny, is_lora = is_tiny(name), student.base_model_name_or_path is not None
-    base = f"the embedded teacher `{name}`" if tiny else name
-    on_hub = not tiny and not Path(base).exists()
-    data = ModelCardData(
-        base_model=base if on_hub else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["diffusers", *(["lora"] if is_lora else []), "text-to-image", "distillation", "few-step", "rdm"],
-    )
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    scheduler_class = scheduler["_class_name"]
-    stock = (STOCK_LORA if is_lora else STOCK_FULL).format(
-        student=str(folder),
-        pipeline_class=pipeline_class,
+    render(facts_of(folder, name or str(folder))).save(folder / CARD)
+
+
+def render(facts: CardFacts) -> ModelCard:
+    """The card of a student."""
+    student, scheduler_class = facts.student, facts.scheduler["_class_name"]
+    absent = [f"{name}=None" for name in facts.absent]
+    call = {"num_inference_steps": student.num_inference_steps, **student.call_arguments}
+    base = f"TINY_TEACHERS[{quoted(student.teacher)}]" if facts.is_embedded else quoted(student.teacher)
+    return ModelCard.from_template(
+        card_data(facts),
+        template_path=str(TEMPLATE),
+        facts=facts,
+        student=student,
+        project=PROJECT,
+        teacher_link=_teacher_link(facts),
+        license_name=facts.license.get("license_name") or facts.license.get("license"),
+        name=quoted(facts.name),
+        prompt=quoted(facts.prompts[0]),
         scheduler_class=scheduler_class,
-        base_import="from rdm_diffusers.tiny import TINY_TEACHERS\n" if tiny else "",
-        base_arguments=", ".join([f"TINY_TEACHERS[{name!r}]" if tiny else repr(base), *absent]),
-        full_arguments=", ".join([repr(str(folder)), *absent]),
+        imports=", ".join(sorted([student.pipeline_class, *([scheduler_class] if student.is_lora else [])])),
+        base_arguments=", ".join([base, *absent]),
+        full_arguments=", ".join(["student", *absent]),
+        call_arguments=", ".join(f"{name}={value}" for name, value in call.items()),
+        comfyui_shift=FAMILIES[student.pipeline_class].comfyui_shift,
+        results=results(facts.metrics, facts.evaluation),
+        hyperparameters=hyperparameters(facts),
     )
-    text = TEMPLATE.format(
-        data=data.to_yaml(),
-        base=base,
-        steps=args.num_student_steps,
-        algorithm=args.algorithm,
-        student=str(folder),
-        prompt=prompt,
-        stock=stock,
-        seeding=SEEDING.format(scheduler_class=scheduler_class) if scheduler.get("stochastic_sampling") else "",
-        arguments=", ".join(f"{key}={value}" for key, value in student.call_arguments.items()),
-        table=f"```\n{table}\n```" if table else "",
-    )
-    ModelCard(text).save(folder / "README.md")
+
+
+def card_data(facts: CardFacts) -> ModelCardData:
+    """The metadata that the Hub reads."""
+    student = facts.student
+    tags = ["diffusers", *(["lora"] if student.is_lora else []), "text-to-image", "distillation", "few-step", "rdm"]
+    optional: dict[str, Any] = dict(facts.license)
+    if not facts.is_local:
+        relation = "adapter" if student.is_lora else "finetune"
+        optional |= {"base_model": student.teacher, "base_model_relation": relation}
+    measured = eval_results(facts.metrics, facts.evaluation)
+    if measured:
+        optional |= {"model_name": Path(facts.name).name, "eval_results": measured}
+    shown = [{"text": text, "output": {"url": url}} for text, url in zip(facts.prompts, facts.pictures, strict=False)]
+    widget = shown or [{"text": facts.prompts[0]}]
+    return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, widget=widget, **optional)
+
+
+def hyperparameters(facts: CardFacts) -> dict[str, str]:
+    """What was trained, in words; empty if nobody wrote it down."""
+    own = facts.student.arguments
+    if not own:
+        return {}
+    batch = own["train_batch_size"] * own["gradient_accumulation_steps"] * own["num_processes"]
+    size = f"LoRA, rank {own['rank']}, alpha {own['lora_alpha']}" if facts.student.is_lora else "full weights"
+    rewards = {"rewards": f"{', '.join(own['reward'])}; share {own['reward_share']}"} if own["reward"] else {}
+    average = {"moving average": f"decay {own['ema_decay']}"} if own["use_ema"] else {}
+    return {
+        "student": f"{size}; {own['num_student_steps']} steps, eta {own['eta']}",
+        "R_dm": f"{own['algorithm']}, groups of {own['group_size']}, lambda {own['gndm_lambda']}, "
+                f"teacher's guidance {own['guidance_scale']}",
+        **rewards,
+        "updates": f"{own['max_train_steps']}, of {batch} samples",
+        "fake score's updates": f"{own['fake_updates_per_step']} to each of the student's",
+        "optimiser": f"AdamW{' in 8 bits' if own['use_8bit_adam'] else ''}, learning rate {own['learning_rate']}, "
+                     f"{own['lr_scheduler']}",
+        **average,
+        "precision": "float32" if own["mixed_precision"] == "no" else own["mixed_precision"],
+        "seed": str(own["seed"]),
+        "made with": f"rdm-diffusers {facts.student.version}",
+    }  # fmt: skip
+
+
+def quoted(text: str | None) -> str:
+    """A Python string."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _teacher_link(facts: CardFacts) -> str:
+    if facts.is_local:
+        return f"{'the embedded teacher ' if facts.is_embedded else ''}`{facts.teacher}`"
+    return f"[{facts.teacher}](https://huggingface.co/{facts.teacher})"

@@ -44,7 +44,7 @@ def export_lora(
         teacher: the teacher that the LoRA belongs to, with its adapters.
         weights: the student's (`Networks.student_weights`).
         scheduler: the student's sampler with its trained grid.
-        origin: `revision` and `variant` of the teacher, if any.
+        origin: `revision` and `variant` of the teacher, if any; `training`, as in `StudentConfig`.
     """
     component = teacher.family.denoiser_name
     layers = {f"{component}_lora_layers": dict(weights)}
@@ -60,7 +60,12 @@ def export_lora(
 
 
 def export_full(
-    folder: Path, teacher: Teacher, weights: Mapping[str, Tensor], config: Mapping, scheduler: RdmScheduler
+    folder: Path,
+    teacher: Teacher,
+    weights: Mapping[str, Tensor],
+    config: Mapping,
+    scheduler: RdmScheduler,
+    training: dict | None = None,
 ) -> None:
     """Writes a whole stock pipeline: the teacher's, with the student's network and scheduler, and `rdm_config.json`.
 
@@ -70,13 +75,14 @@ def export_full(
         weights: the student's (`Networks.student_weights`).
         config: the student network's configuration.
         scheduler: the student's sampler with its trained grid.
+        training: as in `StudentConfig`.
     """
     with torch.device("meta"):
         denoiser = getattr(diffusers, config["_class_name"]).from_config(dict(config))
     denoiser.load_state_dict(weights, assign=True)
     pipeline_class = CLASSES[teacher.family.pipeline_class.__name__]
     pipeline = rebuilt(pipeline_class, teacher.pipeline, **{teacher.family.denoiser_name: denoiser})
-    pipeline.student = student_config(teacher, scheduler, base_model_name_or_path=None)
+    pipeline.student = student_config(teacher, scheduler, base_model_name_or_path=None, training=training or {})
     with writing(folder):
         pipeline.save_pretrained(folder)
 

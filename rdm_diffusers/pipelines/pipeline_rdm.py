@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
-from ..families import FAMILIES, LORA_FILE, load_options, load_vae, pipeline_config, rebuilt
+from ..families import FAMILIES, LORA_FILE, coming_from_hub, load_options, load_vae, pipeline_config, rebuilt
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from .student_config import StudentConfig, is_student
@@ -57,7 +57,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
             kwargs: as in diffusers; `dtype` or `torch_dtype`, `revision`, `token`, and so on.
 
         Raises:
-            ValueError: if it is no student, or of a family that is not supported.
+            ValueError: if it is no student, of a family that is not supported, or made by a newer release; if it or its
+                teacher cannot be had from the Hub.
         """
         name = str(pretrained_model_name_or_path)
         if cls is not RdmDistillationPipeline and (Path(name) / "model_index.json").exists() and not is_student(name):
@@ -82,7 +83,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             ValueError: if `lora` is no LoRA student, or `base` of another family.
         """
         found = StudentConfig.load(str(lora), **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
-        if found.base_model_name_or_path is None:
+        if not found.is_lora:
             raise ValueError(f"{lora} is a full student, which stands alone; load it with from_pretrained.")
         base_class = pipeline_config(str(base))["_class_name"]
         if base_class != found.pipeline_class:
@@ -127,21 +128,27 @@ class RdmDistillationPipeline(DiffusionPipeline):
 
     @classmethod
     def _load(cls, name: str, student: StudentConfig, kwargs: dict[str, Any]) -> RdmDistillationPipeline:
-        load = super().from_pretrained  # diffusers' own
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
-        if student.base_model_name_or_path is None:
+        if not student.is_lora:
             # Resolved, because a student's folder may be called as an embedded teacher is.
             folder = str(Path(name).resolve()) if Path(name).is_dir() else name
-            return load(folder, **hub, **{**load_options(pipeline_config(folder, **hub)), **kwargs})
-        base, base_hub = student.base_model_name_or_path, {**hub, "revision": student.revision}
-        config = pipeline_config(base, **base_hub)
-        options = {"variant": student.variant, **load_options(config), **kwargs}
+            return cls._load_stock("student", folder, hub, kwargs)
+        base, base_hub = str(student.base_model_name_or_path), {**hub, "revision": student.revision}
+        options: dict[str, Any] = {"variant": student.variant, **kwargs}
         if student.vae is not None and "vae" not in kwargs:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
-            options["vae"] = load_vae(student.vae, config, dtype)
-        pipeline = load(resolve_teacher(base), **base_hub, **options)
-        pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
+            options["vae"] = load_vae(student.vae, pipeline_config(base, **base_hub), dtype)
+        pipeline = cls._load_stock("teacher", base, base_hub, options)
+        with coming_from_hub("student", name, hub.get("revision")):
+            pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
         return pipeline
+
+    @classmethod
+    def _load_stock(cls, what: str, name: str, hub: dict[str, Any], options: dict[str, Any]) -> RdmDistillationPipeline:
+        """A pipeline of this class, loaded as stock diffusers does."""
+        options = {**load_options(pipeline_config(name, **hub)), **options}
+        with coming_from_hub(what, name, hub.get("revision")):
+            return super().from_pretrained(resolve_teacher(name), **hub, **options)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves a full student as a stock folder with an `rdm_config.json`; an adapter is fused into the copy.

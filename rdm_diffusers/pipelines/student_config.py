@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from ..families import STUDENT_CONFIG, fetch
 
-from ..families import STUDENT_CONFIG
+FORMAT_VERSION = 1  # raised when older releases would sample a student wrongly, not when something is added
 
 
 def is_student(folder: str | Path) -> bool:
     """Whether a local folder holds a student."""
     return (Path(folder) / STUDENT_CONFIG).exists()
+
+
+def package_version() -> str | None:
+    """This package's release; None where it is not installed."""
+    try:
+        return version("rdm-diffusers")
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,16 @@ class StudentConfig:
     Args:
         base_model_name_or_path: the teacher under a LoRA student; None for a full one, which stands alone.
         pipeline_class: the stock pipeline's class name.
-        scheduler: the configuration of `RdmScheduler`, the trained grid included.
+        scheduler: the configuration of `RdmScheduler`, the trained grid and eta included.
         num_inference_steps: the trained number of steps.
         call_arguments: what else the stock pipeline is called with: the value that means that guidance is off, and what
             differs from its own defaults of the pictures' size and of the tokens that are read.
         revision, variant: of the base model.
         vae: another autoencoder than the base model's, a folder or a Hub id.
+        training: how it was trained, for readers: `command`, and all `arguments`, the teacher and the method among
+            them; empty if unknown.
+        version: the release of this package that made it.
+        format_version: of this file.
     """
 
     base_model_name_or_path: str | None
@@ -40,6 +53,24 @@ class StudentConfig:
     revision: str | None = None
     variant: str | None = None
     vae: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    version: str | None = field(default_factory=package_version)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it needs its teacher's weights."""
+        return self.base_model_name_or_path is not None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the training; empty if unknown."""
+        return self.training.get("arguments", {})
+
+    @property
+    def teacher(self) -> str | None:
+        """What it was distilled from; of a full student of a local folder only that folder's name."""
+        return self.base_model_name_or_path or self.arguments.get("pretrained_model_name_or_path")
 
     def save(self, folder: Path) -> None:
         """Writes `rdm_config.json` into the folder."""
@@ -50,22 +81,24 @@ class StudentConfig:
         """Reads a student's configuration from a folder or a Hub repository.
 
         Raises:
-            ValueError: if there is none, or it does not hold what it should.
+            ValueError: if there is none, if it does not hold what it should, or if a newer release made it.
         """
         path = Path(name_or_path) / STUDENT_CONFIG
         if not Path(name_or_path).is_dir():
-            try:
-                path = Path(hf_hub_download(name_or_path, STUDENT_CONFIG, **hub_options))
-            except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-                raise ValueError(
-                    f"No {STUDENT_CONFIG} of a student could be found at {name_or_path!r}; check the path or Hub id, "
-                    "and log in with `hf auth login` if it is private."
-                ) from error
+            path = fetch("student", name_or_path, STUDENT_CONFIG, **hub_options)
         elif not path.exists():
             raise ValueError(
                 f"{name_or_path} has no {STUDENT_CONFIG}, so it is not a student of ours; load it with stock diffusers."
             )
         try:
-            return cls(**json.loads(path.read_text()))
+            entries = dict(json.loads(path.read_text()))
+            known = {each.name for each in fields(cls)}  # a newer release may tell more
+            student = cls(**{name: value for name, value in entries.items() if name in known})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); download or export the student again.") from error
+        if student.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"{name_or_path} was made by rdm-diffusers {student.version}, which is newer than this "
+                f"{package_version()}; upgrade with `pip install --upgrade rdm-diffusers`."
+            )
+        return student

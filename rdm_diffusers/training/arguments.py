@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
 from .checks import check_arguments
 from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
+from .record import command_line
 
 ALGORITHMS = ("dmd", "gndm", "gndmr")
 
@@ -219,6 +221,7 @@ def parse_args(
         scale = REFERENCES[name].guidance_scale
         parser.set_defaults(**{**TINY_DEFAULTS, **own}, sample_guidance_scale=scale)
     args = parser.parse_args(argv)
+    args.command = command_line(f"train_rdm_{student}.py", sys.argv[1:] if argv is None else argv)
     try:
         return fill_in(args)
     except ValueError as error:

@@ -13,6 +13,7 @@ from ..families import Teacher, load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
 from ..tiny import is_tiny
+from .record import training_record
 from .setup import DTYPES, load
 
 PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch
@@ -36,10 +37,11 @@ def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device
     metrics = save_samples(output_dir / "samples.png", stock, student, scale, shown, at_once)
     if is_tiny(teacher.name) and args.num_eval_images:
         metrics = tiny_metrics(stock, student, scale, args.num_eval_images, teacher.name)
-    write_metrics(output_dir / "metrics.json", metrics, vars(args))
-    table = as_table(metrics)
-    write_card(output_dir, teacher.family.pipeline_class.__name__, table, shown[0], args)
-    print(f"\n{table}\n\nLoad the student with RdmDistillationPipeline.from_pretrained({str(output_dir)!r}).")
+    write_metrics(output_dir / "metrics.json", metrics, training_record(args)["arguments"], shown)
+    write_card(output_dir)
+    print(
+        f"\n{as_table(metrics)}\n\nLoad the student with RdmDistillationPipeline.from_pretrained({str(output_dir)!r})."
+    )
 
 
 def load_student(

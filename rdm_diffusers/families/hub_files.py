@@ -1,0 +1,80 @@
+"""What can go wrong while files come from the Hub, each said in one sentence."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+LOG_IN = "log in with `hf auth login` or give a token"
+FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+def fetch(what: str, repository: str, filename: str, **hub_options) -> Path:
+    """A file of a Hub repository, from the cache where it is there.
+
+    Args:
+        what: the kind of repository, for the error's sentence: `student` or `teacher`.
+        repository: its id.
+        filename: the file's path in it.
+        hub_options: as of `hf_hub_download`: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ValueError: if it cannot be had, saying why and what to do.
+    """
+    with coming_from_hub(what, repository, hub_options.get("revision")):
+        try:
+            return Path(hf_hub_download(repository, filename, **hub_options))
+        except RemoteEntryNotFoundError as error:
+            raise ValueError(
+                f"{repository!r} on the Hub has no {filename}, so it is no {what}; check its name."
+            ) from error
+
+
+@contextmanager
+def coming_from_hub(what: str, repository: str, revision: str | None = None) -> Iterator[None]:
+    """Turns the Hub's errors, and a full disk, into one sentence that says what to do; see `fetch`."""
+    name = f"The {what} {repository!r}"
+    try:
+        yield
+    except GatedRepoError as error:
+        terms = f"accept its terms at https://huggingface.co/{repository} and {LOG_IN}"
+        raise ValueError(f"{name} is gated: {terms}.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name} is no local folder and could not be found on the Hub; check its name, and {LOG_IN} if it is "
+            "private."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{name} has no revision {revision!r}; give a branch, tag or commit of it.") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{name} is no local folder, is not in the cache, and the Hub cannot be reached; check its name and your "
+            "connection."
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"{name} is neither a folder nor a name as the Hub has them; check it.") from error
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise ValueError(f"{name} does not fit on the disk; free some space and load it again.") from error
+        if isinstance(error, HTTPError):
+            raise ValueError(f"{name} could not be downloaded ({_short(error)}); load it again.") from error
+        raise
+
+
+def _short(error: Exception) -> str:
+    """An error's kind and first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

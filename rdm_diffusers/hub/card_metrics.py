@@ -1,0 +1,99 @@
+"""The measurements of a student's folder, as the Hub's metadata and as tables for readers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..evaluation.records import flattened, number, rows_of, table
+
+METRICS_FILE, EVALUATION_FILE = "metrics.json", "evaluation.json"
+COLUMNS = {
+    "nfe": "network calls",
+    "fd_to_teacher": "Fréchet distance to the teacher",
+    "fd_to_data": "Fréchet distance to the data",
+    "prompt_accuracy": "prompt accuracy",
+    "seconds_per_image": "seconds per image",
+    "num_images": "pictures",
+}
+ROWS = {"teacher": "teacher", "teacher_few_step": "teacher at few steps", "student": "**student**"}
+TASK: dict[str, Any] = {"task_type": "text-to-image", "task_name": "Text to image"}
+CAPTIONS: dict[str, Any] = {
+    "dataset_type": "rdm-tiny-captions",
+    "dataset_name": "Captions of the embedded tiny teachers",
+}
+
+
+def read_if_there(path: Path) -> dict[str, Any] | None:
+    """A JSON file; None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def eval_results(metrics: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[EvalResult]:
+    """What the Hub's `model-index` holds.
+
+    Args:
+        metrics: a run's `metrics.json`.
+        evaluation: `evaluation.json` of `rdm-evaluate`.
+    """
+    measured = _results_of_metrics(metrics["student"]) if metrics and metrics["student"]["num_images"] else []
+    return measured + (_results_of_evaluation(evaluation) if evaluation else [])
+
+
+def _results_of_metrics(student: Mapping[str, Any]) -> list[EvalResult]:
+    told = {"num_images": student["num_images"], "features": "tiny", "nfe": student["nfe"]}
+    return [
+        EvalResult(
+            metric_type=name, metric_name=COLUMNS[name], metric_value=round(student[name], 4), metric_args=told,
+            **TASK, **CAPTIONS,
+        )
+        for name in ("fd_to_teacher", "fd_to_data", "prompt_accuracy")
+    ]  # fmt: skip
+
+
+def _results_of_evaluation(evaluation: Mapping[str, Any]) -> list[EvalResult]:
+    prompts = _prompts(evaluation)
+    told = {name: value for name, value in flattened(evaluation["settings"]) if isinstance(value, int | str)}
+    return [
+        EvalResult(
+            metric_type=name, metric_value=round(value, 4), metric_args=told,
+            dataset_type=prompts, dataset_name=f"Prompts: {prompts}", **TASK,
+        )
+        for name, (value, _, _) in rows_of(evaluation["metrics"]).items()
+        if value is not None
+    ]  # fmt: skip
+
+
+def results(metrics: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> str:
+    """The same as markdown, with the settings; empty if nothing was measured."""
+    parts = [_table_of_metrics(metrics)] if metrics else []
+    return "\n\n".join([*parts, *([_table_of_evaluation(evaluation)] if evaluation else [])])
+
+
+def _table_of_metrics(metrics: Mapping[str, Any]) -> str:
+    rows = {label: metrics[name] for name, label in ROWS.items()}
+    columns = [name for name in COLUMNS if any(row[name] for row in rows.values())]
+    lines = [[label, *(number(row[name]) for name in columns)] for label, row in rows.items()]
+    scale = metrics["arguments"]["sample_guidance_scale"]
+    teacher, few = metrics["teacher"]["sampler"], metrics["teacher_few_step"]["sampler"]
+    told = f"The teacher at guidance {scale} by {teacher}, at few steps by {few}."
+    if metrics["student"]["num_images"]:
+        told += " Distances in the features of a small classifier."
+    told += f" Seconds on {metrics['machine']}. All settings: `{METRICS_FILE}`."
+    return "\n".join([*table(["", *(COLUMNS[name] for name in columns)], lines), "", told])
+
+
+def _table_of_evaluation(evaluation: Mapping[str, Any]) -> str:
+    measured = rows_of(evaluation["metrics"]).items()
+    lines = [[name, number(value), interval] for name, (value, _, interval) in measured]
+    features = (evaluation["settings"]["features"] or {}).get("name", "none")
+    told = f"By `rdm-evaluate`: prompts {_prompts(evaluation)}, features {features}."
+    return "\n".join([*table(["", "value", "95% interval"], lines), "", f"{told} All settings: `{EVALUATION_FILE}`."])
+
+
+def _prompts(evaluation: Mapping[str, Any]) -> str:
+    return evaluation["context"]["arguments"].get("prompts") or "given pictures"
