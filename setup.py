@@ -64,7 +64,12 @@ setup(
         "rdm_diffusers.hub": ["*.md"],
         "rdm_diffusers.tiny": ["**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"],
     },
-    entry_points={"console_scripts": ["rdm-evaluate=rdm_diffusers.evaluation.command:run"]},
+    entry_points={
+        "console_scripts": [
+            "rdm-card=rdm_diffusers.commands.card:run",
+            "rdm-evaluate=rdm_diffusers.evaluation.command:run",
+        ]
+    },
     py_modules=["train_rdm_full", "train_rdm_lora"],
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

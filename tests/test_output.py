@@ -13,6 +13,7 @@ from PIL import Image
 
 import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
+from rdm_diffusers.pipelines import StudentConfig
 
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
@@ -104,6 +105,34 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_student_configuration_is_one_clear_sentence(copy_of, damage: bytes) -> None:
     with pytest.raises(ValueError, match=r"rdm_config\.json is damaged .*; download or export the student again\."):
         RdmDistillationPipeline.from_pretrained(copy_of(damage))
+
+
+def test_a_student_that_a_newer_release_made_says_so(copy_of, student: Path) -> None:
+    config = json.loads((student / "rdm_config.json").read_text()) | {"format_version": 2, "version": "9.9"}
+    with pytest.raises(ValueError, match=r"was made by rdm-diffusers 9\.9, which is newer than this .*; upgrade with"):
+        RdmDistillationPipeline.from_pretrained(copy_of(json.dumps(config).encode()))
+
+
+def test_what_a_newer_release_adds_to_a_students_configuration_does_no_harm(student: Path, copy_of) -> None:
+    config = json.loads((student / "rdm_config.json").read_text())
+    loaded = StudentConfig.load(str(copy_of(json.dumps(config | {"mood": "good"}).encode())))
+    assert loaded == StudentConfig.load(str(student))
+
+
+def test_the_configuration_tells_grid_eta_guidance_base_method_and_version(student: Path, teacher_folder: Path) -> None:
+    config = StudentConfig.load(str(student))
+    assert len(config.scheduler["student_timesteps"]) == config.num_inference_steps == 2
+    assert (config.scheduler["eta"], config.call_arguments) == (1.0, {"guidance_scale": 0.0})
+    assert config.base_model_name_or_path == str(teacher_folder)
+    assert (config.arguments["algorithm"], config.arguments["guidance_scale"]) == ("gndm", 2.0)
+    assert config.training["command"].startswith("accelerate launch train_rdm_lora.py")
+    assert config.version and config.format_version == 1
+
+
+def test_what_a_run_tells_others_names_no_folder_of_this_machine(student: Path, prompts_file: Path) -> None:
+    config, metrics = (json.loads((student / name).read_text()) for name in ("rdm_config.json", "metrics.json"))
+    for told in (config["training"], metrics):
+        assert str(prompts_file.parent) not in json.dumps(told) and str(student) not in json.dumps(told)
 
 
 def test_a_student_of_an_unknown_family_is_refused(copy_of, student: Path) -> None:

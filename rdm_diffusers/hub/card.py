@@ -93,7 +93,7 @@ def hyperparameters(facts: CardFacts) -> dict[str, str]:
         **average,
         "precision": "float32" if own["mixed_precision"] == "no" else own["mixed_precision"],
         "seed": str(own["seed"]),
-        "made with": f"rdm-diffusers {facts.student.version}",
+        **({"made with": f"rdm-diffusers {facts.student.version}"} if facts.trained else {}),
     }  # fmt: skip
 
 

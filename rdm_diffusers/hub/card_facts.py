@@ -105,4 +105,8 @@ def license_of(student: StudentConfig) -> dict[str, str]:
         data = ModelCard(text.read_text("utf-8"), ignore_metadata_errors=True).data
     except ValueError:  # no card
         return {}
-    return {tag: data[tag] for tag in LICENSE_TAGS if data.get(tag)}
+    tags = {tag: data[tag] for tag in LICENSE_TAGS if data.get(tag)}
+    link = tags.get("license_link", "")
+    if link and "://" not in link:  # a file of the base model's repository
+        tags["license_link"] = f"https://huggingface.co/{teacher}/blob/main/{link}"
+    return tags

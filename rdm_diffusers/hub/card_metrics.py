@@ -82,7 +82,7 @@ def _table_of_metrics(metrics: Mapping[str, Any]) -> str:
     teacher, few = metrics["teacher"]["sampler"], metrics["teacher_few_step"]["sampler"]
     told = f"The teacher at guidance {scale} by {teacher}, at few steps by {few}."
     if metrics["student"]["num_images"]:
-        told += " Distances in the features of a small classifier."
+        told += " Distances, the lower the better, in the features of a small classifier."
     told += f" Seconds on {metrics['machine']}. All settings: `{METRICS_FILE}`."
     return "\n".join([*table(["", *(COLUMNS[name] for name in columns)], lines), "", told])
 

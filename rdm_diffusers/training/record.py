@@ -36,7 +36,7 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [without_folders(one) for one in value]
     is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
-    return Path(value).name if is_path else value
+    return Path(value).resolve().name if is_path else value
 
 
 def training_record(args: argparse.Namespace) -> dict[str, Any]:
