@@ -1,0 +1,1 @@
+"""Console scripts: what a user calls."""
