@@ -27,7 +27,7 @@ ADVICE = {
 
 
 class PushError(OSError):
-    """A student that is not on the Hub; its message ends with the command that tries again."""
+    """A student that is not on the Hub; after a push, its message ends with the command that tries again."""
 
 
 def push_student(
@@ -128,10 +128,10 @@ def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) 
     """The full name of a repository that was made, if need be, and can be written, with the branch."""
     if api.token is None:
         raise ValueError("there is no token; log in with `hf auth login` or set HF_TOKEN")
-    user = api.whoami()["name"]
-    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
     api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(repo_id).private:
+    if private and not api.model_info(repo_id, timeout=PATIENCE).private:
         raise ValueError("the repository is public; make it private in its settings, or choose another name")
     if revision not in (None, "main"):
         api.create_branch(repo_id, branch=str(revision), exist_ok=True)
@@ -155,7 +155,7 @@ def card_for(card: str, repo_id: str) -> str:
 def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     """Names a commit; what has the name already stays, because others may rely on it."""
     api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
-    if api.model_info(repo_id, revision=tag).sha != commit:
+    if api.model_info(repo_id, revision=tag, timeout=PATIENCE).sha != commit:
         raise ValueError(f"the commit is there, but the tag {tag} means another one; choose another --tag")
 
 
