@@ -68,6 +68,7 @@ setup(
         "console_scripts": [
             "rdm-card=rdm_diffusers.commands.card:run",
             "rdm-evaluate=rdm_diffusers.evaluation.command:run",
+            "rdm-push=rdm_diffusers.commands.push:run",
         ]
     },
     py_modules=["train_rdm_full", "train_rdm_lora"],

@@ -23,6 +23,7 @@ What it does, and the flags that steer it:
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2
 - prompts, no images: --prompts_file, or --dataset_name with --caption_column
 - checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C saves one too
+- the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from rdm_diffusers.training.launch import make_accelerator
 from rdm_diffusers.training.loop import RUN_ERRORS, train
 from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.prompts import load_prompts, read_texts
+from rdm_diffusers.training.publish import check_hub, publish
 from rdm_diffusers.training.record import training_record
 from rdm_diffusers.training.setup import (
     load,
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         check_resumable(args, read_arguments(checkpoint))
     prompts = load_prompts(args)
     accelerator = make_accelerator(args)
+    check_hub(args, accelerator)
     rewards = load_rewards(args, accelerator.device)
     if args.dry_run:
         print(plan_memory(args).as_table())
@@ -95,6 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     # 6. The student, loaded as anyone would load it, beside its teacher.
     del teacher, networks, run, state, draw, weights
     present(output_dir, texts.shown, args, accelerator.device)
+
+    # 7. The student, on the Hub.
+    publish(output_dir, args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -323,6 +324,41 @@ def test_the_flags_of_the_correction_reach_the_objective() -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_of_the_bias_outside_0_to_1(complaint, share: float) -> None:
     assert complaint(pool_steps=share).endswith(f"--pool_steps is {share}; it must lie in [0, 1].")
+
+
+def test_a_token_goes_to_huggingface_hub_and_out_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "the one before")
+    assert "hub_token" not in vars(parse_args(["--push_to_hub"]))
+    assert os.environ["HF_TOKEN"] == "the one before"
+    args = parse_args(["--push_to_hub", "--hub_token", "hf_secret"])
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+    assert "hf_secret" not in str(args)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "all"])
+def test_a_token_and_a_tracker_that_keeps_the_command_line(
+    complaint, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    said = complaint(hub_token="hf_secret", report_to=tracker)
+    assert f"--hub_token would be recorded by --report_to {tracker}, with the command line; leave it out" in said
+    assert "hf_secret" not in said and "HF_TOKEN" not in os.environ
+
+
+def test_a_lora_of_a_local_teacher_that_is_to_be_pushed(complaint, teacher_folder: Path) -> None:
+    said = complaint(push_to_hub=True)
+    assert said.startswith(f"This LoRA student needs {teacher_folder}, a folder that others do not have; train it from")
+
+
+def test_a_name_that_no_repository_can_have(complaint) -> None:
+    said = complaint(teacher=TINY_NAME, push_to_hub=True, hub_model_id="me/my student", steps_per_rollout=2)
+    assert said.startswith("'me/my student' is no name of a repository; give NAME or USER/NAME")
+
+
+def test_where_to_push_is_free_on_resume() -> None:
+    saved = vars(parse_args([]))
+    flags = ["--push_to_hub", "--hub_model_id", "me/x", "--hub_private_repo", "--hub_revision", "v2"]
+    assert check_resumable(parse_args([*flags, "--hub_commit_message", "done"]), saved) is None
 
 
 def test_an_updates_samples_are_groups_times_members_times_states() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, visitor_environment
 from huggingface_hub import ModelCard
 from parts import PROMPTS, run_arguments
 from torch import Tensor
@@ -23,7 +22,6 @@ import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.families import load_teacher
 
-TESTS = Path(__file__).parent
 TOLERANCE = 1e-5  # of a picture in [0, 1]
 TOKEN, KEY = "hf_dummytoken", "hf_key"  # what the visitor is logged in with, and what opens private repositories
 PICKLES = (".bin", ".ckpt", ".pt")
@@ -109,19 +107,8 @@ def visited(teacher_folder: Path, student: Path, prompts_file: Path, tmp_path_fa
     repositories["me/private-teacher"] = repositories["me/teacher"]
     repositories["me/private-student"] = repositories["me/student"]
     keys = {"me/private-teacher": KEY, "me/private-student": KEY}
-    foreign = ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH", "HF_ASSETS_CACHE")
     with HubServer(repositories, keys) as hub:
-        environment = {name: value for name, value in os.environ.items() if name not in foreign} | {
-            "HF_ENDPOINT": hub.address,
-            "HF_HOME": str(folder / "home"),
-            "HF_DATASETS_CACHE": str(folder / "home" / "datasets"),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        }
+        environment = visitor_environment(folder / "home", HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
         code = "import sys, pathlib, test_hub_loading; test_hub_loading.visit(*map(pathlib.Path, sys.argv[1:]))"
         command = [sys.executable, "-c", code, str(prompts_file), str(folder)]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)

@@ -20,6 +20,17 @@ from huggingface_hub.errors import (
 
 LOG_IN = "log in with `hf auth login` or give a token"
 FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+# The first that an error or one of its causes is, gives the reason.
+REASONS: dict[type[Exception], str] = {
+    GatedRepoError: "is gated; accept its terms at https://huggingface.co/{repository} and " + LOG_IN,
+    RepositoryNotFoundError: "is no local folder and could not be found on the Hub; check its name, and "
+    + LOG_IN + " if it is private",
+    RevisionNotFoundError: "has no revision {revision!r}; give a branch, tag or commit of it",
+    LocalEntryNotFoundError: "is no local folder, is not in the cache, and the Hub cannot be reached; check its name "
+    "and your connection",
+    HFValidationError: "is neither a folder nor a name as the Hub has them; check it",
+    HTTPError: "could not be downloaded ({error}); load it again, what has arrived is kept",
+}  # fmt: skip
 
 
 def fetch(what: str, repository: str, filename: str, **hub_options) -> Path:
@@ -38,40 +49,32 @@ def fetch(what: str, repository: str, filename: str, **hub_options) -> Path:
         try:
             return Path(hf_hub_download(repository, filename, **hub_options))
         except RemoteEntryNotFoundError as error:
-            raise ValueError(
-                f"{repository!r} on the Hub has no {filename}, so it is no {what}; check its name."
-            ) from error
+            raise ValueError(f"{repository!r} on the Hub has no {filename}, so it is no {what}; check it.") from error
 
 
 @contextmanager
 def coming_from_hub(what: str, repository: str, revision: str | None = None) -> Iterator[None]:
     """Turns the Hub's errors, and a full disk, into one sentence that says what to do; see `fetch`."""
-    name = f"The {what} {repository!r}"
     try:
         yield
-    except GatedRepoError as error:
-        terms = f"accept its terms at https://huggingface.co/{repository} and {LOG_IN}"
-        raise ValueError(f"{name} is gated: {terms}.") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{name} is no local folder and could not be found on the Hub; check its name, and {LOG_IN} if it is "
-            "private."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{name} has no revision {revision!r}; give a branch, tag or commit of it.") from error
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"{name} is no local folder, is not in the cache, and the Hub cannot be reached; check its name and your "
-            "connection."
-        ) from error
-    except HFValidationError as error:
-        raise ValueError(f"{name} is neither a folder nor a name as the Hub has them; check it.") from error
-    except (HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            raise ValueError(f"{name} does not fit on the disk; free some space and load it again.") from error
-        if isinstance(error, HTTPError):
-            raise ValueError(f"{name} could not be downloaded ({_short(error)}); load it again.") from error
-        raise
+    except Exception as error:
+        causes = list(_with_causes(error))
+        if any(isinstance(each, OSError) and each.errno in FULL_DISK for each in causes):
+            reason = "does not fit on the disk; free some space and load it again"
+        else:
+            kinds = (kind for kind in REASONS if any(isinstance(each, kind) for each in causes))
+            kind = next(kinds, None)
+            if kind is None:
+                raise
+            reason = REASONS[kind].format(repository=repository, revision=revision, error=_short(error))
+        raise ValueError(f"The {what} {repository!r} {reason}.") from error
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _short(error: Exception) -> str:

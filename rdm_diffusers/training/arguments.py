@@ -27,6 +27,7 @@ from .checks import check_arguments
 from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
 from .record import command_line
 
+TOKEN_SAFE_TRACKERS = ("tensorboard", "none")  # the others keep the command line
 ALGORITHMS = ("dmd", "gndm", "gndmr")
 
 # fmt: off
@@ -68,6 +69,7 @@ def build_parser(description: str | None = None, student: str = "lora") -> argpa
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
     _add_memory(parser.add_argument_group("memory and speed").add_argument)
     _add_output(parser.add_argument_group("output").add_argument)
+    _add_hub(parser.add_argument_group("hub").add_argument)
     parser.set_defaults(student=student, tracker_project_name=f"rdm-{student}")
     return parser
 
@@ -207,6 +209,15 @@ def _add_output(add) -> None:
     add("--stop_on_collapse", action="store_true", help="end the run when an alarm rings")
     add("--dry_run", action="store_true", help="check everything, print what memory the run needs, and train nothing")
     add("--num_eval_images", type=int, default=0, help="pictures that metrics.json measures; 0 measures none")
+
+
+def _add_hub(add) -> None:
+    add("--push_to_hub", action="store_true", help="push the student to the Hub when it is done")
+    add("--hub_model_id", help="the repository, USER/NAME or a name of your own; the output folder's by default")
+    add("--hub_token", help="for teacher and student; that of `hf auth login` or HF_TOKEN by default; recorded nowhere")
+    add("--hub_private_repo", action="store_true", default=None, help="let only you see a new repository")
+    add("--hub_revision", help="the branch to push to, made if it is missing; main by default")
+    add("--hub_commit_message", default="End of training", help="the first line of the commit")
 # fmt: on
 
 
@@ -223,9 +234,28 @@ def parse_args(
     args = parser.parse_args(argv)
     args.command = command_line(f"train_rdm_{student}.py", sys.argv[1:] if argv is None else argv)
     try:
+        hand_on_token(args)
         return fill_in(args)
     except ValueError as error:
         parser.error(str(error))
+
+
+def hand_on_token(args: argparse.Namespace) -> None:
+    """Takes the token out of the arguments, which are recorded, and gives it to huggingface_hub.
+
+    Raises:
+        ValueError: if a tracker may record the command line.
+    """
+    token = args.hub_token
+    del args.hub_token
+    if token is None:
+        return
+    if args.report_to not in TOKEN_SAFE_TRACKERS:
+        raise ValueError(
+            f"--hub_token would be recorded by --report_to {args.report_to}, with the command line; leave it out and "
+            "log in with `hf auth login`."
+        )
+    os.environ["HF_TOKEN"] = token
 
 
 def fill_in(args: argparse.Namespace) -> argparse.Namespace:

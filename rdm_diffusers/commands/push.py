@@ -1,0 +1,51 @@
+"""`rdm-push`: a student, from its folder to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..hub import push_student
+
+ERRORS = (ValueError, OSError)  # of which PushError is one
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `rdm-push`."""
+    parser = argparse.ArgumentParser("rdm-push", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", help="the student's folder, the --output_dir of its training")
+    add("repo_id", help="USER/NAME, or a name of your own")
+    add("--hub_token", "--token", dest="token", help="with write access; that of `hf auth login` or HF_TOKEN else")
+    add("--private", "--hub_private_repo", action="store_true", default=None,
+        help="make a new repository one that only you can see")  # fmt: skip
+    add("--revision", help="the branch to push to, made if it is missing; main by default")
+    add("--commit_message", help="the first line of the commit")
+    add("--tag", help="a name for the commit, for example v1")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Pushes a student and says where it is.
+
+    Args:
+        argv: the command line; that of the program by default.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError, OSError: one sentence on what is wrong and what to do.
+    """
+    address = push_student(**vars(make_parser().parse_args(argv)))
+    print(f"The student is at {address}")
+    return address
+
+
+def run() -> None:
+    """The console script: `main`, its errors as one line."""
+    try:
+        main()
+    except ERRORS as error:
+        sys.exit(f"error: {error}")

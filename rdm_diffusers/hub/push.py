@@ -1,0 +1,201 @@
+"""Pushes students to the Hub: one commit of what is for others, and one command to try again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
+
+from .student_files import check_secrets, check_student, is_hub_id, student_files
+
+COMMIT_MESSAGE = "Student of rdm_diffusers"
+CARD = "README.md"
+PATIENCE = 120.0  # seconds without a sign of the Hub; huggingface_hub itself waits for ever where it uploads
+TRANSPORT = {"TransportError", "RequestException"}  # what httpx and requests call errors of the way
+ADVICE = {
+    401: "log in again with `hf auth login`",
+    403: "make a token that may write there at https://huggingface.co/settings/tokens, or choose another name",
+    404: "check the name and the revision",
+    429: "wait a while",
+}
+
+
+class PushError(OSError):
+    """A student that is not on the Hub; after a push, its message ends with the command that tries again."""
+
+
+def push_student(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    tag: str | None = None,
+) -> str:
+    """Uploads a student's files in one commit; what arrived in an attempt that failed is not sent again.
+
+    The card that goes up names the repository where the local one names the folder. Local files are only read.
+
+    Args:
+        folder: the student's.
+        repo_id: `USER/NAME`, or a name of the user's own; made if it is missing.
+        token: with write access; by default that of `hf auth login` or HF_TOKEN.
+        private: whether only you may see a new repository; the Hub's default if None.
+        revision: a branch, made if it is missing; `main` by default.
+        commit_message: the commit's first line.
+        tag: a name for the commit, which may not mean another commit already.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: if the name is none, or the folder holds no student, one that others could not load, or a token.
+        PushError: if the Hub did not take it.
+    """
+    folder, token = Path(folder), token or get_token()
+    check_repo_id(repo_id)
+    check_student(folder)
+    files = student_files(folder)
+    check_secrets(files, token)
+    retry = retry_command(folder, repo_id, private, revision, commit_message, tag)
+    what_next = f"; the folder is untouched, try again with: {retry}"
+    with telling(f"The push of {folder} to {repo_id} was not completed", what_next, token):
+        api = HfApi(token=token)
+        repo_id = _open(api, repo_id, private, revision)
+        commit = api.create_commit(
+            repo_id,
+            _operations(folder, files, repo_id),
+            commit_message=commit_message or COMMIT_MESSAGE,
+            revision=revision,
+        )
+        if tag is not None:
+            _tag(api, repo_id, tag, commit.oid)
+    return str(commit.commit_url)
+
+
+def check_push(
+    repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> str:
+    """Makes sure, before any long work, that a student can be pushed; makes repository and branch if they are missing.
+
+    Args:
+        repo_id, token, private, revision: as `push_student`.
+
+    Returns:
+        The repository's full name.
+
+    Raises:
+        ValueError: if the name is none.
+        PushError: if there is no token, the Hub cannot be reached, or it would not take a student.
+    """
+    token = token or get_token()
+    check_repo_id(repo_id)
+    with telling(f"Nothing can be pushed to {repo_id}", ".", token):
+        return _open(HfApi(token=token), repo_id, private, revision)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuses a name that no repository can have.
+
+    Raises:
+        ValueError: saying what it may hold.
+    """
+    if not is_hub_id(repo_id):
+        raise ValueError(
+            f"{repo_id!r} is no name of a repository; give NAME or USER/NAME of letters, digits, '-', '_' and '.', at "
+            "most 96 characters long."
+        )
+
+
+def retry_command(
+    folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str | None, tag: str | None
+) -> str:
+    """The command line that pushes a student, for a shell; without a token."""
+    options = {"--revision": revision, "--commit_message": message, "--tag": tag}
+    words = ["rdm-push", str(folder.absolute()), repo_id, *(["--private"] if private else [])]
+    return shlex.join([*words, *(word for flag, value in options.items() if value for word in (flag, value))])
+
+
+def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """The full name of a repository that was made, if need be, and can be written, with the branch."""
+    if api.token is None:
+        raise ValueError("there is no token; log in with `hf auth login` or set HF_TOKEN")
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo_id, timeout=PATIENCE).private:
+        raise ValueError("the repository is public; make it private in its settings, or choose another name")
+    if revision not in (None, "main"):
+        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+    # Asks how a file would be taken and sends none: who may only read is refused.
+    api.preupload_lfs_files(repo_id, [CommitOperationAdd(CARD, b"# Student")], revision=revision)
+    return repo_id
+
+
+def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOperationAdd]:
+    sources: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in files}
+    if CARD in sources:
+        sources[CARD] = card_for((folder / CARD).read_text("utf-8"), repo_id).encode()
+    return [CommitOperationAdd(path, source) for path, source in sources.items()]
+
+
+def card_for(card: str, repo_id: str) -> str:
+    """A card whose examples load the student from the Hub."""
+    return re.sub(r"^student = .*$", f'student = "{repo_id}"', card, flags=re.MULTILINE)
+
+
+def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    """Names a commit; what has the name already stays, because others may rely on it."""
+    api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
+    if api.model_info(repo_id, revision=tag, timeout=PATIENCE).sha != commit:
+        raise ValueError(f"the commit is there, but the tag {tag} means another one; choose another --tag")
+
+
+@contextmanager
+def telling(what: str, what_next: str, token: str | None) -> Iterator[None]:
+    """Says in one sentence what failed, why, and what to do; gives up on a Hub that is silent for `PATIENCE`.
+
+    Raises:
+        PushError: for any error, as those of the way to the Hub have come from three HTTP libraries.
+    """
+    session = get_session()
+    before, session.timeout = getattr(session, "timeout", None), PATIENCE
+    try:
+        yield
+    except Exception as error:
+        reason = reason_of(error).replace(token, "...") if token else reason_of(error)
+        raise PushError(f"{what} ({reason}){what_next}") from error
+    finally:
+        session.timeout = before
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a request failed, without a line break or a full stop."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    responses = [found for each in causes if (found := getattr(each, "response", None)) is not None]
+    if responses:
+        response = responses[0]
+        said, advice = response.headers.get("X-Error-Message"), ADVICE.get(response.status_code)
+        answer = f"the Hub answered {response.status_code}" + (f' "{_one_line(said)}"' if said else "")
+        return f"{answer}: {advice}" if advice else answer
+    if any(isinstance(each, OfflineModeIsEnabled) for each in causes):
+        return "HF_HUB_OFFLINE forbids to reach the Hub; unset it"
+    if any("Timeout" in type(each).__name__ for each in causes):
+        return "the Hub did not answer in time"
+    said = _one_line(str(causes[-1])) or type(causes[-1]).__name__
+    is_transport = TRANSPORT & {base.__name__ for each in causes for base in type(each).__mro__}
+    return f"the connection to the Hub failed: {said}" if is_transport else said
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".").replace(". ", "; ")

@@ -1,0 +1,102 @@
+"""What of a student's folder is for others: an allow-list, and a look for tokens in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..families import LORA_FILE
+from ..pipelines import StudentConfig, is_student
+from ..tiny import is_tiny
+
+INDEX = "model_index.json"
+PATTERNS = (
+    "README.md", "rdm_config.json", "samples.png", "pictures/*.png", "metrics.json", "evaluation.json", LORA_FILE,
+    "comfyui/*.safetensors", "scheduler/*.json", INDEX,
+)  # fmt: skip
+COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+
+
+def student_files(folder: Path) -> list[Path]:
+    """The files of a student that are for others, sorted; all else in its folder stays at home.
+
+    Args:
+        folder: the student's: a LoRA, or a whole pipeline with the components that its `model_index.json` names.
+    """
+    files = [file for pattern in PATTERNS for file in folder.glob(pattern)]
+    for component in _components(folder):
+        files += [file for file in (folder / component).glob("*") if file.suffix in COMPONENT_SUFFIXES]
+    return sorted({file for file in files if file.is_file() and not file.name.startswith(".")})
+
+
+def _components(folder: Path) -> list[str]:
+    """The folders of a whole pipeline's components; none of a LoRA's."""
+    if not (folder / INDEX).is_file():
+        return []
+    entries = json.loads((folder / INDEX).read_text())
+    return [name for name, entry in entries.items() if isinstance(entry, list) and name.isidentifier()]
+
+
+def check_student(folder: Path) -> StudentConfig:
+    """The configuration of a student that others can load from the Hub.
+
+    Raises:
+        ValueError: if the folder holds no student, or one that needs a folder of this machine.
+    """
+    if not is_student(folder) or not any((folder / name).is_file() for name in (LORA_FILE, INDEX)):
+        raise ValueError(f"{folder} holds no student; give the --output_dir of a finished training run.")
+    student = StudentConfig.load(str(folder))
+    check_base(student.base_model_name_or_path, student.vae)
+    return student
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a repository could have this name; a local folder's full path is none."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_base(*names: str | None) -> None:
+    """Refuses a LoRA student of a teacher, or with an autoencoder, that others do not have.
+
+    Args:
+        names: what it is loaded with; embedded teachers and Hub ids can be had by all.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    for name in names:
+        if name is not None and not is_tiny(name) and (Path(name).is_dir() or not is_hub_id(name)):
+            raise ValueError(
+                f"This LoRA student needs {name}, a folder that others do not have; train it from the model's id on "
+                "the Hub, or make a student that stands alone with rdm-export --format full and push that."
+            )
+
+
+def check_secrets(files: list[Path], token: str | None) -> None:
+    """Refuses files in which the token stands, or anything that looks like one.
+
+    Of weights only the part that is text is read.
+
+    Raises:
+        ValueError: naming the file, never the token.
+    """
+    for file in files:
+        text = _text_of(file)
+        if TOKEN.search(text) or (token and token.encode() in text):
+            raise ValueError(f"{file} holds what looks like an access token of the Hub; take it out before you push.")
+
+
+def _text_of(file: Path) -> bytes:
+    with open(file, "rb") as stream:
+        if file.suffix != ".safetensors":
+            return stream.read()
+        return stream.read(min(int.from_bytes(stream.read(8), "little"), file.stat().st_size))
