@@ -310,7 +310,7 @@ def test_defaults_follow_the_algorithm_and_the_preset_and_a_flag_beats_both(flag
 
 def test_the_preset_dmd2_is_the_algorithm_dmd() -> None:
     preset, algorithm = vars(parse_args(["--preset", "dmd2"])), vars(parse_args(["--algorithm", "dmd"]))
-    assert {name for name in preset if preset[name] != algorithm[name]} == {"preset", "algorithm"}
+    assert {name for name in preset if preset[name] != algorithm[name]} == {"preset", "algorithm", "command"}
     objective = make_objective(Namespace(**preset))
     assert objective == make_objective(Namespace(**algorithm)) == replace(DMD(4), states=4)
 

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_repositories import Repository
 from hub_server import HubServer, visitor_environment
 from huggingface_hub import ModelCard
 from parts import PROMPTS, run_arguments
+from safetensors.torch import load, save
 from torch import Tensor
 
 import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
-from rdm_diffusers.families import load_teacher
+from rdm_diffusers.families import LORA_FILE, load_teacher
 
 TOLERANCE = 1e-5  # of a picture in [0, 1]
 TOKEN, KEY = "hf_dummytoken", "hf_key"  # what the visitor is logged in with, and what opens private repositories
@@ -53,10 +55,17 @@ def visit(prompts_file: Path, folder: Path) -> None:
         "student of a missing teacher": outcome(RdmDistillationPipeline.from_pretrained, "me/orphan"),
         "student of a private teacher": outcome(RdmDistillationPipeline.from_pretrained, "me/locked-out"),
     }
-    for kind, load in ("student", RdmDistillationPipeline.from_pretrained), ("teacher", load_teacher):
+    for kind, loader in ("student", RdmDistillationPipeline.from_pretrained), ("teacher", load_teacher):
         options = {"dtype": torch.float32} if kind == "teacher" else {}
         for state in ("missing", "private"):
-            outcomes[f"{state} {kind}"] = outcome(load, f"me/{state}-{kind}", **options)
+            outcomes[f"{state} {kind}"] = outcome(loader, f"me/{state}-{kind}", **options)
+    load_student = RdmDistillationPipeline.from_pretrained
+    outcomes["student of a gated teacher"] = outcome(load_student, "me/of-gated")
+    outcomes["no student"] = outcome(load_student, "me/teacher")
+    outcomes["newer student"] = outcome(load_student, "me/newer")
+    outcomes["missing revision"] = outcome(load_student, "me/student", revision="nowhere")
+    for revision in ("v1", "turbo"):
+        torch.save(draw("me/student", revision=revision), folder / f"{revision}.pt")
     outcomes["private student with its key"] = outcome(draw, "me/private-student", token=KEY)  # the last: it is cached
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
@@ -82,16 +91,26 @@ def student(teacher_folder: Path, prompts_file: Path, tmp_path_factory: pytest.T
     return folder
 
 
-def as_repository(source: Path, target: Path, base: str | None = None) -> Path:
-    """A copy of a folder, with pickled weights beside its safetensors; a student's teacher may be renamed."""
+def as_repository(source: Path, target: Path, base: str | None = None, **changes: object) -> Path:
+    """A copy of a folder, with pickled weights beside its safetensors; a student may have another configuration."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     for weights in list(target.rglob("*.safetensors")):
         for suffix in PICKLES:
             weights.with_suffix(suffix).write_bytes(b"never to be read")
-    if base:
+    changes |= {"base_model_name_or_path": base} if base else {}
+    if changes:
         config = json.loads((target / "rdm_config.json").read_text())
-        (target / "rdm_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        (target / "rdm_config.json").write_text(json.dumps(config | changes))
     return target
+
+
+def twofold(student: Repository) -> None:
+    """Gives a student a tag for what it is, and a branch with twice its weights."""
+    first = student.commits[student.branches["main"]]
+    student.tags["v1"] = first.oid
+    doubled = {name: 2 * tensor for name, tensor in load(first.files[LORA_FILE]).items()}
+    student.branches["turbo"] = first.oid
+    student.add("turbo", {LORA_FILE: save(doubled)}, "twice the weights")
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +122,16 @@ def visited(teacher_folder: Path, student: Path, prompts_file: Path, tmp_path_fa
         "me/student": as_repository(student, root / "student", "me/teacher"),
         "me/orphan": as_repository(student, root / "orphan", "me/missing-teacher"),
         "me/locked-out": as_repository(student, root / "locked-out", "me/private-teacher"),
+        "me/of-gated": as_repository(student, root / "of-gated", "me/gated-teacher"),
+        "me/newer": as_repository(student, root / "newer", format_version=2, version="9.9"),
     }
     repositories["me/private-teacher"] = repositories["me/teacher"]
     repositories["me/private-student"] = repositories["me/student"]
+    repositories["me/gated-teacher"] = repositories["me/teacher"]
     keys = {"me/private-teacher": KEY, "me/private-student": KEY}
     with HubServer(repositories, keys) as hub:
+        hub.repositories["me/gated-teacher"].gated = True
+        twofold(hub.repositories["me/student"])
         environment = visitor_environment(folder / "home", HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
         code = "import sys, pathlib, test_hub_loading; test_hub_loading.visit(*map(pathlib.Path, sys.argv[1:]))"
         command = [sys.executable, "-c", code, str(prompts_file), str(folder)]
@@ -128,6 +152,31 @@ def test_a_student_of_a_teacher_of_the_hub_names_it_in_its_configuration_and_car
     folder = visited.folder / "student"
     assert json.loads((folder / "rdm_config.json").read_text())["base_model_name_or_path"] == "me/teacher"
     assert ModelCard.load(folder / "README.md").data.base_model == "me/teacher"
+
+
+def test_a_student_is_loaded_by_its_revision(visited: Visit, student: Path) -> None:
+    first, turbo = (torch.load(visited.folder / f"{name}.pt", weights_only=True) for name in ("v1", "turbo"))
+    assert float((first - draw(student)).abs().max()) <= TOLERANCE
+    assert float((turbo - first).abs().max()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("tried", "sentence"),
+    [
+        (
+            "student of a gated teacher",
+            "The teacher 'me/gated-teacher' is gated; accept its terms at https://huggingfac",
+        ),
+        ("no student", "The student 'me/teacher' lacks a file that every student has, so it is none; check its name."),
+        ("newer student", "me/newer was made by rdm-diffusers 9.9, which is newer than this "),
+        ("missing revision", "The student 'me/student' has no revision 'nowhere'; give a branch, tag or commit of it."),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_in_a_sentence(visited: Visit, tried: str, sentence: str) -> None:
+    error, message, _ = visited.outcomes[tried]
+    assert error == "ValueError"
+    assert message.startswith(sentence)
+    assert message.removesuffix("`.").count(". ") == 0 and "\n" not in message
 
 
 def test_a_private_student_opens_with_the_token_that_is_given(visited: Visit) -> None:

@@ -26,6 +26,7 @@ REASONS: dict[type[Exception], str] = {
     RepositoryNotFoundError: "is no local folder and could not be found on the Hub; check its name, and "
     + LOG_IN + " if it is private",
     RevisionNotFoundError: "has no revision {revision!r}; give a branch, tag or commit of it",
+    RemoteEntryNotFoundError: "lacks a file that every {what} has, so it is none; check its name",
     LocalEntryNotFoundError: "is no local folder, is not in the cache, and the Hub cannot be reached; check its name "
     "and your connection",
     HFValidationError: "is neither a folder nor a name as the Hub has them; check it",
@@ -46,10 +47,7 @@ def fetch(what: str, repository: str, filename: str, **hub_options) -> Path:
         ValueError: if it cannot be had, saying why and what to do.
     """
     with coming_from_hub(what, repository, hub_options.get("revision")):
-        try:
-            return Path(hf_hub_download(repository, filename, **hub_options))
-        except RemoteEntryNotFoundError as error:
-            raise ValueError(f"{repository!r} on the Hub has no {filename}, so it is no {what}; check it.") from error
+        return Path(hf_hub_download(repository, filename, **hub_options))
 
 
 @contextmanager
@@ -66,7 +64,7 @@ def coming_from_hub(what: str, repository: str, revision: str | None = None) -> 
             kind = next(kinds, None)
             if kind is None:
                 raise
-            reason = REASONS[kind].format(repository=repository, revision=revision, error=_short(error))
+            reason = REASONS[kind].format(what=what, repository=repository, revision=revision, error=_short(error))
         raise ValueError(f"The {what} {repository!r} {reason}.") from error
 
 

@@ -39,6 +39,7 @@ def push_student(
     revision: str | None = None,
     commit_message: str | None = None,
     tag: str | None = None,
+    retry: str | None = None,
 ) -> str:
     """Uploads a student's files in one commit; what arrived in an attempt that failed is not sent again.
 
@@ -52,6 +53,7 @@ def push_student(
         revision: a branch, made if it is missing; `main` by default.
         commit_message: the commit's first line.
         tag: a name for the commit, which may not mean another commit already.
+        retry: the command that an error names; by default that which pushes this folder.
 
     Returns:
         The commit's address.
@@ -65,7 +67,7 @@ def push_student(
     check_student(folder)
     files = student_files(folder)
     check_secrets(files, token)
-    retry = retry_command(folder, repo_id, private, revision, commit_message, tag)
+    retry = retry or retry_command(folder, repo_id, private, revision, commit_message, tag)
     what_next = f"; the folder is untouched, try again with: {retry}"
     with telling(f"The push of {folder} to {repo_id} was not completed", what_next, token):
         api = HfApi(token=token)
