@@ -61,7 +61,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rdm_diffusers", "rdm_diffusers.*"]),
     package_data={"rdm_diffusers.tiny": ["**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"]},
-    entry_points={"console_scripts": ["rdm-evaluate=rdm_diffusers.evaluation.command:run"]},
+    entry_points={
+        "console_scripts": [
+            "rdm-evaluate=rdm_diffusers.evaluation.command:run",
+            "rdm-export=rdm_diffusers.commands.export:run",
+        ]
+    },
     py_modules=["train_rdm_full", "train_rdm_lora"],
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

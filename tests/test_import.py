@@ -24,6 +24,7 @@ FLOORS = (
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},
     {"training"},
+    {"commands"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -18,6 +18,7 @@ class FluxFamily(FlowFamily):
     """Teachers that `FluxPipeline` loads: dev, schnell, and their fine-tunes."""
 
     pipeline_class = FluxPipeline
+    architecture_name = "flux-1"
     lora_target_modules = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",

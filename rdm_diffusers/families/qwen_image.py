@@ -21,6 +21,7 @@ class QwenImageFamily(FlowFamily):
     """Teachers that `QwenImagePipeline` loads. Guidance is its `true_cfg_scale`, against a blank prompt."""
 
     pipeline_class = QwenImagePipeline
+    architecture_name = "qwen-image"
     lora_target_modules = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",

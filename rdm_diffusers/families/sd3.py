@@ -16,6 +16,7 @@ class StableDiffusion3Family(FlowFamily):
     """Teachers that `StableDiffusion3Pipeline` loads, with or without the third text encoder."""
 
     pipeline_class = StableDiffusion3Pipeline
+    architecture_name = "stable-diffusion-3"
     lora_target_modules = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
