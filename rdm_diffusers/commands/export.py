@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..families import pipeline_config
-from ..hub import WritingError, check_comfyui, comfyui_name, copy_lora, write_comfyui, write_full, writing
+from ..families import family_of, pipeline_config
+from ..hub import WritingError, check_comfyui, comfyui_name, copy_lora, read_lora, write_comfyui, write_full, writing
 from ..pipelines import StudentConfig, is_student
 from ..training.checkpoints import PREFIX, RECORD, list_checkpoints
 from ..training.exporting import chosen_weights, export_checkpoint, read_run
 
 FORMATS = ("lora", "full", "comfyui")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NOT_THE_STUDENT = [f"{PREFIX}*", "logs/*", "validation/*", "*.png"]  # of what a repository may hold
+NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*", "*.png"]  # of what a repository may hold
 ERRORS = (ValueError, ImportError, OSError)
 
 
@@ -47,32 +47,26 @@ class Source:
     run: argparse.Namespace | None = None
 
 
+# fmt: off
 def make_parser() -> argparse.ArgumentParser:
     """What an export takes."""
     parser = argparse.ArgumentParser(
         "rdm-export", description="Exports a checkpoint or a student in any format.", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a checkpoint-N folder of a run, a student's folder, or its Hub id")
-    add(
-        "--format",
-        required=True,
-        choices=FORMATS,
-        help="lora: for diffusers; full: a whole stock pipeline; comfyui: one LoRA file for ComfyUI and kohya's tools",
-    )
+    add("--format", required=True, choices=FORMATS,
+        help="lora: for diffusers; full: a whole stock pipeline; comfyui: one LoRA file for ComfyUI and kohya's tools")
     add("--output_dir", required=True, help="a new or empty folder")
-    add("--dtype", default="float32", choices=tuple(DTYPES), help="of the written weights, of full: of all networks'")
-    add(
-        "--use_ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="a checkpoint's moving average, or its weights as trained; the average where there is one by default",
-    )
+    add("--dtype", default="float32", choices=tuple(DTYPES), help="of the written weights, in full of all networks'")
+    add("--use_ema", action=argparse.BooleanOptionalAction,
+        help="a checkpoint's moving average, or its weights as trained; by default the average where there is one")
     add("--revision", help="a student's Hub revision")
     add("--token", help="for private repositories on the Hub; that of `hf auth login` by default")
     add("--cache_dir", help="where downloads are cached; the Hub's own cache by default")
-    return parser  # fmt: skip
+    return parser
+# fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -110,7 +104,7 @@ def find_source(args: argparse.Namespace, hub: dict[str, Any]) -> Source:
     found = _checkpoint(folder, args.use_ema) if (folder / RECORD).exists() else _student(args, hub)
     if args.format != "full" and not found.is_lora:
         raise ValueError(
-            f"{args.source} holds a full student, which no LoRA can replace; export it with --format full."
+            f"{args.source} holds a full student, which cannot become a LoRA; export it with --format full."
         )
     if args.format == "comfyui":
         check_comfyui(found.pipeline_class)
@@ -134,9 +128,13 @@ def _student(args: argparse.Namespace, hub: dict[str, Any]) -> Source:
         raise ValueError(f"{name} is a finished student with one set of weights; leave --use_ema and --no-use_ema out.")
     hub = hub | ({"revision": args.revision} if args.revision else {})
     student = StudentConfig.load(name, **hub)
+    family_of({"_class_name": student.pipeline_class})
     if not folder.is_dir():
         folder = Path(snapshot_download(name, ignore_patterns=NOT_THE_STUDENT, **hub))
-    return Source(folder, student.pipeline_class, student.base_model_name_or_path is not None)
+    is_lora = student.base_model_name_or_path is not None
+    if is_lora:
+        read_lora(folder)
+    return Source(folder, student.pipeline_class, is_lora)
 
 
 def export(source: Source, folder: Path, bench: Path, args: argparse.Namespace, hub: dict[str, Any]) -> None:
@@ -171,15 +169,21 @@ def aside(target: Path) -> Iterator[tuple[Path, Path]]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".partial-", dir=target.parent) as partial:
-            folder, bench = Path(partial, "export", target.name), Path(partial, "student")
+        partial = TemporaryDirectory(prefix=".partial-", dir=target.parent)
+    except OSError as error:
+        raise OSError(f"--output_dir {target} cannot be written ({error.strerror}); choose another.") from error
+    try:
+        with partial as name:
+            folder, bench = Path(name, "export", target.name), Path(name, "student")
             folder.mkdir(parents=True)
             bench.mkdir()
             yield folder, bench
             folder.replace(target)
     except WritingError as error:
         cause = error.__cause__
-        raise OSError(f"{target} could not be written ({cause}); nothing is left of it. Free some space.") from error
+        raise OSError(
+            f"{target} could not be written ({cause}), and nothing is left of it; free some space and export again."
+        ) from error
 
 
 def run() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,42 +62,59 @@ def write_comfyui(folder: Path, target: Path, pipeline_class: str, dtype: torch.
     """
     check_comfyui(pipeline_class)
     family = FAMILIES[pipeline_class]
-    weights, alpha = _read(folder / LORA_FILE, family.denoiser_name)
-    kohya = family.comfyui_keys == "kohya"
-    tensors = _as_kohya(weights, alpha) if kohya else _folded(weights, alpha)
+    weights, header = read_lora(folder)
+    alpha = json.loads(header[LORA_ADAPTER_METADATA_KEY])[f"{family.denoiser_name}.lora_alpha"]
+    tensors = as_comfyui(weights, alpha, family)
     rank = max(tensor.shape[0] for name, tensor in weights.items() if name.endswith(DOWN))
-    header = _header(target.stem, family, StudentConfig.load(str(folder)), weights)
-    header |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(alpha if kohya else rank))}
+    shown = _header(target.stem, family, StudentConfig.load(str(folder)), weights)
+    folded = not any(name.endswith(".alpha") for name in tensors)
+    shown |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank if folded else alpha))}
     cast = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(cast, target, {"format": "pt", **header})
+    save_file(cast, target, {"format": "pt", **shown})
 
 
-def _read(path: Path, component: str) -> tuple[dict[str, Tensor], float]:
-    """A diffusers LoRA's weights by their names there, and its alpha."""
-    with safe_open(path, "pt") as file:
-        adapter = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    return weights, adapter[f"{component}.lora_alpha"]
+def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a LoRA student's folder, by their names in diffusers, and the header of their file.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or its header holds no adapter.
+    """
+    path = folder / LORA_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        json.loads(header[LORA_ADAPTER_METADATA_KEY])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); download or export the student again.") from error
+    return weights, header
 
 
-def _as_kohya(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """`unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`; every module gets its alpha."""
+def as_comfyui(weights: Mapping[str, Tensor], alpha: float, family: Family) -> dict[str, Tensor]:
+    """A LoRA's weights under the names that ComfyUI reads.
+
+    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, with an alpha for every module. Those of
+    transformers keep their names; `alpha / rank` goes into the second matrices, as readers take a missing alpha for the
+    rank.
+
+    Args:
+        weights: `[rank, ...]` and `[..., rank]` by their names in diffusers, the component's name first.
+        alpha: the LoRA's, for all modules.
+        family: the teacher's.
+    """
+    if family.comfyui_keys == "diffusers":
+        return {
+            name: tensor * (alpha / weights[name.removesuffix(UP) + DOWN].shape[0]) if name.endswith(UP) else tensor
+            for name, tensor in weights.items()
+        }
     named = {}
     for name, tensor in weights.items():
-        path, _, matrix = name.removeprefix("unet.").rpartition(".lora_")
+        path, _, matrix = name.removeprefix(f"{family.denoiser_name}.").rpartition(".lora_")
         module = f"lora_unet_{path.replace('.', '_')}"
         named[f"{module}.{'lora_down' if matrix == 'A.weight' else 'lora_up'}.weight"] = tensor
         named[f"{module}.alpha"] = torch.tensor(float(alpha))
     return named
-
-
-def _folded(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """The same names; `alpha / rank` goes into the second matrices, as a reader takes a missing alpha for the rank."""
-    return {
-        name: tensor * (alpha / weights[name.removesuffix(UP) + DOWN].shape[0]) if name.endswith(UP) else tensor
-        for name, tensor in weights.items()
-    }
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

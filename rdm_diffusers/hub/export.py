@@ -10,7 +10,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers.training_utils import _collate_lora_metadata
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, rebuilt
 from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..schedulers import RdmScheduler
 from ..tiny import is_tiny
-from .comfyui import comfyui_name, has_comfyui, write_comfyui
+from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
 
 COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
 
@@ -108,11 +108,9 @@ def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
     Raises:
         WritingError: for example on a full disk.
     """
-    with safe_open(source / LORA_FILE, "pt") as file:
-        weights = {name: file.get_tensor(name).to(dtype).contiguous() for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
+    weights, header = read_lora(source)
     with writing(folder):
-        save_file(weights, folder / LORA_FILE, metadata)
+        save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / LORA_FILE, header)
         shutil.copytree(source / "scheduler", folder / "scheduler")
         shutil.copy(source / STUDENT_CONFIG, folder)
         _add_comfyui(folder, StudentConfig.load(str(source)).pipeline_class)
