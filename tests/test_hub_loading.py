@@ -17,11 +17,13 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from parts import PROMPTS, run_arguments
+from safetensors.torch import load_file
 from torch import Tensor
 
 import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
-from rdm_diffusers.families import load_teacher
+from rdm_diffusers.commands import export
+from rdm_diffusers.families import LORA_FILE, load_teacher
 
 TESTS = Path(__file__).parent
 TOLERANCE = 1e-5  # of a picture in [0, 1]
@@ -49,6 +51,8 @@ def outcome(load: Callable[..., object], *args: object, **options: object) -> tu
 def visit(prompts_file: Path, folder: Path) -> None:
     """All that is tested here, by one process that knows the Hub under another address from its start."""
     torch.save(draw("me/student"), folder / "pictures.pt")
+    for kind in ("full", "lora", "comfyui"):
+        export.main(["me/student", "--format", kind, "--output_dir", str(folder / "exports" / kind)])
     arguments = run_arguments("me/teacher", prompts_file, folder / "student")
     train_rdm_lora.main(["--pretrained_model", *arguments[1:]])
     outcomes = {
@@ -59,7 +63,9 @@ def visit(prompts_file: Path, folder: Path) -> None:
         options = {"dtype": torch.float32} if kind == "teacher" else {}
         for state in ("missing", "private"):
             outcomes[f"{state} {kind}"] = outcome(load, f"me/{state}-{kind}", **options)
-    outcomes["private student with its key"] = outcome(draw, "me/private-student", token=KEY)  # the last: it is cached
+    outcomes["private student with its key"] = outcome(draw, "me/private-student", token=KEY)  # late: it is cached
+    words = ["me/private-student", "--format", "comfyui", "--output_dir", str(folder / "exports" / "private")]
+    outcomes["private export with its key"] = outcome(export.main, [*words, "--token", KEY])
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
@@ -145,6 +151,15 @@ def test_a_student_of_a_teacher_of_the_hub_names_it_in_its_configuration_and_car
 
 def test_a_private_student_opens_with_the_token_that_is_given(visited: Visit) -> None:
     assert visited.outcomes["private student with its key"] == ["", "", ""]
+
+
+def test_a_student_of_the_hub_is_exported_in_every_format(visited: Visit, student: Path) -> None:
+    folder = visited.folder / "exports"
+    assert float((draw(folder / "full") - draw(student)).abs().max()) <= TOLERANCE
+    ours, theirs = (load_file(path) for path in (folder / "lora" / LORA_FILE, student / LORA_FILE))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert visited.outcomes["private export with its key"] == ["", "", ""]
+    assert all((folder / name / f"{name}.safetensors").exists() for name in ("comfyui", "private"))
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])

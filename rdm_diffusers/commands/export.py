@@ -26,7 +26,8 @@ from ..training.exporting import chosen_weights, export_checkpoint, read_run
 
 FORMATS = ("lora", "full", "comfyui")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*", "*.png"]  # of what a repository may hold
+READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a repository; never pickles
+NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*", "*.png"]
 ERRORS = (ValueError, ImportError, OSError)
 
 
@@ -130,7 +131,7 @@ def _student(args: argparse.Namespace, hub: dict[str, Any]) -> Source:
     student = StudentConfig.load(name, **hub)
     family_of({"_class_name": student.pipeline_class})
     if not folder.is_dir():
-        folder = Path(snapshot_download(name, ignore_patterns=NOT_THE_STUDENT, **hub))
+        folder = Path(snapshot_download(name, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT, **hub))
     is_lora = student.base_model_name_or_path is not None
     if is_lora:
         read_lora(folder)
