@@ -170,7 +170,7 @@ def aside(target: Path) -> Iterator[tuple[Path, Path]]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = TemporaryDirectory(prefix=".partial-", dir=target.parent)
+        partial = TemporaryDirectory(prefix=".export-", dir=target.parent)
     except OSError as error:
         raise OSError(f"--output_dir {target} cannot be written ({error.strerror}); choose another.") from error
     try:

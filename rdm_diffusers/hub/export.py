@@ -134,7 +134,7 @@ def write_full(source: Path, folder: Path, dtype: torch.dtype, **hub_options) ->
         denoiser.fuse_lora()  # in place, because a large network should not be here twice
         denoiser.unload_lora()
     for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, torch.nn.Module) and part.dtype != dtype:
             part.to(dtype)
     with writing(folder):
         pipeline.save_pretrained(folder)
