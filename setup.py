@@ -68,6 +68,7 @@ setup(
         "console_scripts": [
             "rdm-card=rdm_diffusers.commands.card:run",
             "rdm-evaluate=rdm_diffusers.evaluation.command:run",
+            "rdm-export=rdm_diffusers.commands.export:run",
             "rdm-push=rdm_diffusers.commands.push:run",
         ]
     },

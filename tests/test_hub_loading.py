@@ -17,11 +17,12 @@ from hub_repositories import Repository
 from hub_server import HubServer, visitor_environment
 from huggingface_hub import ModelCard
 from parts import PROMPTS, run_arguments
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
+from rdm_diffusers.commands import export
 from rdm_diffusers.families import LORA_FILE, load_teacher
 
 TOLERANCE = 1e-5  # of a picture in [0, 1]
@@ -49,6 +50,8 @@ def outcome(load: Callable[..., object], *args: object, **options: object) -> tu
 def visit(prompts_file: Path, folder: Path) -> None:
     """All that is tested here, by one process that knows the Hub under another address from its start."""
     torch.save(draw("me/student"), folder / "pictures.pt")
+    for kind in ("full", "lora", "comfyui"):
+        export.main(["me/student", "--format", kind, "--output_dir", str(folder / "exports" / kind)])
     arguments = run_arguments("me/teacher", prompts_file, folder / "student")
     train_rdm_lora.main(["--pretrained_model", *arguments[1:]])
     outcomes = {
@@ -66,7 +69,9 @@ def visit(prompts_file: Path, folder: Path) -> None:
     outcomes["missing revision"] = outcome(load_student, "me/student", revision="nowhere")
     for revision in ("v1", "turbo"):
         torch.save(draw("me/student", revision=revision), folder / f"{revision}.pt")
-    outcomes["private student with its key"] = outcome(draw, "me/private-student", token=KEY)  # the last: it is cached
+    outcomes["private student with its key"] = outcome(draw, "me/private-student", token=KEY)  # late: it is cached
+    words = ["me/private-student", "--format", "comfyui", "--output_dir", str(folder / "exports" / "private")]
+    outcomes["private export with its key"] = outcome(export.main, [*words, "--token", KEY])
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
@@ -181,6 +186,15 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(visited: Visit, tried: str,
 
 def test_a_private_student_opens_with_the_token_that_is_given(visited: Visit) -> None:
     assert visited.outcomes["private student with its key"] == ["", "", ""]
+
+
+def test_a_student_of_the_hub_is_exported_in_every_format(visited: Visit, student: Path) -> None:
+    folder = visited.folder / "exports"
+    assert float((draw(folder / "full") - draw(student)).abs().max()) <= TOLERANCE
+    ours, theirs = (load_file(path) for path in (folder / "lora" / LORA_FILE, student / LORA_FILE))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert visited.outcomes["private export with its key"] == ["", "", ""]
+    assert all((folder / name / f"{name}.safetensors").exists() for name in ("comfyui", "private"))
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])

@@ -46,7 +46,7 @@ with HubServer({{}}, {{}}, {{{TOKEN!r}: "me", {READER!r}: "me"}}, ({READER!r},))
 
 def fill(folder: Path, student: Path) -> Path:
     """A copy of a student with all that can lie in its folder."""
-    shutil.copytree(student, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    shutil.copytree(student, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs", "comfyui"))
     for path in STAYS:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(b"something")
@@ -210,7 +210,7 @@ def test_a_run_pushes_its_student_last_and_privately_under_the_folders_name(visi
     assert visited.record["trained"]["said"] == ""
     found = visited.record["me/trained"]
     assert found["private"]
-    assert set(found["files"]["main"]) == GOES_UP - {COMFY} | {".gitattributes"}
+    assert set(found["files"]["main"]) == GOES_UP - {COMFY} | {"comfyui/trained.safetensors", ".gitattributes"}
     for name in ("trained", "trained-in-vain"):
         assert set(digests(visited.folder / name)) >= GOES_UP - {COMFY}
 

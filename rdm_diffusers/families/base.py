@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -104,6 +104,9 @@ class Family(ABC):
         has_lora: whether the stock pipeline loads LoRAs; without, students are full ones.
         bins_resolutions: whether the stock pipeline draws at the nearest of its own resolutions, unless told not to.
         comfyui_shift: what in ComfyUI undoes the teacher's shift of times, which the student's even grid has not.
+        comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, as diffusers does, or None where
+            ComfyUI reads none.
+        architecture_name: what ModelSpec, or else its users, call the network.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -114,6 +117,8 @@ class Family(ABC):
     has_lora: bool = True
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
+    comfyui_keys: Literal["kohya", "diffusers"] | None = None
+    architecture_name: str = ""
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""
@@ -138,6 +143,15 @@ class Family(ABC):
     def prediction_type(self, scheduler: SchedulerMixin) -> str:
         """What the denoiser's output means, one of `prediction.PREDICTION_TYPES`."""
         return scheduler.config.get("prediction_type", "flow_prediction")
+
+    def architecture(self, text_width: int | None, prediction_type: str) -> str:
+        """What the header of a LoRA's file calls the network.
+
+        Args:
+            text_width: of the prompt embeddings that its cross-attention reads; None where it is not adapted.
+            prediction_type: one of `prediction.PREDICTION_TYPES`.
+        """
+        return self.architecture_name
 
     def reading(self, options: PromptOptions) -> dict[str, Any]:
         """What the stock pipeline is called with to read prompts and size pictures as the options say."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
@@ -13,6 +15,7 @@ class FlowFamily(Family):
 
     denoiser_name = "transformer"
     time_embedding_name = "time_text_embed"
+    comfyui_keys: Literal["kohya", "diffusers"] | None = "diffusers"
 
     def prediction_type(self, scheduler: SchedulerMixin) -> str:
         return "flow_prediction"

@@ -19,6 +19,7 @@ class FluxFamily(FlowFamily):
 
     pipeline_class = FluxPipeline
     comfyui_shift = "*ModelSamplingFlux* with both shifts 0"
+    architecture_name = "flux-1"
     lora_target_modules = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",

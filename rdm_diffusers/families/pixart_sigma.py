@@ -22,6 +22,8 @@ class PixArtSigmaFamily(StableDiffusionFamily):
     bins_resolutions = True
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     has_lora = False
+    comfyui_keys = None
+    architecture_name = "pixart-sigma"
 
     @torch.no_grad()
     def encode_prompts(

@@ -22,6 +22,7 @@ class QwenImageFamily(FlowFamily):
 
     pipeline_class = QwenImagePipeline
     comfyui_shift = "*ModelSamplingAuraFlow* with shift 1"
+    architecture_name = "qwen-image"
     lora_target_modules = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",

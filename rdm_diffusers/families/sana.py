@@ -21,6 +21,8 @@ class SanaFamily(FlowFamily):
     pipeline_class = SanaPipeline
     time_embedding_name = "time_embed.emb"
     bins_resolutions = True
+    comfyui_keys = None  # ComfyUI knows no SANA
+    architecture_name = "sana"
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
 
     @torch.no_grad()

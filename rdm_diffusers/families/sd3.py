@@ -17,6 +17,7 @@ class StableDiffusion3Family(FlowFamily):
 
     pipeline_class = StableDiffusion3Pipeline
     comfyui_shift = "*ModelSamplingSD3* with shift 1"
+    architecture_name = "stable-diffusion-3"
     lora_target_modules = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 
 from .base import Conditioning, Family, PromptOptions, encoding_device, square_latents
+
+TEXT_WIDTH_2 = 1024  # of Stable Diffusion 2's text encoder; 1's is 768
 
 
 class StableDiffusionFamily(Family):
@@ -19,10 +22,17 @@ class StableDiffusionFamily(Family):
     denoiser_name = "unet"
     time_embedding_name = "time_embedding"
     load_options = {"safety_checker": None, "requires_safety_checker": False}
+    comfyui_keys: Literal["kohya", "diffusers"] | None = "kohya"
+    architecture_name = "stable-diffusion-v1"
     lora_target_modules: tuple[str, ...] = (
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
         "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     )  # fmt: skip
+
+    def architecture(self, text_width: int | None, prediction_type: str) -> str:
+        if text_width != TEXT_WIDTH_2:
+            return self.architecture_name
+        return "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
 
     @torch.no_grad()
     def encode_prompts(

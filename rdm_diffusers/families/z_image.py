@@ -22,6 +22,7 @@ class ZImageFamily(FlowFamily):
 
     pipeline_class = ZImagePipeline
     comfyui_shift = "*ModelSamplingAuraFlow* with shift 1"
+    architecture_name = "z-image"
     time_embedding_name = "t_embedder"
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
 

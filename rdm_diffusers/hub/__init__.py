@@ -1,17 +1,27 @@
 """Students as files that others load."""
 
 from .card import write_card
-from .export import export_full, export_lora
+from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
+from .export import WritingError, copy_lora, export_full, export_lora, write_full, writing
 from .push import PushError, check_push, push_student
 from .student_files import check_base, student_files
 
 __all__ = [
     "PushError",
+    "WritingError",
     "check_base",
+    "check_comfyui",
     "check_push",
+    "comfyui_name",
+    "copy_lora",
     "export_full",
     "export_lora",
+    "has_comfyui",
     "push_student",
+    "read_lora",
     "student_files",
     "write_card",
+    "write_comfyui",
+    "write_full",
+    "writing",
 ]

@@ -77,7 +77,7 @@ def hyperparameters(facts: CardFacts) -> dict[str, str]:
     own = facts.student.arguments
     if not own:
         return {}
-    batch = own["train_batch_size"] * own["gradient_accumulation_steps"] * own["num_processes"]
+    batch = own["train_batch_size"] * own["gradient_accumulation_steps"] * own.get("num_processes", 1)
     size = f"LoRA, rank {own['rank']}, alpha {own['lora_alpha']}" if facts.student.is_lora else "full weights"
     rewards = {"rewards": f"{', '.join(own['reward'])}; share {own['reward_share']}"} if own["reward"] else {}
     average = {"moving average": f"decay {own['ema_decay']}"} if own["use_ema"] else {}
@@ -86,7 +86,7 @@ def hyperparameters(facts: CardFacts) -> dict[str, str]:
         "R_dm": f"{own['algorithm']}, groups of {own['group_size']}, lambda {own['gndm_lambda']}, "
                 f"teacher's guidance {own['guidance_scale']}",
         **rewards,
-        "updates": f"{own['max_train_steps']}, of {batch} samples",
+        "updates": f"{facts.student.training.get('updates', own['max_train_steps'])}, of {batch} samples",
         "fake score's updates": f"{own['fake_updates_per_step']} to each of the student's",
         "optimiser": f"AdamW{' in 8 bits' if own['use_8bit_adam'] else ''}, learning rate {own['learning_rate']}, "
                      f"{own['lr_scheduler']}",

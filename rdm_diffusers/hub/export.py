@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,20 @@ import diffusers
 import torch
 from diffusers.training_utils import _collate_lora_metadata
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..families import Teacher, rebuilt
-from ..pipelines import CLASSES, StudentConfig
+from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, rebuilt
+from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..schedulers import RdmScheduler
 from ..tiny import is_tiny
+from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
+
+COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
+
+
+class WritingError(OSError):
+    """A student could not be written; the system's own error is its cause."""
 
 
 @contextmanager
@@ -23,12 +32,12 @@ def writing(folder: Path) -> Iterator[None]:
     """Says in one sentence what to do where a student cannot be written.
 
     Raises:
-        OSError: for example on a full disk.
+        WritingError: for example on a full disk.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OSError(
+        raise WritingError(
             f"The student could not be written to {folder} ({error}); its checkpoints are intact. Free some space and "
             "resume with --resume_from_checkpoint latest, which trains what is left and writes it again."
         ) from error
@@ -37,7 +46,7 @@ def writing(folder: Path) -> Iterator[None]:
 def export_lora(
     folder: Path, teacher: Teacher, weights: Mapping[str, Tensor], scheduler: RdmScheduler, **origin
 ) -> None:
-    """Writes `pytorch_lora_weights.safetensors`, `scheduler/` and `rdm_config.json`.
+    """Writes `pytorch_lora_weights.safetensors`, `scheduler/`, `rdm_config.json`, and a file for ComfyUI if it has one.
 
     Args:
         folder: an existing folder.
@@ -57,6 +66,13 @@ def export_lora(
         )
         stock.save_pretrained(folder / "scheduler")
         student_config(teacher, scheduler, base_model_name_or_path=base, vae=teacher.vae, **origin).save(folder)
+        _add_comfyui(folder, teacher.family.pipeline_class.__name__)
+
+
+def _add_comfyui(folder: Path, pipeline_class: str) -> None:
+    """Writes `comfyui/<folder's name>.safetensors`, deep enough not to be found by `load_lora_weights`."""
+    if has_comfyui(pipeline_class):
+        write_comfyui(folder, folder / COMFYUI_FOLDER / comfyui_name(folder), pipeline_class)
 
 
 def export_full(
@@ -83,6 +99,49 @@ def export_full(
     pipeline_class = CLASSES[teacher.family.pipeline_class.__name__]
     pipeline = rebuilt(pipeline_class, teacher.pipeline, **{teacher.family.denoiser_name: denoiser})
     pipeline.student = student_config(teacher, scheduler, base_model_name_or_path=None, training=training or {})
+    with writing(folder):
+        pipeline.save_pretrained(folder)
+
+
+def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a LoRA student's files anew, as `export_lora` does, with weights of another precision.
+
+    Args:
+        source: the student's folder.
+        folder: an existing one.
+        dtype: of the weights.
+
+    Raises:
+        WritingError: for example on a full disk.
+    """
+    weights, header = read_lora(source)
+    with writing(folder):
+        save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / LORA_FILE, header)
+        shutil.copytree(source / "scheduler", folder / "scheduler")
+        shutil.copy(source / STUDENT_CONFIG, folder)
+        _add_comfyui(folder, StudentConfig.load(str(source)).pipeline_class)
+
+
+def write_full(source: Path, folder: Path, dtype: torch.dtype, **hub_options) -> None:
+    """Writes a student as a whole stock pipeline, with a LoRA added to its base's weights (in float32).
+
+    Args:
+        source: the student's folder, LoRA or full.
+        folder: an existing one.
+        dtype: of all networks' weights.
+        hub_options: for a base that is on the Hub: `token`, `cache_dir`.
+
+    Raises:
+        WritingError: for example on a full disk.
+    """
+    pipeline = RdmDistillationPipeline.from_pretrained(source, dtype=torch.float32, **hub_options)
+    denoiser = FAMILIES[StudentConfig.load(str(source)).pipeline_class].denoiser(pipeline)
+    if getattr(denoiser, "peft_config", None):
+        denoiser.fuse_lora()  # in place, because a large network should not be here twice
+        denoiser.unload_lora()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and part.dtype != dtype:
+            part.to(dtype)
     with writing(folder):
         pipeline.save_pretrained(folder)
 

@@ -39,8 +39,8 @@ class StudentConfig:
             differs from its own defaults of the pictures' size and of the tokens that are read.
         revision, variant: of the base model.
         vae: another autoencoder than the base model's, a folder or a Hub id.
-        training: how it was trained, for readers: `command`, and all `arguments`, the teacher and the method among
-            them; empty if unknown.
+        training: how it was trained, for readers: the `command`, the number of `updates`, and all `arguments`, the
+            teacher and the method among them; empty if unknown.
         version: the release of this package that made it.
         format_version: of this file.
     """

@@ -180,6 +180,11 @@ def read_arguments(checkpoint: Path) -> dict:
     return json.loads((checkpoint / RECORD).read_text())["arguments"]
 
 
+def updates_of(checkpoint: Path) -> int:
+    """How many updates were done when a checkpoint was written."""
+    return json.loads((checkpoint / RECORD).read_text())["update"]
+
+
 def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
     """Puts a checkpoint's numbers into `state`, in place; on every process alike.
 

@@ -39,7 +39,8 @@ def without_folders(value: Any) -> Any:
     return Path(value).resolve().name if is_path else value
 
 
-def training_record(args: argparse.Namespace) -> dict[str, Any]:
-    """`StudentConfig.training`: the command and all arguments."""
+def training_record(args: argparse.Namespace, updates: int | None = None) -> dict[str, Any]:
+    """`StudentConfig.training`: the command, all arguments, and the number of updates, by default all of the run's."""
     arguments = {name: without_folders(value) for name, value in vars(args).items() if name != "command"}
-    return {"command": vars(args).get("command"), "arguments": arguments}
+    done = args.max_train_steps if updates is None else updates
+    return {"command": vars(args).get("command"), "arguments": arguments, "updates": done}

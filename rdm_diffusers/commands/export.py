@@ -1,0 +1,219 @@
+"""`rdm-export`: any checkpoint or student in any format.
+
+A checkpoint becomes a student's folder first, and every format is made of such a folder. All is written aside and put
+in its place at the end, so that an export that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from ..families import coming_from_hub, family_of, pipeline_config
+from ..hub import (
+    WritingError,
+    check_comfyui,
+    comfyui_name,
+    copy_lora,
+    read_lora,
+    write_card,
+    write_comfyui,
+    write_full,
+    writing,
+)
+from ..pipelines import StudentConfig, is_student
+from ..training.checkpoints import PREFIX, RECORD, list_checkpoints
+from ..training.exporting import chosen_weights, export_checkpoint, read_run
+
+FORMATS = ("lora", "full", "comfyui")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a repository; never pickles
+NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*", "*.png"]
+FINDINGS = ("samples.png", "pictures", "metrics.json", "evaluation.json")  # what a student's card shows
+ERRORS = (ValueError, ImportError, OSError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Args:
+        folder: a checkpoint's, or a student's.
+        pipeline_class: the stock pipeline's name.
+        is_lora: whether the student is a LoRA.
+        run: the arguments of the run, for a checkpoint.
+    """
+
+    folder: Path
+    pipeline_class: str
+    is_lora: bool
+    run: argparse.Namespace | None = None
+
+
+# fmt: off
+def make_parser() -> argparse.ArgumentParser:
+    """What an export takes."""
+    parser = argparse.ArgumentParser(
+        "rdm-export", description="Exports a checkpoint or a student in any format.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a checkpoint-N folder of a run, a student's folder, or its Hub id")
+    add("--format", required=True, choices=FORMATS,
+        help="lora: for diffusers; full: a whole stock pipeline; comfyui: one LoRA file for ComfyUI and kohya's tools")
+    add("--output_dir", required=True, help="a new or empty folder")
+    add("--dtype", default="float32", choices=tuple(DTYPES), help="of the written weights, in full of all networks'")
+    add("--use_ema", action=argparse.BooleanOptionalAction,
+        help="a checkpoint's moving average, or its weights as trained; by default the average where there is one")
+    add("--revision", help="a student's Hub revision")
+    add("--token", help="for private repositories on the Hub; that of `hf auth login` by default")
+    add("--cache_dir", help="where downloads are cached; the Hub's own cache by default")
+    return parser
+# fmt: on
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Exports.
+
+    Args:
+        argv: the command line; that of the program by default.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ValueError, ImportError, OSError: one sentence on what is wrong and what to do.
+    """
+    args = make_parser().parse_args(argv)
+    target = Path(args.output_dir).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--output_dir {args.output_dir} is not empty; choose another.")
+    hub = {name: value for name in ("token", "cache_dir") if (value := getattr(args, name)) is not None}
+    source = find_source(args, hub)
+    with aside(target) as (folder, bench):
+        export(source, folder, bench, args, hub)
+        if args.format != "comfyui":
+            add_card(source, folder, args)
+    print(f"Wrote {args.output_dir}.")
+    return target
+
+
+def find_source(args: argparse.Namespace, hub: dict[str, Any]) -> Source:
+    """Tells what SOURCE is, and refuses what cannot be exported as asked, before anything large is read.
+
+    Raises:
+        ValueError: one sentence on what is wrong and what to do.
+    """
+    folder = Path(args.source)
+    found = _checkpoint(folder, args.use_ema) if (folder / RECORD).exists() else _student(args, hub)
+    if args.format != "full" and not found.is_lora:
+        raise ValueError(
+            f"{args.source} holds a full student, which cannot become a LoRA; export it with --format full."
+        )
+    if args.format == "comfyui":
+        check_comfyui(found.pipeline_class)
+    return found
+
+
+def _checkpoint(folder: Path, use_ema: bool | None) -> Source:
+    run = read_run(folder)
+    chosen_weights(folder, use_ema)
+    config = pipeline_config(run.pretrained_model_name_or_path, revision=run.revision)
+    return Source(folder, config["_class_name"], run.student == "lora", run)
+
+
+def _student(args: argparse.Namespace, hub: dict[str, Any]) -> Source:
+    folder, name = Path(args.source), args.source
+    if folder.is_dir() and not is_student(folder):
+        inside = list_checkpoints(folder)
+        what = f"{inside[-1]} is a checkpoint, give that" if inside else "give a checkpoint-N folder or a student's"
+        raise ValueError(f"{name} holds neither a checkpoint ({RECORD}) nor a finished student; {what}.")
+    if args.use_ema is not None:
+        raise ValueError(f"{name} is a finished student with one set of weights; leave --use_ema and --no-use_ema out.")
+    hub = hub | ({"revision": args.revision} if args.revision else {})
+    student = StudentConfig.load(name, **hub)
+    family_of({"_class_name": student.pipeline_class})
+    if not folder.is_dir():
+        with coming_from_hub("student", name, args.revision):
+            folder = Path(snapshot_download(name, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT, **hub))
+    if student.is_lora:
+        read_lora(folder)
+    return Source(folder, student.pipeline_class, student.is_lora)
+
+
+def export(source: Source, folder: Path, bench: Path, args: argparse.Namespace, hub: dict[str, Any]) -> None:
+    """Writes a folder in the format that is asked for.
+
+    Args:
+        source: a checkpoint or a student.
+        folder: an empty one, which files are named after.
+        bench: an empty one to work in.
+        args: of the command.
+        hub: the Hub's options for a base that is there.
+    """
+    student, dtype = source.folder, DTYPES[args.dtype]
+    if source.run is not None:
+        student = bench
+        export_checkpoint(source.folder, source.run, student, args.use_ema)
+    if args.format == "full":
+        write_full(student, folder, dtype, **hub)
+    elif args.format == "lora":
+        copy_lora(student, folder, dtype)
+    else:
+        with writing(folder):
+            write_comfyui(student, folder / comfyui_name(folder), source.pipeline_class, dtype)
+
+
+def add_card(source: Source, folder: Path, args: argparse.Namespace) -> None:
+    """Writes the card, with what was found of a finished student, as long as its numbers stay what they were."""
+    if source.run is None and args.dtype == "float32":
+        for found in FINDINGS:
+            if (source.folder / found).is_dir():
+                shutil.copytree(source.folder / found, folder / found)
+            elif (source.folder / found).exists():
+                shutil.copy(source.folder / found, folder)
+    write_card(folder, args.output_dir)
+
+
+@contextmanager
+def aside(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Two empty folders beside `target`: one of its name, which takes its place at the end, and one to work in.
+
+    Raises:
+        OSError: if they cannot be written; nothing is left behind then.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = TemporaryDirectory(prefix=".export-", dir=target.parent)
+    except OSError as error:
+        raise OSError(f"--output_dir {target} cannot be written ({error.strerror}); choose another.") from error
+    try:
+        with partial as name:
+            folder, bench = Path(name, "export", target.name), Path(name, "student")
+            folder.mkdir(parents=True)
+            bench.mkdir()
+            yield folder, bench
+            folder.replace(target)
+    except WritingError as error:
+        cause = error.__cause__
+        raise OSError(
+            f"{target} could not be written ({cause}), and nothing is left of it; free some space and export again."
+        ) from error
+
+
+def run() -> None:
+    """The console script: `main`, its errors as one line."""
+    try:
+        main()
+    except ERRORS as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,151 @@
+"""A LoRA student as one file for ComfyUI, and for U-Nets also for kohya's tools and the AUTOMATIC1111 web UI.
+
+U-Nets' files carry kohya's names, `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`; those of
+transformers carry diffusers' names, with the alpha folded into the second matrix. diffusers loads both kinds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..families import FAMILIES, LORA_FILE, Family
+from ..pipelines import StudentConfig
+
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+SDXL_BASE = "sdxl_base_v1-0"  # what kohya's tools call it, and AUTOMATIC1111's web UI knows it by
+
+
+def has_comfyui(pipeline_class: str) -> bool:
+    """Whether ComfyUI reads LoRAs of students of a stock pipeline, given by its name."""
+    return FAMILIES[pipeline_class].comfyui_keys is not None
+
+
+def check_comfyui(pipeline_class: str) -> None:
+    """Refuses families whose LoRAs ComfyUI does not read.
+
+    Args:
+        pipeline_class: the stock pipeline's name.
+
+    Raises:
+        ValueError: naming the formats that there are.
+    """
+    if not has_comfyui(pipeline_class):
+        others = "lora or full" if FAMILIES[pipeline_class].has_lora else "full"
+        raise ValueError(f"ComfyUI reads no LoRAs of students of {pipeline_class}; export them with --format {others}.")
+
+
+def comfyui_name(folder: Path) -> str:
+    """The name of a student's file for ComfyUI, after its folder; never one that diffusers would take for its own."""
+    name = folder.resolve().name or "student"
+    return f"{name}-comfyui.safetensors" if f"{name}.safetensors".endswith(LORA_FILE) else f"{name}.safetensors"
+
+
+def write_comfyui(folder: Path, target: Path, pipeline_class: str, dtype: torch.dtype | None = None) -> None:
+    """Writes the LoRA of a student's folder as one file.
+
+    Args:
+        folder: a LoRA student's: its `pytorch_lora_weights.safetensors` and `rdm_config.json` are read.
+        target: the file; its folder is made.
+        pipeline_class: the stock pipeline's name.
+        dtype: of the weights; as in the folder by default. Alphas are float32.
+
+    Raises:
+        ValueError: if ComfyUI reads no LoRAs of this family.
+    """
+    check_comfyui(pipeline_class)
+    family = FAMILIES[pipeline_class]
+    weights, header = read_lora(folder)
+    alpha = json.loads(header[LORA_ADAPTER_METADATA_KEY])[f"{family.denoiser_name}.lora_alpha"]
+    tensors = as_comfyui(weights, alpha, family)
+    rank = max(tensor.shape[0] for name, tensor in weights.items() if name.endswith(DOWN))
+    shown = _header(target.stem, family, StudentConfig.load(str(folder)), weights)
+    folded = not any(name.endswith(".alpha") for name in tensors)
+    shown |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank if folded else alpha))}
+    cast = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(cast, target, {"format": "pt", **shown})
+
+
+def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a LoRA student's folder, by their names in diffusers, and the header of their file.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or its header holds no adapter.
+    """
+    path = folder / LORA_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        json.loads(header[LORA_ADAPTER_METADATA_KEY])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); download or export the student again.") from error
+    return weights, header
+
+
+def as_comfyui(weights: Mapping[str, Tensor], alpha: float, family: Family) -> dict[str, Tensor]:
+    """A LoRA's weights under the names that ComfyUI reads.
+
+    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, with an alpha for every module. Those of
+    transformers keep their names; `alpha / rank` goes into the second matrices, as readers take a missing alpha for the
+    rank.
+
+    Args:
+        weights: `[rank, ...]` and `[..., rank]` by their names in diffusers, the component's name first.
+        alpha: the LoRA's, for all modules.
+        family: the teacher's.
+    """
+    if family.comfyui_keys == "diffusers":
+        return {
+            name: tensor * (alpha / weights[name.removesuffix(UP) + DOWN].shape[0]) if name.endswith(UP) else tensor
+            for name, tensor in weights.items()
+        }
+    named = {}
+    for name, tensor in weights.items():
+        path, _, matrix = name.removeprefix(f"{family.denoiser_name}.").rpartition(".lora_")
+        module = f"lora_unet_{path.replace('.', '_')}"
+        named[f"{module}.{'lora_down' if matrix == 'A.weight' else 'lora_up'}.weight"] = tensor
+        named[f"{module}.alpha"] = torch.tensor(float(alpha))
+    return named
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Alphas stay as they are: not every one of them is a number of bfloat16."""
+    return (tensor if dtype is None or name.endswith(".alpha") else tensor.to(dtype)).contiguous()
+
+
+def _header(title: str, family: Family, student: StudentConfig, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """What tools show of the file, in the words of ModelSpec and of kohya's tools."""
+    widths = [tensor.shape[1] for name, tensor in weights.items() if name.endswith(f"attn2.to_k{DOWN}")]
+    prediction_type = student.scheduler["prediction_type"]
+    architecture = family.architecture(widths[0] if widths else None, prediction_type)
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.description": f"A few-step student of a {student.pipeline_class}, distilled with rdm_diffusers.",
+        "modelspec.usage_hint": _usage_hint(student),
+        "ss_output_name": title,
+        "ss_network_module": "networks.lora",
+    }
+    if prediction_type in ("epsilon", "v_prediction"):
+        header["modelspec.prediction_type"] = prediction_type.removesuffix("_prediction")
+        header["ss_v2"] = str("-v2-" in architecture)
+    return header | ({"ss_base_model_version": SDXL_BASE} if "-xl-" in architecture else {})
+
+
+def _usage_hint(student: StudentConfig) -> str:
+    """How the student is sampled, in ComfyUI's words, where a CFG of 1 is off."""
+    told = student.call_arguments.get("guidance_scale")
+    sampler = "lcm" if student.scheduler["eta"] else "euler"
+    hint = f"{student.num_inference_steps} steps, CFG 1, sampler {sampler}"
+    return f"{hint}, embedded guidance {told}" if told else hint
