@@ -64,15 +64,15 @@ class Source:
 def make_parser() -> argparse.ArgumentParser:
     """What an export takes."""
     parser = argparse.ArgumentParser(
-        "rdm-export", description="Exports a checkpoint or a student in any format.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "rdm-export", description="Exports a checkpoint or a student in any format.", allow_abbrev=False
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a checkpoint-N folder of a run, a student's folder, or its Hub id")
     add("--format", required=True, choices=FORMATS,
         help="lora: for diffusers; full: a whole stock pipeline; comfyui: one LoRA file for ComfyUI and kohya's tools")
     add("--output_dir", required=True, help="a new or empty folder")
-    add("--dtype", default="float32", choices=tuple(DTYPES), help="of the written weights, in full of all networks'")
+    add("--dtype", default="float32", choices=tuple(DTYPES),
+        help="of the written weights, in full of all networks'; float32, as they are trained, by default")
     add("--use_ema", action=argparse.BooleanOptionalAction,
         help="a checkpoint's moving average, or its weights as trained; by default the average where there is one")
     add("--revision", help="a student's Hub revision")

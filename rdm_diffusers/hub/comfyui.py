@@ -1,7 +1,8 @@
 """A LoRA student as one file for ComfyUI, and for U-Nets also for kohya's tools and the AUTOMATIC1111 web UI.
 
 U-Nets' files carry kohya's names, `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`; those of
-transformers carry diffusers' names, with the alpha folded into the second matrix. diffusers loads both kinds.
+transformers carry diffusers' names, with the alpha folded into the second matrix. diffusers loads both kinds. One
+module is lost: the AUTOMATIC1111 web UI seeks SDXL's `up_blocks.0.upsamplers.0` where Stable Diffusion 1 has it.
 """
 
 from __future__ import annotations
