@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from ..hub import push_student
+from ..training.publish import push_run
 
 ERRORS = (ValueError, OSError)  # of which PushError is one
 
@@ -15,7 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of `rdm-push`."""
     parser = argparse.ArgumentParser("rdm-push", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("folder", help="the student's folder, the --output_dir of its training")
+    add("folder", type=Path, help="the student's folder, the --output_dir of its training")
     add("repo_id", help="USER/NAME, or a name of your own")
     add("--hub_token", "--token", dest="token", help="with write access; that of `hf auth login` or HF_TOKEN else")
     add("--private", "--hub_private_repo", action="store_true", default=None,
@@ -23,6 +24,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--revision", help="the branch to push to, made if it is missing; main by default")
     add("--commit_message", help="the first line of the commit")
     add("--tag", help="a name for the commit, for example v1")
+    add("--tag_checkpoints", action="store_true",
+        help="before it, push the student of each checkpoint in the folder, under a tag of its name")  # fmt: skip
     return parser
 
 
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     Raises:
         ValueError, OSError: one sentence on what is wrong and what to do.
     """
-    address = push_student(**vars(make_parser().parse_args(argv)))
+    address = push_run(**vars(make_parser().parse_args(argv)))
     print(f"The student is at {address}")
     return address
 

@@ -3,8 +3,8 @@
 from .card import write_card
 from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
 from .export import WritingError, copy_lora, export_full, export_lora, write_full, writing
-from .push import PushError, check_push, push_student
-from .student_files import check_base, student_files
+from .push import PushError, check_push, known_tags, push_student, retry_command
+from .student_files import check_base, check_student, student_files
 
 __all__ = [
     "PushError",
@@ -12,13 +12,16 @@ __all__ = [
     "check_base",
     "check_comfyui",
     "check_push",
+    "check_student",
     "comfyui_name",
     "copy_lora",
     "export_full",
     "export_lora",
     "has_comfyui",
+    "known_tags",
     "push_student",
     "read_lora",
+    "retry_command",
     "student_files",
     "write_card",
     "write_comfyui",

@@ -68,8 +68,7 @@ def push_student(
     files = student_files(folder)
     check_secrets(files, token)
     retry = retry or retry_command(folder, repo_id, private, revision, commit_message, tag)
-    what_next = f"; the folder is untouched, try again with: {retry}"
-    with telling(f"The push of {folder} to {repo_id} was not completed", what_next, token):
+    with telling(*_incomplete(repo_id, retry), token):
         api = HfApi(token=token)
         repo_id = _open(api, repo_id, private, revision)
         commit = api.create_commit(
@@ -104,6 +103,27 @@ def check_push(
         return _open(HfApi(token=token), repo_id, private, revision)
 
 
+def known_tags(repo_id: str, *, token: str | None, private: bool | None, revision: str | None, retry: str) -> set[str]:
+    """The tags of a repository, which is made if it is missing.
+
+    Args:
+        repo_id, token, private, revision, retry: as in `push_student`.
+
+    Raises:
+        ValueError, PushError: as `push_student`.
+    """
+    token = token or get_token()
+    check_repo_id(repo_id)
+    with telling(*_incomplete(repo_id, retry), token):
+        api = HfApi(token=token)
+        return {tag.name for tag in api.list_repo_refs(_open(api, repo_id, private, revision)).tags}
+
+
+def _incomplete(repo_id: str, retry: str) -> tuple[str, str]:
+    """How a push's error begins and ends."""
+    return f"The push to {repo_id} was not completed", f"; the folder is untouched, try again with: {retry}"
+
+
 def check_repo_id(repo_id: str) -> None:
     """Refuses a name that no repository can have.
 
@@ -118,11 +138,18 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def retry_command(
-    folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str | None, tag: str | None
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    message: str | None,
+    tag: str | None,
+    tag_checkpoints: bool = False,
 ) -> str:
     """The command line that pushes a student, for a shell; without a token."""
     options = {"--revision": revision, "--commit_message": message, "--tag": tag}
-    words = ["rdm-push", str(folder.absolute()), repo_id, *(["--private"] if private else [])]
+    switches = {"--private": private, "--tag_checkpoints": tag_checkpoints}
+    words = ["rdm-push", str(folder.absolute()), repo_id, *(flag for flag, given in switches.items() if given)]
     return shlex.join([*words, *(word for flag, value in options.items() if value for word in (flag, value))])
 
 

@@ -218,6 +218,8 @@ def _add_hub(add) -> None:
     add("--hub_private_repo", action="store_true", default=None, help="let only you see a new repository")
     add("--hub_revision", help="the branch to push to, made if it is missing; main by default")
     add("--hub_commit_message", default="End of training", help="the first line of the commit")
+    add("--hub_tag_checkpoints", action="store_true",
+        help="before it, push the student of each checkpoint that is there, under a tag of its name")
 # fmt: on
 
 

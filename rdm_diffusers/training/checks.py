@@ -19,7 +19,8 @@ FREE_ON_RESUME = {
     "num_eval_images", "sample_guidance_scale", "max_train_steps", "learning_rate", "fake_learning_rate",
     "max_grad_norm", "cache_dir", "gradient_checkpointing", "allow_tf32", "stop_on_collapse", "offload",
     "enable_xformers_memory_efficient_attention", "attention_backend", "torch_compile", "torch_compile_backend",
-    "dry_run", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_commit_message", "command",
+    "dry_run", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_commit_message",
+    "hub_tag_checkpoints", "command",
 }  # fmt: skip
 
 

@@ -1,13 +1,17 @@
-"""`--push_to_hub`: what is made sure of before a run, and the push after it."""
+"""From a run's folder to the Hub: what is made sure of before a run, and the pushes after it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from accelerate import Accelerator
 
-from ..hub import check_base, check_push, push_student
+from ..hub import check_base, check_push, check_student, known_tags, push_student, retry_command, write_card
+from .checkpoints import list_checkpoints
+from .exporting import export_checkpoint, read_run
 
 
 def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -31,14 +35,61 @@ def publish(output_dir: Path, args: argparse.Namespace) -> None:
         OSError: if the Hub did not take it, with the command that tries again.
     """
     if args.push_to_hub:
-        address = push_student(
+        address = push_run(
             output_dir,
             repository(args),
             private=args.hub_private_repo,
             revision=args.hub_revision,
             commit_message=args.hub_commit_message,
+            tag_checkpoints=args.hub_tag_checkpoints,
         )
         print(f"The student is at {address}")
+
+
+def push_run(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    tag_checkpoints: bool = False,
+) -> str:
+    """Pushes a run's student, if asked after those of its checkpoints.
+
+    Args:
+        folder: the run's.
+        repo_id, token, private, revision, commit_message, tag: as in `push_student`.
+        tag_checkpoints: whether the student of every `checkpoint-N` in the folder becomes a commit with a tag of that
+            name; those whose tag is on the Hub are left as they are.
+
+    Returns:
+        The address of the last commit.
+
+    Raises:
+        ValueError, OSError: as `push_student`.
+    """
+    retry = retry_command(folder, repo_id, private, revision, commit_message, tag, tag_checkpoints)
+    where: dict[str, Any] = {"token": token, "private": private, "revision": revision, "retry": retry}
+    if tag_checkpoints:
+        check_student(folder)
+        known = known_tags(repo_id, **where)
+        for checkpoint in list_checkpoints(folder):
+            if checkpoint.name not in known:
+                _push_checkpoint(checkpoint, repo_id, where)
+    return push_student(folder, repo_id, commit_message=commit_message, tag=tag, **where)
+
+
+def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> None:
+    run = checkpoint.parent
+    with TemporaryDirectory(prefix=".export-", dir=run) as aside:
+        student = Path(aside) / run.resolve().name  # which the file for ComfyUI is named after
+        student.mkdir()
+        export_checkpoint(checkpoint, read_run(checkpoint), student)
+        write_card(student, repo_id)
+        push_student(student, repo_id, commit_message=checkpoint.name, tag=checkpoint.name, **where)
 
 
 def repository(args: argparse.Namespace) -> str:
