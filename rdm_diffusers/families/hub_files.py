@@ -9,11 +9,11 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -26,9 +26,9 @@ REASONS: dict[type[Exception], str] = {
     RepositoryNotFoundError: "is no local folder and could not be found on the Hub; check its name, and "
     + LOG_IN + " if it is private",
     RevisionNotFoundError: "has no revision {revision!r}; give a branch, tag or commit of it",
-    RemoteEntryNotFoundError: "lacks a file that every {what} has, so it is none; check its name",
     LocalEntryNotFoundError: "is no local folder, is not in the cache, and the Hub cannot be reached; check its name "
     "and your connection",
+    EntryNotFoundError: "lacks a file that every {what} has, so it is none; check its name",
     HFValidationError: "is neither a folder nor a name as the Hub has them; check it",
     HTTPError: "could not be downloaded ({error}); load it again, what has arrived is kept",
 }  # fmt: skip
