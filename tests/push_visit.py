@@ -201,10 +201,15 @@ def train(visitor: Visitor, prompts_file: Path, folder: Path) -> None:
         run = folder / what.replace(" ", "-")
         asked = len(visitor.hub.log)
         try:
-            train_rdm_lora.main(run_arguments("tiny", prompts_file, run, steps_per_rollout=2, **hub))
+            options = {**hub, "steps_per_rollout": 2, "checkpointing_steps": 1}
+            train_rdm_lora.main(run_arguments("tiny", prompts_file, run, **options))
             said = ""
         except RUN_ERRORS as error:
             said = str(error)
         visitor.record[what] = {"said": said, "log": visitor.hub.log[asked:]}
         visitor.hub.faults.clear()
     visitor.show("me/trained")
+    visitor.hub.fail(r"POST .*/tag/", 500)
+    said = visitor.push("half tagged", str(folder / "trained"), "me/tagged", "--tag_checkpoints", "--tag", "final")
+    visitor.push("tagged", *shlex.split(said.split(AGAIN)[1])[1:])
+    visitor.show("me/tagged")

@@ -215,6 +215,16 @@ def test_a_run_pushes_its_student_last_and_privately_under_the_folders_name(visi
         assert set(digests(visited.folder / name)) >= GOES_UP - {COMFY}
 
 
+def test_a_push_of_checkpoints_that_failed_goes_on_where_it_was(visited: Visit) -> None:
+    said = visited.record["half tagged"]["said"]
+    assert shlex.split(said.split(AGAIN)[1])[-3:] == ["--tag_checkpoints", "--tag", "final"]
+    assert visited.record["tagged"]["said"] == ""
+    found = visited.record["me/tagged"]
+    names = {tag: found["messages"][commit] for tag, commit in found["tags"].items()}
+    assert names == {"checkpoint-1": "checkpoint-1", "checkpoint-2": "checkpoint-2", "final": push.COMMIT_MESSAGE}
+    assert not list((visited.folder / "trained").glob(".export-*"))
+
+
 def test_no_token_is_printed_written_or_uploaded(visited: Visit) -> None:
     files = [path for path in visited.folder.rglob("*") if path.is_file()]
     assert len(files) > 40
