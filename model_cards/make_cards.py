@@ -46,7 +46,7 @@ STUDENTS = {
 def waiting_card(name: str) -> str:
     """The card of a student that is not trained yet."""
     pipeline_class, license_tags, own = STUDENTS[name]
-    args = parse_args(shlex.split(f"{own} {USUAL} --output_dir {name}"))
+    args = parse_args(shlex.split(f"{own} {USUAL} --output_dir {name} --push_to_hub"))
     told = args.guidance_scale if pipeline_class == "FluxPipeline" else 0.0  # FLUX.1-dev is told its guidance
     stock = FAMILIES[pipeline_class].stock_scheduler(DDIMScheduler(), args.num_student_steps, args.eta)
     student = StudentConfig(

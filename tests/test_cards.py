@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from parts import run_arguments
@@ -20,6 +21,8 @@ from rdm_diffusers.commands import card as command
 from rdm_diffusers.evaluation import command as evaluate
 from rdm_diffusers.hub.card import TEMPLATE, render
 from rdm_diffusers.hub.card_facts import CardFacts, facts_of, license_of
+from rdm_diffusers.pipelines import StudentConfig
+from rdm_diffusers.tiny import TINY_TEACHER
 from rdm_diffusers.training.record import command_line
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -98,6 +101,18 @@ def test_rdm_card_adds_the_numbers_of_an_evaluation(student: Path, tmp_path: Pat
 def test_rdm_card_refuses_a_folder_without_a_student(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no student; give the output folder of a training or of rdm-export"):
         command.main([str(tmp_path)])
+
+
+def test_the_code_for_diffusers_loads_the_very_base_with_its_own_autoencoder(student: Path, tmp_path: Path) -> None:
+    AutoencoderKL.from_pretrained(TINY_TEACHER, subfolder="vae").save_pretrained(tmp_path / "vae")
+    config = replace(StudentConfig.load(str(student)), vae=str(tmp_path / "vae"))
+    config.save(student)
+    stock = snippets(render(facts_of(student, str(student))).text)[1]
+    assert f'vae=AutoencoderKL.from_pretrained("{tmp_path}/vae")' in stock
+    exec(stock, names := {})
+    assert type(names["pipeline"].vae) is AutoencoderKL
+    facts = replace(facts_of(student, "me/student"), student=replace(config, revision="v2", variant="fp16", vae=None))
+    assert '["tiny"], revision="v2", variant="fp16", vae=' in render(facts).text
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def render(facts: CardFacts) -> ModelCard:
     student, scheduler_class = facts.student, facts.scheduler["_class_name"]
     absent = [f"{name}=None" for name in facts.absent]
     call = {"num_inference_steps": student.num_inference_steps, **student.call_arguments}
-    base = f"TINY_TEACHERS[{quoted(student.teacher)}]" if facts.is_embedded else quoted(student.teacher)
+    classes = [student.pipeline_class, *([scheduler_class] if student.is_lora else []), facts.vae_class]
     return ModelCard.from_template(
         card_data(facts),
         template_path=str(TEMPLATE),
@@ -46,8 +46,8 @@ def render(facts: CardFacts) -> ModelCard:
         name=quoted(facts.name),
         prompt=quoted(facts.prompts[0]),
         scheduler_class=scheduler_class,
-        imports=", ".join(sorted([student.pipeline_class, *([scheduler_class] if student.is_lora else [])])),
-        base_arguments=", ".join([base, *absent]),
+        imports=", ".join(sorted(filter(None, classes))),
+        base_arguments=", ".join([*_base_arguments(facts), *absent]),
         full_arguments=", ".join(["student", *absent]),
         call_arguments=", ".join(f"{name}={value}" for name, value in call.items()),
         comfyui_shift=FAMILIES[student.pipeline_class].comfyui_shift,
@@ -95,6 +95,15 @@ def hyperparameters(facts: CardFacts) -> dict[str, str]:
         "seed": str(own["seed"]),
         **({"made with": f"rdm-diffusers {facts.student.version}"} if facts.trained else {}),
     }  # fmt: skip
+
+
+def _base_arguments(facts: CardFacts) -> list[str]:
+    """What stock diffusers loads the base model of a LoRA by, as code."""
+    student = facts.student
+    base = f"TINY_TEACHERS[{quoted(student.teacher)}]" if facts.is_embedded else quoted(student.teacher)
+    vae = [f"vae={facts.vae_class}.from_pretrained({quoted(student.vae)})"] if facts.vae_class else []
+    options = {"revision": student.revision, "variant": student.variant}
+    return [base, *(f"{name}={quoted(value)}" for name, value in options.items() if value), *vae]
 
 
 def quoted(text: str | None) -> str:

@@ -31,6 +31,7 @@ class CardFacts:
         scheduler: the configuration of its stock scheduler.
         license: the base model's tags of `LICENSE_TAGS`.
         absent: components that the base model, or a full student, was saved without.
+        vae_class: the class of the autoencoder, for a student with another one than its base model's.
         prompts: of the pictures, or else one as an example.
         pictures: paths of the student's pictures in the folder, one a prompt.
         comfyui: path of the file for ComfyUI in the folder, if there is one.
@@ -44,6 +45,7 @@ class CardFacts:
     scheduler: Mapping[str, Any]
     license: Mapping[str, str] = field(default_factory=dict)
     absent: Sequence[str] = ()
+    vae_class: str | None = None
     prompts: Sequence[str] = (PROMPT,)
     pictures: Sequence[str] = ()
     comfyui: str | None = None
@@ -73,14 +75,15 @@ def facts_of(folder: Path, name: str) -> CardFacts:
     """What a student's folder tells; the base model's licence and parts are looked up where the base model is."""
     student = StudentConfig.load(str(folder))
     source = str(student.base_model_name_or_path) if student.is_lora else str(folder.resolve())
-    metrics = read_if_there(folder / METRICS_FILE)
+    config, metrics = pipeline_config(source, revision=student.revision), read_if_there(folder / METRICS_FILE)
     example = TINY_PROMPT if is_tiny(student.teacher or "") else PROMPT
     return CardFacts(
         name=name,
         student=student,
         scheduler=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
         license=license_of(student),
-        absent=list(absent_components(pipeline_config(source, revision=student.revision))),
+        absent=list(absent_components(config)),
+        vae_class=config["vae"][1] if student.vae else None,
         prompts=(metrics or {}).get("prompts") or [example],
         pictures=[path.relative_to(folder).as_posix() for path in _numbered(folder / "pictures")],
         comfyui=next((path.relative_to(folder).as_posix() for path in folder.glob("comfyui/*.safetensors")), None),
