@@ -185,6 +185,8 @@ def download(visitor: Visitor, folder: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     torch.save(pipeline(PROMPTS[0], generator=generator, output_type="pt").images, folder / "picture.pt")
+    visitor.call("saved", pipeline.save_pretrained, folder / "saved", push_to_hub=True, repo_id="me/saved", token=TOKEN)
+    visitor.show("me/saved")
     visitor.call("private", snapshot_download, "me/second")
     visitor.call("its owner", snapshot_download, "me/second", revision="v1", token=TOKEN)
     visitor.repository("me/first").gated = True

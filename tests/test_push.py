@@ -200,6 +200,12 @@ def test_a_full_disk_at_download_is_called_so_and_a_later_download_is_whole(visi
     assert torch.equal(torch.load(visited.folder / "picture.pt", weights_only=True), picture)
 
 
+def test_a_pipeline_that_is_saved_and_pushed_as_diffusers_does_is_a_whole_student(visited: Visit) -> None:
+    assert visited.record["saved"] == ["", "None"]
+    files = set(visited.record["me/saved"]["files"]["main"])
+    assert {"rdm_config.json", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= files
+
+
 def test_private_and_gated_students_open_to_those_who_may(visited: Visit) -> None:
     assert visited.record["private"][0] == "RepositoryNotFoundError"
     assert visited.record["its owner"][0] == ""

@@ -155,8 +155,9 @@ class RdmDistillationPipeline(DiffusionPipeline):
 
         Args:
             save_directory: where to.
-            kwargs: as in diffusers.
+            kwargs: as in diffusers, `push_to_hub` and `repo_id` among them.
         """
+        save_directory = str(save_directory)
         if self.student is None:
             rebuilt(type(self).__bases__[1], self).save_pretrained(save_directory, **kwargs)
             return
@@ -171,9 +172,10 @@ class RdmDistillationPipeline(DiffusionPipeline):
         )
         replaced = {family.denoiser_name: denoiser, "scheduler": scheduler}
         stock = rebuilt(family.pipeline_class, self, **replaced)
-        stock.save_pretrained(save_directory, **kwargs)
         alone = replace(self.student, base_model_name_or_path=None, revision=None, variant=None, vae=None)
-        alone.save(Path(save_directory))
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        alone.save(Path(save_directory))  # first, because what follows may also push the folder
+        stock.save_pretrained(save_directory, **kwargs)
 
 
 @contextmanager
