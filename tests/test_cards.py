@@ -157,6 +157,13 @@ def test_the_template_beside_the_cards_is_the_one_that_is_used() -> None:
     assert (CARDS / "template.md").resolve() == TEMPLATE.resolve()
 
 
+def test_the_finished_card_is_what_its_folder_tells() -> None:
+    folder, name = CARDS / "tiny-student", "tiny-student"  # committed without the weights
+    facts = replace(facts_of(folder, name), comfyui=f"comfyui/{name}.safetensors")
+    assert (folder / "README.md").read_text() == str(render(facts))
+    assert len(facts.pictures) == len(facts.prompts) == 8 and facts.metrics["student"]["num_images"] == 5000
+
+
 @pytest.mark.parametrize("name", MAKE_CARDS["STUDENTS"])
 def test_the_waiting_cards_are_fresh_and_say_that_nothing_is_trained_yet(name: str) -> None:
     text = (CARDS / "waiting" / f"{name}.md").read_text()
