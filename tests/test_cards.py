@@ -19,6 +19,7 @@ from parts import run_arguments
 import train_rdm_lora
 from rdm_diffusers.commands import card as command
 from rdm_diffusers.evaluation import command as evaluate
+from rdm_diffusers.hub import card_facts
 from rdm_diffusers.hub.card import TEMPLATE, render
 from rdm_diffusers.hub.card_facts import CardFacts, facts_of, license_of
 from rdm_diffusers.pipelines import StudentConfig
@@ -117,13 +118,19 @@ def test_the_code_for_diffusers_loads_the_very_base_with_its_own_autoencoder(stu
 
 @pytest.mark.parametrize(
     ("link", "expected"),
-    [("LICENSE.md", "https://huggingface.co/{}/blob/main/LICENSE.md"), ("https://x.y/z", "https://x.y/z")],
+    [("LICENSE.md", "https://huggingface.co/owner/teacher/blob/main/LICENSE.md"), ("https://x.y/z", "https://x.y/z")],
 )
-def test_the_licence_is_the_teachers(student: Path, tmp_path: Path, link: str, expected: str) -> None:
+def test_the_licence_is_the_teachers(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str, expected: str
+) -> None:
     (tmp_path / "README.md").write_text(f"---\nlicense: other\nlicense_name: theirs\nlicense_link: {link}\n---\n")
-    facts = of_teacher(facts_of(student, "me/student"), str(tmp_path))
-    tags = license_of(facts.student)
-    assert tags == {"license": "other", "license_name": "theirs", "license_link": expected.format(tmp_path)}
+    facts = facts_of(student, "me/student")
+    local = license_of(of_teacher(facts, str(tmp_path)).student)
+    assert local == {"license": "other", "license_name": "theirs", "license_link": link}
+    monkeypatch.setattr(card_facts, "fetch", lambda what, teacher, file, revision: tmp_path / file)
+    tags = license_of(of_teacher(facts, "owner/teacher").student)
+    assert tags == {"license": "other", "license_name": "theirs", "license_link": expected}
+    assert license_of(of_teacher(facts, "a-folders-name").student) == {}
     card = render(replace(facts, license=tags))
     assert card.data.license == "other" and "comes under its licence, theirs." in card.text
 

@@ -13,7 +13,6 @@ from .card_facts import CARD, CardFacts, facts_of
 from .card_metrics import eval_results, results
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
-PROJECT = "https://pypi.org/project/rdm-diffusers"
 
 
 def write_card(folder: Path, name: str | None = None) -> None:
@@ -40,7 +39,6 @@ def render(facts: CardFacts) -> ModelCard:
         template_path=str(TEMPLATE),
         facts=facts,
         student=student,
-        project=PROJECT,
         teacher_link=_teacher_link(facts),
         license_name=facts.license.get("license_name") or facts.license.get("license"),
         name=quoted(facts.name),

@@ -67,8 +67,12 @@ class CardFacts:
     @property
     def is_local(self) -> bool:
         """Whether the base model is nothing that the Hub knows."""
-        teacher = self.student.teacher
-        return teacher is None or Path(teacher).is_absolute() or teacher.count("/") != 1
+        return not is_on_hub(self.student.teacher or "")
+
+
+def is_on_hub(teacher: str) -> bool:
+    """Whether a base model's name is a Hub id; folders are recorded by their full path, or by their last name."""
+    return teacher.count("/") == 1 and not Path(teacher).is_absolute()
 
 
 def facts_of(folder: Path, name: str) -> CardFacts:
@@ -100,16 +104,17 @@ def _numbered(folder: Path) -> list[Path]:
 def license_of(student: StudentConfig) -> dict[str, str]:
     """The base model's licence tags, from its own card; empty if it tells none."""
     teacher = student.teacher
-    if teacher is None or is_tiny(teacher):
-        return {"license": "apache-2.0"} if teacher else {}
+    if is_tiny(teacher or ""):
+        return {"license": "apache-2.0"}
+    if teacher is None or not (is_on_hub(teacher) or (Path(teacher) / CARD).exists()):
+        return {}
     try:
-        local = Path(teacher) / CARD
-        text = local if local.exists() else fetch("teacher", teacher, CARD, revision=student.revision)
-        data = ModelCard(text.read_text("utf-8"), ignore_metadata_errors=True).data
+        path = fetch("teacher", teacher, CARD, revision=student.revision) if is_on_hub(teacher) else Path(teacher, CARD)
+        data = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data
     except ValueError:  # no card
         return {}
     tags = {tag: data[tag] for tag in LICENSE_TAGS if data.get(tag)}
     link = tags.get("license_link", "")
-    if link and "://" not in link:  # a file of the base model's repository
+    if link and "://" not in link and is_on_hub(teacher):  # a file of the base model's repository
         tags["license_link"] = f"https://huggingface.co/{teacher}/blob/main/{link}"
     return tags
