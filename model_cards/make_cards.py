@@ -55,11 +55,12 @@ def waiting_card(name: str) -> str:
         scheduler={"eta": args.eta},
         num_inference_steps=args.num_student_steps,
         call_arguments={"guidance_scale": told},
+        license=license_tags,
         training=training_record(args),
     )
     scheduler = {**stock.config, "_class_name": type(stock).__name__}
     comfyui = f"comfyui/{name}.safetensors"
-    facts = CardFacts(f"your-name/{name}", student, scheduler, license_tags, comfyui=comfyui, trained=False)
+    facts = CardFacts(f"your-name/{name}", student, scheduler, comfyui=comfyui, trained=False)
     return str(render(facts))
 
 

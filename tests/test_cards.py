@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,16 @@ import pytest
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from parts import run_arguments
+from parts import PROMPTS, run_arguments
 
+import train_rdm_full
 import train_rdm_lora
-from rdm_diffusers.commands import card as command
+from rdm_diffusers.commands import card as command, export
 from rdm_diffusers.evaluation import command as evaluate
-from rdm_diffusers.hub import card_facts
-from rdm_diffusers.hub.card import TEMPLATE, render
-from rdm_diffusers.hub.card_facts import CardFacts, facts_of, license_of
+from rdm_diffusers.hub import licenses
+from rdm_diffusers.hub.card import TEMPLATE, hyperparameters, is_untouched, render
+from rdm_diffusers.hub.card_facts import CardFacts, facts_of
+from rdm_diffusers.hub.licenses import license_of
 from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.tiny import TINY_TEACHER
 from rdm_diffusers.training.record import command_line
@@ -85,18 +88,35 @@ def test_metrics_are_in_the_model_index_with_their_settings(prompts_file: Path, 
     assert f"{metrics['fd_to_data']:.4g}" in card.text
 
 
-def test_rdm_card_adds_the_numbers_of_an_evaluation(student: Path, tmp_path: Path, capsys) -> None:
-    evaluated = tmp_path / "evaluated"
-    evaluate.main(["--student", str(student), "--num_images", "4", "--output_dir", str(evaluated)])
-    before = (student / "README.md").read_text()
-    with pytest.raises(ValueError, match=r"README\.md is there already; replace it with --overwrite"):
-        command.main([str(student), "--evaluation", str(evaluated)])
-    assert (student / "README.md").read_text() == before
-    command.main([str(student), "--evaluation", str(evaluated), "--name", "me/student", "--overwrite"])
+def test_rdm_card_adds_the_numbers_of_an_evaluation(student: Path, tmp_path: Path) -> None:
+    evaluated, prompts = tmp_path / "evaluated", tmp_path / "captions.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    words = ["--num_images", "4", "--output_dir", str(evaluated), "--prompts", str(prompts), "--reward", "tiny_bold"]
+    evaluate.main(["--student", str(student), *words])
+    command.main([str(student), "--evaluation", str(evaluated), "--name", "me/student"])
     card = ModelCard.load(student / "README.md")
-    assert {"tiny_prompt", "tiny_bold"} <= {result.metric_type for result in card.data.eval_results}
+    assert {result.metric_type for result in card.data.eval_results} == {
+        "fd_to_teacher",
+        "fd_to_data",
+        "prompt_accuracy",
+        "tiny_bold",
+    }
+    assert card.data.eval_results[0].dataset_name == "Prompts: captions.txt"
     assert all('student = "me/student"' in snippet for snippet in snippets(card.text))
-    assert str(student) not in card.text
+    assert str(tmp_path) not in str(card) + (student / "evaluation.json").read_text()
+
+
+def test_a_card_that_was_edited_stays_and_the_new_one_lies_beside_it(student: Path, capsys) -> None:
+    card, new = student / "README.md", student / "README.new.md"
+    command.main([str(student), "--name", "me/first"])
+    assert '"me/first"' in card.read_text() and not new.exists()
+    card.write_text(card.read_text().replace("## Use", "## How I use it"))
+    edited = card.read_text()
+    command.main([str(student), "--name", "me/second"])
+    assert card.read_text() == edited and '"me/second"' in new.read_text()
+    assert "as README.md was edited; replace that with --overwrite" in capsys.readouterr().out
+    command.main([str(student), "--name", "me/third", "--overwrite"])
+    assert '"me/third"' in card.read_text()
 
 
 def test_rdm_card_refuses_a_folder_without_a_student(tmp_path: Path) -> None:
@@ -124,23 +144,70 @@ def test_the_licence_is_the_teachers(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str, expected: str
 ) -> None:
     (tmp_path / "README.md").write_text(f"---\nlicense: other\nlicense_name: theirs\nlicense_link: {link}\n---\n")
+    theirs = {"license": "other", "license_name": "theirs"}
+    assert license_of(str(tmp_path)) == theirs | ({"license_link": link} if "://" in link else {})
+    monkeypatch.setattr(licenses, "fetch", lambda what, teacher, file, revision: tmp_path / file)
+    tags = license_of("owner/teacher", "main")
+    assert tags == {**theirs, "license_link": expected}
     facts = facts_of(student, "me/student")
-    local = license_of(of_teacher(facts, str(tmp_path)).student)
-    assert local == {"license": "other", "license_name": "theirs", "license_link": link}
-    monkeypatch.setattr(card_facts, "fetch", lambda what, teacher, file, revision: tmp_path / file)
-    tags = license_of(of_teacher(facts, "owner/teacher").student)
-    assert tags == {"license": "other", "license_name": "theirs", "license_link": expected}
-    assert license_of(of_teacher(facts, "a-folders-name").student) == {}
-    card = render(replace(facts, license=tags))
+    card = render(replace(facts, student=replace(facts.student, license=tags)))
     assert card.data.license == "other" and "comes under its licence, theirs." in card.text
 
 
-def test_the_command_in_a_card_has_no_token_and_no_folder_of_this_machine(tmp_path: Path) -> None:
-    words = ["--hub_token", "hf_a", "--hub_token=hf_b", f"--prompts_file={tmp_path}/prompts.txt", "--output_dir",
-             str(tmp_path / "a b"), "--resume_from_checkpoint", "latest", "--validation_prompt", "a=b"]  # fmt: skip
+@pytest.mark.parametrize(
+    "head", ["tags: [a", "license:\t mit", "license: [mit, apache-2.0]", "license_link: 5", "", "- a"]
+)
+def test_a_teachers_card_that_cannot_be_read_tells_no_licence(tmp_path: Path, head: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    assert license_of(str(tmp_path)) == {}
+
+
+def test_a_folder_that_is_called_as_an_embedded_teacher_is_not_taken_for_it(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(teacher_folder, tmp_path / "tiny")
+    (tmp_path / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n")
+    train_rdm_full.main(run_arguments(tmp_path / "tiny", prompts_file, tmp_path / "full", rank=None))
+    card = ModelCard.load(tmp_path / "full" / "README.md")
+    assert (
+        card.data.license == "mit" and "embedded" not in card.text and "student of tiny (a local folder)" in card.text
+    )
+    configs = list((tmp_path / "full").glob("*/*.json"))
+    assert len(configs) > 5 and not any(str(tmp_path) in path.read_text() for path in configs)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_code_in_the_card_of_half_precise_weights_runs(kind: str, prompts_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"  # of a teacher whose text encoder was stored in half precision
+    train_rdm_lora.main(run_arguments("tiny-v", prompts_file, folder, steps_per_rollout=2))
+    words = ["--format", kind, "--dtype", "bfloat16", "--output_dir", str(tmp_path / "half")]
+    export.main([str(folder), *words])
+    text = (tmp_path / "half" / "README.md").read_text()
+    assert "| weights | bfloat16 |" in text and (", fused;" in text) == (kind == "full")
+    for snippet in snippets(text) + snippets((folder / "README.md").read_text()):
+        exec(snippet, {})
+
+
+def test_the_command_in_a_card_has_no_token_and_no_folder_of_this_machine() -> None:
+    words = ["--hub_token", "hf_a", "--hub_token=hf_b", "--prompts_file=/home/me/prompts.txt", "--output_dir", "/o/a b",
+             "--resume_from_checkpoint", "latest", "--reward", "hpsv2=/secret/hps.pt:0.5", "--reward", "../r.py:f:2",
+             "--logging_dir", "../../me/logs", "--pretrained_model", "models/mine", "--hub_model_id", "me/a",
+             "--validation_prompt", "/imagine a=b/c"]  # fmt: skip
     shown = command_line("train_rdm_lora.py", words)
-    own = "--prompts_file=prompts.txt --output_dir 'a b' --validation_prompt a=b"
-    assert shown == f"accelerate launch train_rdm_lora.py {own}"
+    assert shlex.split(shown) == [
+        "accelerate", "launch", "train_rdm_lora.py", "--prompts_file=prompts.txt", "--output_dir", "a b",
+        "--reward", "hpsv2=hps.pt:0.5", "--reward", "r.py:f:2", "--logging_dir", "logs",
+        "--pretrained_model", "models/mine", "--hub_model_id", "me/a", "--validation_prompt", "/imagine a=b/c",
+    ]  # fmt: skip
+
+
+def test_a_card_tells_only_what_is_known_of_the_training(student: Path) -> None:
+    facts = facts_of(student, "me/student")
+    told = {name: value for name, value in facts.student.arguments.items() if name not in ("gndm_lambda", "use_ema")}
+    training = {"arguments": told, "averaged": False, "updates": 7}
+    rows = hyperparameters(replace(facts, student=replace(facts.student, training=training)))
+    assert not {"R_dm", "moving average", "rewards"} & rows.keys()
+    assert rows["updates"] == "7, of 8 samples" and rows["student"].startswith("LoRA, rank 2, alpha 2; 2 steps")
 
 
 def test_a_card_tells_its_command_and_its_rewards(student: Path) -> None:
@@ -165,9 +232,10 @@ def test_the_template_beside_the_cards_is_the_one_that_is_used() -> None:
 
 
 def test_the_finished_card_is_what_its_folder_tells() -> None:
-    folder, name = CARDS / "tiny-student", "tiny-student"  # committed without the weights
-    facts = replace(facts_of(folder, name), comfyui=f"comfyui/{name}.safetensors")
-    assert (folder / "README.md").read_text() == str(render(facts))
+    folder = CARDS / "tiny-student"  # committed without the weights
+    facts = facts_of(folder, "tiny-student")
+    text = (folder / "README.md").read_text()
+    assert text.startswith(str(render(replace(facts, weights_dtype="float32")))) and is_untouched(text)
     assert len(facts.pictures) == len(facts.prompts) == 8 and facts.metrics["student"]["num_images"] == 5000
 
 

@@ -7,10 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.records import JSON_FILE, read_json
-from ..hub import write_card
+from ..hub import CARD, write_card
 from ..pipelines import is_student
+from ..training.record import without_folders
 
 ERRORS = (ValueError, OSError)
 
@@ -21,27 +23,34 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="a student's folder")
     parser.add_argument("--name", help="what its readers load it by, for example me/student; the folder by default")
     parser.add_argument("--evaluation", type=Path, help="a folder of rdm-evaluate, whose numbers go into the card")
-    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that was edited, too")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes `README.md`, and `evaluation.json` beside it if one is given.
+    """Writes `README.md`, and `evaluation.json` beside it if one is given; a card that was edited stays.
 
     Raises:
-        ValueError: if the folder holds no student, if there is a card already, or if the evaluation cannot be read.
+        ValueError: if the folder holds no student, or the evaluation or another file of it cannot be read.
     """
     args = make_parser().parse_args(argv)
-    card = args.folder / "README.md"
     if not is_student(args.folder):
         raise ValueError(f"{args.folder} holds no student; give the output folder of a training or of rdm-export.")
-    if card.exists() and not args.overwrite:
-        raise ValueError(f"{card} is there already; replace it with --overwrite, or move it away.")
     if args.evaluation:
-        evaluation = read_json(args.evaluation)
+        evaluation = for_others(read_json(args.evaluation))
         (args.folder / JSON_FILE).write_text(json.dumps(evaluation, indent=2) + "\n")
-    write_card(args.folder, args.name)
-    print(f"Wrote {card}.")
+    card = write_card(args.folder, args.name, args.overwrite)
+    edited = card.name != CARD
+    print(f"Wrote {card}{f', as {CARD} was edited; replace that with --overwrite' if edited else ''}.")
+
+
+def for_others(evaluation: Any) -> Any:
+    """An evaluation's record without the folders of this machine."""
+    if isinstance(evaluation, dict):
+        return {name: for_others(value) for name, value in evaluation.items()}
+    if isinstance(evaluation, list):
+        return [for_others(value) for value in evaluation]
+    return without_folders(evaluation)
 
 
 def run() -> None:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, resolve_teacher
 from .base import Conditioning, Family, PromptOptions
-from .hub_files import fetch
+from .hub_files import coming_from_hub, fetch
 from .quantization import quantized_loading
 from .registry import family_of
 from .suitability import check_folder, check_no_student, check_teacher
@@ -113,7 +113,8 @@ def load_options(config: dict[str, Any]) -> dict[str, Any]:
 
 def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype) -> ModelMixin:
     """An autoencoder of the class that the `pipeline_config` names, from a folder or the Hub."""
-    return getattr(diffusers, config["vae"][1]).from_pretrained(name_or_path, use_safetensors=True, dtype=dtype)
+    with coming_from_hub("autoencoder", name_or_path):
+        return getattr(diffusers, config["vae"][1]).from_pretrained(name_or_path, use_safetensors=True, dtype=dtype)
 
 
 def load_denoiser(

@@ -2,30 +2,73 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from pathlib import Path
+from string import Formatter
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..families import FAMILIES
-from .card_facts import CARD, CardFacts, facts_of
+from .card_facts import CardFacts, facts_of
 from .card_metrics import eval_results, results
+from .licenses import CARD
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
+NEW_CARD = "README.new.md"
+FLOAT32 = "dtype=torch.float32"  # else text encoders come as they were stored, which may be half as precise
+MARK = "\n<!-- written by rdm-diffusers; edited since, if this is not its digest: {} -->\n"
 
 
-def write_card(folder: Path, name: str | None = None) -> None:
-    """Writes `README.md` into a student's folder.
+# What a card tells of the training, where all that a row names is known.
+ROWS = {
+    "student": "{size}; {num_student_steps} steps, eta {eta}",
+    "R_dm": "{algorithm}, groups of {group_size}, lambda {gndm_lambda}, teacher's guidance {guidance_scale}",
+    "rewards": "{rewards}; share {reward_share}",
+    "updates": "{updates}, of {batch} samples",
+    "fake score's updates": "{fake_updates_per_step} to each of the student's",
+    "optimiser": "{adam}, learning rate {learning_rate}, {lr_scheduler}",
+    "moving average": "decay {decay}",
+    "precision": "{precision} in training",
+    "weights": "{weights_dtype}",
+    "seed": "{seed}",
+    "made with": "rdm-diffusers {version}",
+}
+
+
+def write_card(folder: Path, name: str | None = None, overwrite: bool = False) -> Path:
+    """Writes a student's card.
 
     Args:
         folder: the student's.
         name: what the card tells its reader to load it by; the folder's path by default.
+        overwrite: whether a card that somebody has edited is replaced, too.
+
+    Returns:
+        The file: `README.md`, or beside one that somebody has edited `README.new.md`.
 
     Raises:
         ValueError: if the folder holds no student, or its teacher's configuration cannot be had.
     """
-    render(facts_of(folder, name or str(folder))).save(folder / CARD)
+    text = str(render(facts_of(folder, name or str(folder))))
+    card = folder / CARD
+    path = card if overwrite or not card.exists() or is_untouched(card.read_text("utf-8")) else folder / NEW_CARD
+    path.write_text(f"{text}{MARK.format(digest_of(text))}", "utf-8")
+    return path
+
+
+def is_untouched(card: str) -> bool:
+    """Whether a card is as it was written, by the digest at its end."""
+    text, mark, digest = card.rpartition(MARK.split("{")[0])
+    return bool(mark) and digest.startswith(digest_of(text))
+
+
+def digest_of(text: str) -> str:
+    """Some letters that another text would not have."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def render(facts: CardFacts) -> ModelCard:
@@ -40,14 +83,15 @@ def render(facts: CardFacts) -> ModelCard:
         facts=facts,
         student=student,
         teacher_link=_teacher_link(facts),
-        license_name=facts.license.get("license_name") or facts.license.get("license"),
+        license_name=student.license.get("license_name") or student.license.get("license"),
         name=quoted(facts.name),
         prompt=quoted(facts.prompts[0]),
         scheduler_class=scheduler_class,
         imports=", ".join(sorted(filter(None, classes))),
-        base_arguments=", ".join([*_base_arguments(facts), *absent]),
-        full_arguments=", ".join(["student", *absent]),
+        base_arguments=", ".join([*_base_arguments(facts), *absent, FLOAT32]),
+        full_arguments=", ".join(["student", *absent, FLOAT32]),
         call_arguments=", ".join(f"{name}={value}" for name, value in call.items()),
+        comfyui_link=quote(facts.comfyui or ""),
         comfyui_shift=FAMILIES[student.pipeline_class].comfyui_shift,
         results=results(facts.metrics, facts.evaluation),
         hyperparameters=hyperparameters(facts),
@@ -58,41 +102,42 @@ def card_data(facts: CardFacts) -> ModelCardData:
     """The metadata that the Hub reads."""
     student = facts.student
     tags = ["diffusers", *(["lora"] if student.is_lora else []), "text-to-image", "distillation", "few-step", "rdm"]
-    optional: dict[str, Any] = dict(facts.license)
+    optional: dict[str, Any] = dict(student.license)
     if not facts.is_local:
         relation = "adapter" if student.is_lora else "finetune"
         optional |= {"base_model": student.teacher, "base_model_relation": relation}
     measured = eval_results(facts.metrics, facts.evaluation)
     if measured:
-        optional |= {"model_name": Path(facts.name).name, "eval_results": measured}
+        optional |= {"model_name": Path(facts.name).resolve().name, "eval_results": measured}
     shown = [{"text": text, "output": {"url": url}} for text, url in zip(facts.prompts, facts.pictures, strict=False)]
     widget = shown or [{"text": facts.prompts[0]}]
     return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, widget=widget, **optional)
 
 
 def hyperparameters(facts: CardFacts) -> dict[str, str]:
-    """What was trained, in words; empty if nobody wrote it down."""
-    own = facts.student.arguments
-    if not own:
-        return {}
-    batch = own["train_batch_size"] * own["gradient_accumulation_steps"] * own.get("num_processes", 1)
-    size = f"LoRA, rank {own['rank']}, alpha {own['lora_alpha']}" if facts.student.is_lora else "full weights"
-    rewards = {"rewards": f"{', '.join(own['reward'])}; share {own['reward_share']}"} if own["reward"] else {}
-    average = {"moving average": f"decay {own['ema_decay']}"} if own["use_ema"] else {}
+    """The rows of `ROWS`, as far as they are known."""
+    known = {name: value for name, value in {**facts.student.arguments, **_derived(facts)}.items() if value is not None}
+    named = {label: [name for _, name, _, _ in Formatter().parse(row) if name] for label, row in ROWS.items()}
+    return {label: row.format(**known) for label, row in ROWS.items() if known.keys() >= set(named[label])}
+
+
+def _derived(facts: CardFacts) -> dict[str, Any]:
+    """What the rows name beyond the run's arguments; None where it is not known."""
+    own, training = facts.student.arguments, facts.student.training
+    sizes = [own.get(name) for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes")]
+    lora = f"LoRA, rank {own.get('rank')}, alpha {own.get('lora_alpha')}{'' if facts.student.is_lora else ', fused'}"
+    precision = own.get("mixed_precision")
     return {
-        "student": f"{size}; {own['num_student_steps']} steps, eta {own['eta']}",
-        "R_dm": f"{own['algorithm']}, groups of {own['group_size']}, lambda {own['gndm_lambda']}, "
-                f"teacher's guidance {own['guidance_scale']}",
-        **rewards,
-        "updates": f"{facts.student.training.get('updates', own['max_train_steps'])}, of {batch} samples",
-        "fake score's updates": f"{own['fake_updates_per_step']} to each of the student's",
-        "optimiser": f"AdamW{' in 8 bits' if own['use_8bit_adam'] else ''}, learning rate {own['learning_rate']}, "
-                     f"{own['lr_scheduler']}",
-        **average,
-        "precision": "float32" if own["mixed_precision"] == "no" else own["mixed_precision"],
-        "seed": str(own["seed"]),
-        **({"made with": f"rdm-diffusers {facts.student.version}"} if facts.trained else {}),
-    }  # fmt: skip
+        "size": {"lora": lora, "full": "full weights"}.get(own.get("student", "")),
+        "rewards": ", ".join(own.get("reward") or []) or None,
+        "updates": training.get("updates"),
+        "batch": None if None in sizes else math.prod(sizes),
+        "adam": "AdamW in 8 bits" if own.get("use_8bit_adam") else "AdamW",
+        "decay": own.get("ema_decay") if training.get("averaged", own.get("use_ema")) else None,
+        "precision": "float32" if precision == "no" else precision,
+        "weights_dtype": facts.weights_dtype,
+        "version": facts.student.version if facts.trained else None,
+    }
 
 
 def _base_arguments(facts: CardFacts) -> list[str]:

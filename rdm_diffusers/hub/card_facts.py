@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from safetensors import safe_open
 
-from ..families import absent_components, fetch, pipeline_config
+from ..families import FAMILIES, LORA_FILE, absent_components, family_of, pipeline_config
 from ..pipelines import StudentConfig
 from ..tiny import is_tiny
 from .card_metrics import EVALUATION_FILE, METRICS_FILE, read_if_there
 
-CARD = "README.md"
-LICENSE_TAGS = ("license", "license_name", "license_link")
 PROMPT = "a photograph of an astronaut riding a horse"  # where nothing says what the teacher draws
 TINY_PROMPT = "a red seven on a blue background"
 
@@ -29,12 +27,12 @@ class CardFacts:
         name: what the student is loaded by: a folder or a Hub id.
         student: its configuration.
         scheduler: the configuration of its stock scheduler.
-        license: the base model's tags of `LICENSE_TAGS`.
         absent: components that the base model, or a full student, was saved without.
         vae_class: the class of the autoencoder, for a student with another one than its base model's.
         prompts: of the pictures, or else one as an example.
         pictures: paths of the student's pictures in the folder, one a prompt.
-        comfyui: path of the file for ComfyUI in the folder, if there is one.
+        comfyui: path of the file for ComfyUI in the folder, if there is one, and ComfyUI can have the base model.
+        weights_dtype: of the student's weights in the folder, `float32` for example.
         samples: whether there is a `samples.png`.
         metrics, evaluation: what those files hold, if they are there.
         trained: False for a card that waits for its student.
@@ -43,12 +41,12 @@ class CardFacts:
     name: str
     student: StudentConfig
     scheduler: Mapping[str, Any]
-    license: Mapping[str, str] = field(default_factory=dict)
     absent: Sequence[str] = ()
     vae_class: str | None = None
     prompts: Sequence[str] = (PROMPT,)
     pictures: Sequence[str] = ()
     comfyui: str | None = None
+    weights_dtype: str | None = None
     samples: bool = False
     metrics: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
@@ -76,8 +74,9 @@ def is_on_hub(teacher: str) -> bool:
 
 
 def facts_of(folder: Path, name: str) -> CardFacts:
-    """What a student's folder tells; the base model's licence and parts are looked up where the base model is."""
+    """What a student's folder tells; the base model's parts are looked up where the base model is."""
     student = StudentConfig.load(str(folder))
+    family_of({"_class_name": student.pipeline_class})
     source = str(student.base_model_name_or_path) if student.is_lora else str(folder.resolve())
     config, metrics = pipeline_config(source, revision=student.revision), read_if_there(folder / METRICS_FILE)
     example = TINY_PROMPT if is_tiny(student.teacher or "") else PROMPT
@@ -85,36 +84,26 @@ def facts_of(folder: Path, name: str) -> CardFacts:
         name=name,
         student=student,
         scheduler=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
-        license=license_of(student),
         absent=list(absent_components(config)),
         vae_class=config["vae"][1] if student.vae else None,
         prompts=(metrics or {}).get("prompts") or [example],
-        pictures=[path.relative_to(folder).as_posix() for path in _numbered(folder / "pictures")],
-        comfyui=next((path.relative_to(folder).as_posix() for path in folder.glob("comfyui/*.safetensors")), None),
+        pictures=sorted(_relative(folder, "pictures/*.png"), key=lambda path: (len(path), path)),
+        comfyui=None if is_tiny(student.teacher or "") else next(_relative(folder, "comfyui/*.safetensors"), None),
+        weights_dtype=_dtype_of(folder, student),
         samples=(folder / "samples.png").exists(),
         metrics=metrics,
         evaluation=read_if_there(folder / EVALUATION_FILE),
     )
 
 
-def _numbered(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.png"), key=lambda path: (len(path.name), path.name))
+def _relative(folder: Path, pattern: str) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
 
 
-def license_of(student: StudentConfig) -> dict[str, str]:
-    """The base model's licence tags, from its own card; empty if it tells none."""
-    teacher = student.teacher
-    if is_tiny(teacher or ""):
-        return {"license": "apache-2.0"}
-    if teacher is None or not (is_on_hub(teacher) or (Path(teacher) / CARD).exists()):
-        return {}
-    try:
-        path = fetch("teacher", teacher, CARD, revision=student.revision) if is_on_hub(teacher) else Path(teacher, CARD)
-        data = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data
-    except ValueError:  # no card
-        return {}
-    tags = {tag: data[tag] for tag in LICENSE_TAGS if data.get(tag)}
-    link = tags.get("license_link", "")
-    if link and "://" not in link and is_on_hub(teacher):  # a file of the base model's repository
-        tags["license_link"] = f"https://huggingface.co/{teacher}/blob/main/{link}"
-    return tags
+def _dtype_of(folder: Path, student: StudentConfig) -> str | None:
+    """The precision of a student's weights; None where they are not there."""
+    where = LORA_FILE if student.is_lora else f"{FAMILIES[student.pipeline_class].denoiser_name}/*.safetensors"
+    for path in folder.glob(where):
+        with safe_open(path, "pt") as file:
+            return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")
+    return None

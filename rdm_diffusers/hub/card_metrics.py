@@ -20,6 +20,7 @@ COLUMNS = {
     "seconds_per_image": "seconds per image",
     "num_images": "pictures",
 }
+COSTS = {"num_images", "nfe", "images_per_second"}  # of an evaluation, and no measures of quality
 ROWS = {"teacher": "teacher", "teacher_few_step": "teacher at few steps", "student": "**student**"}
 TASK: dict[str, Any] = {"task_type": "text-to-image", "task_name": "Text to image"}
 CAPTIONS: dict[str, Any] = {
@@ -29,8 +30,15 @@ CAPTIONS: dict[str, Any] = {
 
 
 def read_if_there(path: Path) -> dict[str, Any] | None:
-    """A JSON file; None where there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """A JSON file; None where there is none.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); mend or remove it.") from error
 
 
 def eval_results(metrics: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[EvalResult]:
@@ -64,7 +72,7 @@ def _results_of_evaluation(evaluation: Mapping[str, Any]) -> list[EvalResult]:
             dataset_type=prompts, dataset_name=f"Prompts: {prompts}", **TASK,
         )
         for name, (value, _, _) in rows_of(evaluation["metrics"]).items()
-        if value is not None
+        if value is not None and name not in COSTS
     ]  # fmt: skip
 
 

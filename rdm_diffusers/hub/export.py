@@ -19,6 +19,7 @@ from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..schedulers import RdmScheduler
 from ..tiny import is_tiny
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
+from .licenses import license_of
 
 COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
 
@@ -148,10 +149,12 @@ def write_full(source: Path, folder: Path, dtype: torch.dtype, **hub_options) ->
 
 def student_config(teacher: Teacher, scheduler: RdmScheduler, **origin) -> StudentConfig:
     """What a student's folder says of it."""
+    revision = origin.get("revision") or origin.get("training", {}).get("arguments", {}).get("revision")
     return StudentConfig(
         pipeline_class=teacher.family.pipeline_class.__name__,
         scheduler={name: value for name, value in scheduler.config.items() if not name.startswith("_")},
         num_inference_steps=len(scheduler.timesteps),
         call_arguments={**teacher.family.unguided(teacher.pipeline, teacher.options), **teacher.call_options},
+        license=license_of(teacher.name, revision),
         **origin,
     )

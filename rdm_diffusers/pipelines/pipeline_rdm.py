@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ logger = logging.get_logger(__name__)
 CLASSES: dict[str, type[RdmDistillationPipeline]] = {}
 # What a call takes from the student where it is not given.
 TRAINED = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
+PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -54,7 +56,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a LoRA student, whose teacher is found by itself, or a full one.
-            kwargs: as in diffusers; `dtype` or `torch_dtype`, `revision`, `token`, and so on.
+            kwargs: as in diffusers; `dtype` or `torch_dtype` (float32 by default), `revision`, `token`, and so on.
 
         Raises:
             ValueError: if it is no student, of a family that is not supported, or made by a newer release; if it or its
@@ -82,10 +84,11 @@ class RdmDistillationPipeline(DiffusionPipeline):
         Raises:
             ValueError: if `lora` is no LoRA student, or `base` of another family.
         """
-        found = StudentConfig.load(str(lora), **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        found = StudentConfig.load(str(lora), **hub)
         if not found.is_lora:
             raise ValueError(f"{lora} is a full student, which stands alone; load it with from_pretrained.")
-        base_class = pipeline_config(str(base))["_class_name"]
+        base_class = pipeline_config(str(base), **{**hub, "revision": None})["_class_name"]
         if base_class != found.pipeline_class:
             raise ValueError(f"{lora} is a student of a {found.pipeline_class}, and {base} is a {base_class}.")
         student = replace(found, base_model_name_or_path=str(base), revision=None, variant=None)
@@ -145,8 +148,9 @@ class RdmDistillationPipeline(DiffusionPipeline):
 
     @classmethod
     def _load_stock(cls, what: str, name: str, hub: dict[str, Any], options: dict[str, Any]) -> RdmDistillationPipeline:
-        """A pipeline of this class, loaded as stock diffusers does."""
-        options = {**load_options(pipeline_config(name, **hub)), **options}
+        """A pipeline of this class, loaded as stock diffusers does, but all of it in float32 unless told otherwise."""
+        dtype = {} if "torch_dtype" in options else {"dtype": torch.float32}
+        options = {**load_options(pipeline_config(name, **hub)), **dtype, **options}
         with coming_from_hub(what, name, hub.get("revision")):
             return super().from_pretrained(resolve_teacher(name), **hub, **options)
 
@@ -157,7 +161,6 @@ class RdmDistillationPipeline(DiffusionPipeline):
             save_directory: where to.
             kwargs: as in diffusers, `push_to_hub` and `repo_id` among them.
         """
-        save_directory = str(save_directory)
         if self.student is None:
             rebuilt(type(self).__bases__[1], self).save_pretrained(save_directory, **kwargs)
             return
@@ -172,10 +175,22 @@ class RdmDistillationPipeline(DiffusionPipeline):
         )
         replaced = {family.denoiser_name: denoiser, "scheduler": scheduler}
         stock = rebuilt(family.pipeline_class, self, **replaced)
+        folder, push = Path(save_directory), kwargs.pop("push_to_hub", False)
+        hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if key in kwargs}
+        stock.save_pretrained(folder, **kwargs)
+        forget_origins(folder)
         alone = replace(self.student, base_model_name_or_path=None, revision=None, variant=None, vae=None)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        alone.save(Path(save_directory))  # first, because what follows may also push the folder
-        stock.save_pretrained(save_directory, **kwargs)
+        alone.save(folder)
+        if push:
+            self.push_to_hub(hub.pop("repo_id", folder.resolve().name), **hub)
+
+
+def forget_origins(folder: Path) -> None:
+    """Takes out of a saved pipeline's configurations what folder its parts were loaded from."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None):
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class StudentConfig:
             differs from its own defaults of the pictures' size and of the tokens that are read.
         revision, variant: of the base model.
         vae: another autoencoder than the base model's, a folder or a Hub id.
+        license: the base model's licence tags, as in a model card: `license`, `license_name`, `license_link`.
         training: how it was trained, for readers: the `command`, the number of `updates`, and all `arguments`, the
             teacher and the method among them; empty if unknown.
         version: the release of this package that made it.
@@ -53,6 +54,7 @@ class StudentConfig:
     revision: str | None = None
     variant: str | None = None
     vae: str | None = None
+    license: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     version: str | None = field(default_factory=package_version)
     format_version: int = FORMAT_VERSION

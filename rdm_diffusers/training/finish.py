@@ -38,10 +38,9 @@ def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device
     if is_tiny(teacher.name) and args.num_eval_images:
         metrics = tiny_metrics(stock, student, scale, args.num_eval_images, teacher.name)
     write_metrics(output_dir / "metrics.json", metrics, training_record(args)["arguments"], shown)
-    write_card(output_dir)
-    print(
-        f"\n{as_table(metrics)}\n\nLoad the student with RdmDistillationPipeline.from_pretrained({str(output_dir)!r})."
-    )
+    card = write_card(output_dir)
+    print(f"\n{as_table(metrics)}\n\nThe student's card is {card}. Load the student with:")
+    print(f"RdmDistillationPipeline.from_pretrained({str(output_dir)!r})")
 
 
 def load_student(

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+TEACHER = "pretrained_model_name_or_path"
+PATHS = {
+    TEACHER, "pretrained_vae_model_name_or_path", "prompts_file", "dataset_name", "output_dir", "logging_dir",
+    "cache_dir", "reward",
+}  # fmt: skip
+FLAGS = {f"--{name}" for name in PATHS} | {"--pretrained_model", "--pretrained_teacher_model"}
 UNSHOWN = ("--hub_token", "--resume_from_checkpoint")  # with their values: a secret, and what nobody else has
 
 
@@ -26,21 +31,38 @@ def command_line(script: str, words: Sequence[str]) -> str:
         if flag in UNSHOWN:
             if not equals:
                 next(rest, None)
-            continue
-        shown.append(f"{flag}={without_folders(value)}" if equals else without_folders(word))
+        elif flag in FLAGS:
+            value = without_folders(value if equals else next(rest, ""))
+            shown += [f"{flag}={value}"] if equals else [flag, value]
+        else:
+            shown.append(word)
     return shlex.join(["accelerate", "launch", script, *shown])
 
 
 def without_folders(value: Any) -> Any:
-    """An absolute or existing path's last name, which tells nothing of the machine; anything else unchanged."""
+    """A path's last name where the rest tells of this machine: of full paths, and of those that go up from here.
+
+    Anything else is unchanged; in `name=path:weight`, a reward's, the path alone is looked at.
+    """
     if isinstance(value, list):
         return [without_folders(one) for one in value]
-    is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
-    return Path(value).resolve().name if is_path else value
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.rpartition("=")
+    tells = os.path.isabs(path) or path.startswith("..")
+    return f"{name}{equals}{os.path.basename(os.path.normpath(path))}" if tells else value
 
 
-def training_record(args: argparse.Namespace, updates: int | None = None) -> dict[str, Any]:
-    """`StudentConfig.training`: the command, all arguments, and the number of updates, by default all of the run's."""
-    arguments = {name: without_folders(value) for name, value in vars(args).items() if name != "command"}
-    done = args.max_train_steps if updates is None else updates
-    return {"command": vars(args).get("command"), "arguments": arguments, "updates": done}
+def training_record(args: argparse.Namespace | Mapping[str, Any], **known: Any) -> dict[str, Any]:
+    """`StudentConfig.training`: the `command`, all `arguments`, and what else is known.
+
+    Args:
+        args: the run's.
+        known: `updates`, the number of those that were done, by default all of the run's.
+    """
+    given = dict(args if isinstance(args, Mapping) else vars(args))
+    command = given.pop("command", None)
+    arguments = {name: without_folders(value) if name in PATHS else value for name, value in given.items()}
+    if arguments[TEACHER] != given[TEACHER]:  # it may be called as an embedded one is
+        arguments[TEACHER] += " (a local folder)"
+    return {"command": command, "arguments": arguments, "updates": given["max_train_steps"], **known}
