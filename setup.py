@@ -7,18 +7,18 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "rdm_diffusers/__init__.py").read_text("utf-8"), re.M)[1]
-TRANSFORMERS = "transformers>=4.57,<6"
+TRANSFORMERS = "transformers>=5.6,<6"
 
 INSTALL_REQUIRES = [
     "accelerate>=1.10,<2",
     "datasets>=3,<6",
-    "diffusers>=0.36,<0.44",
-    "huggingface_hub>=0.34,<3",
+    "diffusers>=0.40,<0.44",
+    "huggingface_hub>=1.23,<3",
     "numpy",
-    "peft>=0.17,<1",
+    "peft>=0.18,<1",
     "pillow>=10",
     "psutil",
-    "safetensors>=0.4.5",
+    "safetensors>=0.8",
     "tensorboard",
     "torch>=2.6",
     "tqdm",

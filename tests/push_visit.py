@@ -179,6 +179,7 @@ def download(visitor: Visitor, folder: Path) -> None:
         visitor.call("full disk, loading", RdmDistillationPipeline.from_pretrained, "me/first", cache_dir=folder / "c")
     visitor.hub.fail(f"GET .*{LORA}", CUT)
     visitor.hub.faults.append(Fault(f"GET .*{COMFY}", SILENCE, 1))
+    visitor.call("interrupted", snapshot_download, "me/first")  # not every huggingface_hub goes on by itself
     visitor.call("space again", snapshot_download, "me/first")
     visitor.record["downloaded"] = digests(Path(visitor.record["space again"][1]))
     pipeline = RdmDistillationPipeline.from_pretrained("me/first", cache_dir=folder / "c")

@@ -17,7 +17,7 @@ from .student_files import check_secrets, check_student, is_hub_id, student_file
 COMMIT_MESSAGE = "Student of rdm_diffusers"
 CARD = "README.md"
 PATIENCE = 120.0  # seconds without a sign of the Hub; huggingface_hub itself waits for ever where it uploads
-TRANSPORT = {"TransportError", "RequestException"}  # what httpx and requests call errors of the way
+TRANSPORT = "TransportError"  # what httpx and httpx2 call errors of the way
 ADVICE = {
     401: "log in again with `hf auth login`",
     403: "make a token that may write there at https://huggingface.co/settings/tokens, or choose another name",
@@ -193,10 +193,10 @@ def telling(what: str, what_next: str, token: str | None) -> Iterator[None]:
     """Says in one sentence what failed, why, and what to do; gives up on a Hub that is silent for `PATIENCE`.
 
     Raises:
-        PushError: for any error, as those of the way to the Hub have come from three HTTP libraries.
+        PushError: for any error, as those of the way to the Hub are the HTTP library's, which was httpx and is httpx2.
     """
     session = get_session()
-    before, session.timeout = getattr(session, "timeout", None), PATIENCE
+    before, session.timeout = session.timeout, PATIENCE
     try:
         yield
     except Exception as error:
@@ -222,7 +222,7 @@ def reason_of(error: BaseException) -> str:
     if any("Timeout" in type(each).__name__ for each in causes):
         return "the Hub did not answer in time"
     said = _one_line(str(causes[-1])) or type(causes[-1]).__name__
-    is_transport = TRANSPORT & {base.__name__ for each in causes for base in type(each).__mro__}
+    is_transport = any(base.__name__ == TRANSPORT for each in causes for base in type(each).__mro__)
     return f"the connection to the Hub failed: {said}" if is_transport else said
 
 
