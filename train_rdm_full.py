@@ -12,7 +12,8 @@ What it does, and the flags that steer it:
 - memory: --gradient_checkpointing, --use_8bit_adam, --train_batch_size with --gradient_accumulation_steps, --offload,
   --no-use_ema; over several GPUs: accelerate launch --use_fsdp --fsdp_version 2 (docs/many_gpus.md)
 - what comes out is a whole stock pipeline, which diffusers loads by itself
-- the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message
+- the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,
+  --hub_tag_checkpoints
 """
 
 from __future__ import annotations

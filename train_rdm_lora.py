@@ -23,7 +23,8 @@ What it does, and the flags that steer it:
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2
 - prompts, no images: --prompts_file, or --dataset_name with --caption_column
 - checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C saves one too
-- the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message
+- the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,
+  --hub_tag_checkpoints
 """
 
 from __future__ import annotations
