@@ -15,6 +15,7 @@ import train_rdm_lora
 from rdm_diffusers.distillation import DMD, GNDM
 from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.tiny.captions import CAPTIONS
+from rdm_diffusers.training import optimizers
 from rdm_diffusers.training.arguments import (
     TINY_DEFAULTS,
     groups_per_update,
@@ -384,3 +385,11 @@ def test_prompts_come_from_a_file_from_a_datasets_column_or_with_the_tiny_teache
     assert load_prompts(prompt_arguments()) == list(CAPTIONS)
     with pytest.raises(ValueError, match=r"--caption_column text is not in .*; its columns are caption\."):
         load_prompts(prompt_arguments(dataset_name=str(tmp_path)))
+
+
+def test_8_bit_adam_without_a_package_for_it_is_refused_at_once(complaint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+    assert "--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'." in complaint(
+        use_8bit_adam=True, prompts_file="missing.txt"
+    )
+    assert parse_args(["--use_8bit_adam", "--dry_run"]).use_8bit_adam

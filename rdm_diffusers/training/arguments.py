@@ -238,7 +238,7 @@ def parse_args(
     try:
         hand_on_token(args)
         return fill_in(args)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..distillation import JAMES_STEIN
 from ..pipelines import is_student
 from .launch import is_sharded_launch
+from .optimizers import eight_bit_package
 
 # A resumed run may change these; everything else must be as it was. Where the learning rate is scheduled to the end of
 # the run, that end is no longer free.
@@ -28,7 +29,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Checks what needs neither teacher nor files.
 
     Raises:
-        ValueError: one sentence on what is wrong and what to do.
+        ValueError, ImportError: one sentence on what is wrong and what to do.
     """
     _check_numbers(args)
     _check_algorithm(args)
@@ -95,6 +96,8 @@ def _check_memory(args: argparse.Namespace) -> None:
     for flag, given in others.items():
         if folds and given:
             raise ValueError(f"--fold_adapters and {flag} exclude each other; add --no-fold_adapters.")
+    if args.use_8bit_adam and not args.dry_run:
+        eight_bit_package()
     if is_sharded_launch() and args.use_8bit_adam:
         raise ValueError("--use_8bit_adam cannot step FSDP's shards; leave it out, the shards are small.")
     if is_sharded_launch() and args.quantization and args.student == "lora":

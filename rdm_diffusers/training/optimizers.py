@@ -126,11 +126,18 @@ def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, args) -
 
 
 def _adamw_class(eight_bit: bool) -> Callable[..., torch.optim.Optimizer]:
-    if not eight_bit:
-        return torch.optim.AdamW
+    return import_module(f"{eight_bit_package()}.optim").AdamW8bit if eight_bit else torch.optim.AdamW
+
+
+def eight_bit_package() -> str:
+    """The installed package that has an 8-bit AdamW.
+
+    Raises:
+        ImportError: if there is none.
+    """
     for package in ("bitsandbytes", "torchao"):
         if find_spec(package) is not None:
-            return import_module(f"{package}.optim").AdamW8bit
+            return package
     raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
 
 
