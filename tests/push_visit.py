@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import huggingface_hub
 import torch
-from hub_repositories import CUT, SILENCE, Fault, Repository, sha256
+from hub_repositories import CUT, SILENCE, Fault, Repository, read_folder, sha256
 from hub_server import HubServer
 from huggingface_hub import snapshot_download
 from parts import PROMPTS, files_of_at_most, run_arguments
@@ -23,6 +27,7 @@ import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import push as command
 from rdm_diffusers.hub import check_push, push
+from rdm_diffusers.tiny import TINY_TEACHER
 from rdm_diffusers.training.loop import RUN_ERRORS
 
 TOKEN, READER = "hf_recognisableSecret0123456789", "hf_recognisableReader0123456789"
@@ -47,7 +52,8 @@ class Visitor:
         asked, sys.argv = len(self.hub.log), ["rdm-push", *words, "--hub_token", token]
         said = ""
         try:
-            command.run()
+            with patch.dict(os.environ):  # a process of its own would forget the token
+                command.run()
         except SystemExit as error:
             said = str(error.code)
         self.record[what] = {"said": said, "log": self.hub.log[asked:]}
@@ -204,7 +210,8 @@ def train(visitor: Visitor, prompts_file: Path, folder: Path) -> None:
         asked = len(visitor.hub.log)
         try:
             options = {**hub, "steps_per_rollout": 2, "checkpointing_steps": 1}
-            train_rdm_lora.main(run_arguments("tiny", prompts_file, run, **options))
+            with patch.dict(os.environ):
+                train_rdm_lora.main(run_arguments("tiny", prompts_file, run, **options))
             said = ""
         except RUN_ERRORS as error:
             said = str(error)
@@ -215,3 +222,8 @@ def train(visitor: Visitor, prompts_file: Path, folder: Path) -> None:
     said = visitor.push("half tagged", str(folder / "trained"), "me/tagged", "--tag_checkpoints", "--tag", "final")
     visitor.push("tagged", *shlex.split(said.split(AGAIN)[1])[1:])
     visitor.show("me/tagged")
+    visitor.hub.make("me/base", private=True).add("main", read_folder(Path(TINY_TEACHER)), "the first")
+    run = shutil.copytree(folder / "trained", folder / "of-private-base")
+    for record in run / "rdm_config.json", *run.glob("checkpoint-*/state.json"):
+        record.write_text(re.sub(r'(model_name_or_path": )"tiny"', r'\1"me/base"', record.read_text()))
+    visitor.push("private base", str(run), "me/of-private-base", "--tag_checkpoints")

@@ -231,6 +231,10 @@ def test_a_push_of_checkpoints_that_failed_goes_on_where_it_was(visited: Visit) 
     assert not list((visited.folder / "trained").glob(".export-*"))
 
 
+def test_the_token_of_a_push_opens_the_private_base_of_its_checkpoints(visited: Visit) -> None:
+    assert visited.record["private base"]["said"] == ""
+
+
 def test_no_token_is_printed_written_or_uploaded(visited: Visit) -> None:
     files = [path for path in visited.folder.rglob("*") if path.is_file()]
     assert len(files) > 40

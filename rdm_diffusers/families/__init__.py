@@ -1,7 +1,7 @@
 """What differs between teachers, one file each."""
 
 from .base import LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
-from .hub_files import coming_from_hub, fetch
+from .hub_files import coming_from_hub, fetch, use_token
 from .loading import (
     Teacher,
     absent_components,
@@ -35,4 +35,5 @@ __all__ = [
     "load_vae",
     "pipeline_config",
     "rebuilt",
+    "use_token",
 ]

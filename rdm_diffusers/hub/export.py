@@ -122,19 +122,18 @@ def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
         _add_comfyui(folder, StudentConfig.load(str(source)).pipeline_class)
 
 
-def write_full(source: Path, folder: Path, dtype: torch.dtype, **hub_options) -> None:
+def write_full(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """Writes a student as a whole stock pipeline, with a LoRA added to its base's weights (in float32).
 
     Args:
         source: the student's folder, LoRA or full.
         folder: an existing one.
         dtype: of all networks' weights.
-        hub_options: for a base that is on the Hub: `token`, `cache_dir`.
 
     Raises:
         WritingError: for example on a full disk.
     """
-    pipeline = RdmDistillationPipeline.from_pretrained(source, dtype=torch.float32, **hub_options)
+    pipeline = RdmDistillationPipeline.from_pretrained(source, dtype=torch.float32)
     denoiser = FAMILIES[StudentConfig.load(str(source)).pipeline_class].denoiser(pipeline)
     if getattr(denoiser, "peft_config", None):
         denoiser.fuse_lora()  # in place, because a large network should not be here twice

@@ -103,16 +103,16 @@ def check_push(
         return _open(HfApi(token=token), repo_id, private, revision)
 
 
-def known_tags(repo_id: str, *, token: str | None, private: bool | None, revision: str | None, retry: str) -> set[str]:
+def known_tags(repo_id: str, *, private: bool | None, revision: str | None, retry: str) -> set[str]:
     """The tags of a repository, which is made if it is missing.
 
     Args:
-        repo_id, token, private, revision, retry: as in `push_student`.
+        repo_id, private, revision, retry: as in `push_student`.
 
     Raises:
         ValueError, PushError: as `push_student`.
     """
-    token = token or get_token()
+    token = get_token()
     check_repo_id(repo_id)
     with telling(*_incomplete(repo_id, retry), token):
         api = HfApi(token=token)

@@ -20,7 +20,7 @@ from ..distillation import (
     JAMES_STEIN,
     NORMALIZATIONS,
 )
-from ..families import QUANTIZATIONS
+from ..families import QUANTIZATIONS, use_token
 from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
 from .checks import check_arguments
@@ -257,7 +257,7 @@ def hand_on_token(args: argparse.Namespace) -> None:
             f"--hub_token would be recorded by --report_to {args.report_to}, with the command line; leave it out and "
             "log in with `hf auth login`."
         )
-    os.environ["HF_TOKEN"] = token
+    use_token(token)
 
 
 def fill_in(args: argparse.Namespace) -> argparse.Namespace:

@@ -50,7 +50,6 @@ def push_run(
     folder: Path,
     repo_id: str,
     *,
-    token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
@@ -61,7 +60,7 @@ def push_run(
 
     Args:
         folder: the run's.
-        repo_id, token, private, revision, commit_message, tag: as in `push_student`.
+        repo_id, private, revision, commit_message, tag: as in `push_student`.
         tag_checkpoints: whether the student of every `checkpoint-N` in the folder becomes a commit with a tag of that
             name; those whose tag is on the Hub are left as they are.
 
@@ -72,7 +71,7 @@ def push_run(
         ValueError, OSError: as `push_student`.
     """
     retry = retry_command(folder, repo_id, private, revision, commit_message, tag, tag_checkpoints)
-    where: dict[str, Any] = {"token": token, "private": private, "revision": revision, "retry": retry}
+    where: dict[str, Any] = {"private": private, "revision": revision, "retry": retry}
     if tag_checkpoints:
         check_student(folder)
         known = known_tags(repo_id, **where)
