@@ -17,7 +17,7 @@ import torch
 from hub_repositories import sha256
 from hub_server import visitor_environment
 from parts import PROMPTS
-from push_visit import AGAIN, COMFY, LORA, READER, TOKEN, digests
+from push_visit import AGAIN, COMFY, LORA, OWN, READER, TOKEN, digests
 from safetensors.torch import load_file, save_file
 
 from rdm_diffusers import RdmDistillationPipeline
@@ -202,8 +202,16 @@ def test_a_full_disk_at_download_is_called_so_and_a_later_download_is_whole(visi
 
 def test_a_pipeline_that_is_saved_and_pushed_as_diffusers_does_is_a_whole_student(visited: Visit) -> None:
     assert visited.record["saved"] == ["", "None"]
-    files = set(visited.record["me/saved"]["files"]["main"])
+    files = set(visited.record["saved files"])
     assert {"rdm_config.json", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= files
+
+
+def test_of_the_student_that_was_there_nothing_stays_and_of_the_users_files_all(visited: Visit) -> None:
+    assert [visited.record[what]["said"] for what in ("replaced", "renamed", "to nothing")] == [""] * 3
+    files = visited.record["me/saved"]["files"]
+    assert set(files["main"]) == GOES_UP | set(OWN) | {".gitattributes"}
+    assert set(files["next"]) == GOES_UP - {COMFY} | {"comfyui/renamed.safetensors", *OWN, ".gitattributes"}
+    assert set(visited.record["me/empty"]["files"]["main"]) == GOES_UP
 
 
 def test_private_and_gated_students_open_to_those_who_may(visited: Visit) -> None:
@@ -229,6 +237,7 @@ def test_a_push_of_checkpoints_that_failed_goes_on_where_it_was(visited: Visit) 
     names = {tag: found["messages"][commit] for tag, commit in found["tags"].items()}
     assert names == {"checkpoint-1": "checkpoint-1", "checkpoint-2": "checkpoint-2", "final": push.COMMIT_MESSAGE}
     assert not list((visited.folder / "trained").glob(".export-*"))
+    assert visited.printed.count("another run's; not pushed: checkpoint-1, checkpoint-2.\n") == 1
 
 
 def test_the_token_of_a_push_opens_the_private_base_of_its_checkpoints(visited: Visit) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -28,18 +29,30 @@ def student_files(folder: Path) -> list[Path]:
     Args:
         folder: the student's: a LoRA, or a whole pipeline with the components that its `model_index.json` names.
     """
-    files = [file for pattern in PATTERNS for file in folder.glob(pattern)]
-    for component in _components(folder):
-        files += [file for file in (folder / component).glob("*") if file.suffix in COMPONENT_SUFFIXES]
-    return sorted({file for file in files if file.is_file() and not file.name.startswith(".")})
+    components = components_of(folder / INDEX)
+    files = [file for depth in ("*", "*/*") for file in folder.glob(depth) if file.is_file()]
+    return sorted(file for file in files if is_students(file.relative_to(folder).as_posix(), components))
 
 
-def _components(folder: Path) -> list[str]:
-    """The folders of a whole pipeline's components; none of a LoRA's."""
-    if not (folder / INDEX).is_file():
+def is_students(name: str, components: Collection[str]) -> bool:
+    """Whether a file of this name, in a folder or a repository, is a student's; nothing else is pushed or replaced.
+
+    Args:
+        name: its path there.
+        components: the folders of a whole pipeline's components (`components_of`).
+    """
+    path = PurePosixPath(name)
+    listed = any(len(path.parts) == pattern.count("/") + 1 and path.match(pattern) for pattern in PATTERNS)
+    inside = len(path.parts) == 2 and path.parts[0] in components and path.suffix in COMPONENT_SUFFIXES
+    return (listed or inside) and not path.name.startswith(".")
+
+
+def components_of(index: Path) -> list[str]:
+    """The folders of the components that a `model_index.json` names; none without that file, as in a LoRA's folder."""
+    if not index.is_file():
         return []
-    entries = json.loads((folder / INDEX).read_text())
-    return [name for name, entry in entries.items() if isinstance(entry, list) and name.isidentifier()]
+    entries = json.loads(index.read_text()).items()
+    return [name for name, entry in entries if isinstance(entry, list) and entry[0] and name.isidentifier()]
 
 
 def check_student(folder: Path) -> StudentConfig:

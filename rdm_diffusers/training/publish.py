@@ -74,8 +74,11 @@ def push_run(
     where: dict[str, Any] = {"private": private, "revision": revision, "retry": retry}
     if tag_checkpoints:
         check_student(folder)
-        known = known_tags(repo_id, **where)
-        for checkpoint in list_checkpoints(folder):
+        checkpoints, known = list_checkpoints(folder), known_tags(repo_id, **where)
+        left = [checkpoint.name for checkpoint in checkpoints if checkpoint.name in known]
+        if left:
+            print(f"{repo_id} has tags of these names already, perhaps another run's; not pushed: {', '.join(left)}.")
+        for checkpoint in checkpoints:
             if checkpoint.name not in known:
                 _push_checkpoint(checkpoint, repo_id, where)
     return push_student(folder, repo_id, commit_message=commit_message, tag=tag, **where)
