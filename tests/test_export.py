@@ -195,10 +195,14 @@ def places(lora_run: Path, full_run: Path, tmp_path: Path) -> dict[str, str]:
     (unreadable / "state.json").write_text("{")
     student = shutil.copytree(lora_run, tmp_path / "in" / "student", ignore=shutil.ignore_patterns("checkpoint-*"))
     (student / LORA_FILE).write_bytes(b"x")
+    without = {"no scheduler": (lora_run, "scheduler"), "no vae": (full_run, "vae")}
+    for name, (run, part) in without.items():
+        shutil.copytree(run, tmp_path / "in" / name, ignore=shutil.ignore_patterns("checkpoint-*", part))
     unfinished = tmp_path / "in" / "run"
     shutil.copytree(lora_run / "checkpoint-1", unfinished / "checkpoint-1")
     (tmp_path / "in" / "nothing").mkdir()
     return {
+        **{name: str(tmp_path / "in" / name) for name in without},
         "lora": str(lora_run), "lora checkpoint": str(lora_run / "checkpoint-2"),
         "full": str(full_run), "full checkpoint": str(full_run / "checkpoint-2"),
         "damaged": str(damaged), "unreadable": str(unreadable), "broken": str(student), "run": str(unfinished),
@@ -217,6 +221,9 @@ def places(lora_run: Path, full_run: Path, tmp_path: Path) -> dict[str, str]:
         ("damaged", "lora", [], r"is damaged \(ema.safetensors changed since it was written\); export an earlier"),
         ("unreadable", "lora", [], r"is damaged \(JSONDecodeError.*\); export an earlier checkpoint\."),
         ("broken", "full", [], r"pytorch_lora_weights.safetensors is missing or damaged .*; download or export"),
+        ("no scheduler", "lora", [], r"scheduler_config.json is missing; download or export the student again\."),
+        ("no scheduler", "full", [], r"scheduler_config.json is missing; download or export the student again\."),
+        ("no vae", "full", [], r"no vae/vae is missing; download or export the student again\."),
         ("run", "lora", [], r"neither a checkpoint \(state.json\) nor a finished student; .*checkpoint-1 is a check"),
         ("nothing", "lora", [], r"neither a checkpoint .* nor a finished student; give a checkpoint-N folder"),
         ("missing", "lora", [], r"The student .* is neither a folder nor a name as the Hub has them; check it"),

@@ -295,6 +295,27 @@ def test_a_lora_that_needs_a_folder_of_this_machine_is_not_pushed(
         push.push_student(folder, "me/x", token=TOKEN)
 
 
+@pytest.mark.parametrize("name", ["scheduler", LORA, COMFY])
+def test_an_incomplete_lora_is_not_pushed(tiny_student: Path, tmp_path: Path, name: str) -> None:
+    folder = fill(tmp_path / "student", tiny_student)
+    if name == "scheduler":
+        shutil.rmtree(folder / name)
+    else:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+    what = r"scheduler/scheduler_config.json is missing" if name == "scheduler" else rf"{name} is damaged \(.*\)"
+    with pytest.raises(ValueError, match=f"^{folder}/{what}; download or export the student again\\.$"):
+        push.push_student(folder, "me/x", token=TOKEN)
+
+
+def test_a_whole_pipeline_without_a_component_is_not_pushed(tiny_student: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    RdmDistillationPipeline.from_pretrained(tiny_student).save_pretrained(folder)
+    assert push.check_student(folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ValueError, match=f"^{folder}/vae is missing; download or export the student again\\.$"):
+        push.push_student(folder, "me/x", token=TOKEN)
+
+
 def test_a_folder_without_a_student_is_not_pushed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no student; give the --output_dir of a finished training run"):
         push.push_student(tmp_path, "me/x", token=TOKEN)

@@ -22,6 +22,7 @@ from ..families import coming_from_hub, family_of, pipeline_config, use_token
 from ..hub import (
     WritingError,
     check_comfyui,
+    check_complete,
     comfyui_name,
     copy_lora,
     read_lora,
@@ -148,6 +149,7 @@ def _student(args: argparse.Namespace) -> Source:
             )
     if student.is_lora:
         read_lora(folder)
+    check_complete(folder)
     return Source(folder, student.pipeline_class, student.is_lora)
 
 

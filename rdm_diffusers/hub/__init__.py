@@ -4,13 +4,14 @@ from .card import write_card
 from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
 from .export import WritingError, copy_lora, export_full, export_lora, write_full, writing
 from .push import PushError, check_push, known_tags, push_student, retry_command
-from .student_files import check_base, check_student, student_files
+from .student_files import check_base, check_complete, check_student, student_files
 
 __all__ = [
     "PushError",
     "WritingError",
     "check_base",
     "check_comfyui",
+    "check_complete",
     "check_push",
     "check_student",
     "comfyui_name",

@@ -9,12 +9,13 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 from ..families import LORA_FILE
 from ..pipelines import StudentConfig, is_student
 from ..tiny import is_tiny
 
-INDEX = "model_index.json"
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 PATTERNS = (
     "README.md", "rdm_config.json", "samples.png", "pictures/*.png", "metrics.json", "evaluation.json", LORA_FILE,
     "comfyui/*.safetensors", "scheduler/*.json", INDEX,
@@ -59,13 +60,39 @@ def check_student(folder: Path) -> StudentConfig:
     """The configuration of a student that others can load from the Hub.
 
     Raises:
-        ValueError: if the folder holds no student, or one that needs a folder of this machine.
+        ValueError: if the folder holds no student, an incomplete one, or one that needs a folder of this machine.
     """
     if not is_student(folder) or not any((folder / name).is_file() for name in (LORA_FILE, INDEX)):
         raise ValueError(f"{folder} holds no student; give the --output_dir of a finished training run.")
     student = StudentConfig.load(str(folder))
     check_base(student.base_model_name_or_path, student.vae)
+    check_complete(folder)
     return student
+
+
+def check_complete(folder: Path) -> None:
+    """Refuses a student of which a file or a component is missing or cut off.
+
+    Raises:
+        ValueError: naming it.
+    """
+    files = student_files(folder)
+    there = {*files, *(file.parent for file in files)}
+    for name in (SCHEDULER, *components_of(folder / INDEX)):
+        if folder / name not in there:
+            raise ValueError(f"{folder / name} is missing; download or export the student again.")
+    for file in files:
+        if file.suffix == ".safetensors":
+            _check_opens(file)
+
+
+def _check_opens(weights: Path) -> None:
+    """Only the header is read, whose sizes are compared with the file's."""
+    try:
+        with safe_open(weights, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{weights} is damaged ({error}); download or export the student again.") from error
 
 
 def is_hub_id(name: str) -> bool:
