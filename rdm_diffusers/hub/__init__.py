@@ -3,8 +3,8 @@
 from .card import write_card
 from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
 from .export import WritingError, copy_lora, export_full, export_lora, write_full, writing
-from .push import PushError, check_push, known_tags, push_student, retry_command
-from .student_files import check_base, check_complete, check_student, student_files
+from .push import PushError, check_push, known_tags, push_student, retry_command, unfinished
+from .student_files import check_base, check_complete, check_student, is_hub_id, student_files
 
 __all__ = [
     "PushError",
@@ -19,11 +19,13 @@ __all__ = [
     "export_full",
     "export_lora",
     "has_comfyui",
+    "is_hub_id",
     "known_tags",
     "push_student",
     "read_lora",
     "retry_command",
     "student_files",
+    "unfinished",
     "write_card",
     "write_comfyui",
     "write_full",

@@ -69,7 +69,7 @@ def push_student(
     files = student_files(folder)
     check_secrets(files, token)
     retry = retry or retry_command(folder, repo_id, private, revision, commit_message, tag)
-    with telling(*_incomplete(repo_id, retry), token):
+    with telling(*unfinished(repo_id, retry), token):
         api = HfApi(token=token)
         repo_id = _open(api, repo_id, private, revision)
         commit = api.create_commit(
@@ -115,12 +115,12 @@ def known_tags(repo_id: str, *, private: bool | None, revision: str | None, retr
     """
     token = get_token()
     check_repo_id(repo_id)
-    with telling(*_incomplete(repo_id, retry), token):
+    with telling(*unfinished(repo_id, retry), token):
         api = HfApi(token=token)
         return {tag.name for tag in api.list_repo_refs(_open(api, repo_id, private, revision)).tags}
 
 
-def _incomplete(repo_id: str, retry: str) -> tuple[str, str]:
+def unfinished(repo_id: str, retry: str) -> tuple[str, str]:
     """How a push's error begins and ends."""
     return f"The push to {repo_id} was not completed", f"; the folder is untouched, try again with: {retry}"
 
