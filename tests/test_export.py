@@ -206,7 +206,8 @@ def places(lora_run: Path, full_run: Path, tmp_path: Path) -> dict[str, str]:
         "lora": str(lora_run), "lora checkpoint": str(lora_run / "checkpoint-2"),
         "full": str(full_run), "full checkpoint": str(full_run / "checkpoint-2"),
         "damaged": str(damaged), "unreadable": str(unreadable), "broken": str(student), "run": str(unfinished),
-        "nothing": str(tmp_path / "in" / "nothing"), "missing": str(tmp_path / "in" / "missing"),
+        "nothing": str(tmp_path / "in" / "nothing"), "missing": str(tmp_path / "in" / "nothing" / "missing"),
+        "checkpoint-3": str(unfinished / "checkpoint-3"), "no name": str(tmp_path / "nowhere" / "student"),
     }  # fmt: skip
 
 
@@ -226,7 +227,9 @@ def places(lora_run: Path, full_run: Path, tmp_path: Path) -> dict[str, str]:
         ("no vae", "full", [], r"no vae/vae is missing; download or export the student again\."),
         ("run", "lora", [], r"neither a checkpoint \(state.json\) nor a finished student; .*checkpoint-1 is a check"),
         ("nothing", "lora", [], r"neither a checkpoint .* nor a finished student; give a checkpoint-N folder"),
-        ("missing", "lora", [], r"The student .* is neither a folder nor a name as the Hub has them; check it"),
+        ("missing", "lora", [], r"in/nothing holds no folder missing; check the name, or call from another folder\."),
+        ("checkpoint-3", "lora", [], r"in/run holds no folder checkpoint-3; its checkpoints are checkpoint-1\."),
+        ("no name", "lora", [], r"The student .* is neither a folder nor a name as the Hub has them; check it"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_refused_in_one_sentence_and_leaves_nothing(

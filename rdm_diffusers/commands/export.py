@@ -134,6 +134,10 @@ def _checkpoint(folder: Path, use_ema: bool | None) -> Source:
 
 def _student(args: argparse.Namespace) -> Source:
     folder, name = Path(args.source), args.source
+    if not folder.is_dir() and folder.parent.is_dir() and folder.parent != Path():
+        there = [checkpoint.name for checkpoint in list_checkpoints(folder.parent)]
+        what = f"its checkpoints are {', '.join(there)}" if there else "check the name, or call from another folder"
+        raise ValueError(f"{folder.parent} holds no folder {folder.name}; {what}.")
     if folder.is_dir() and not is_student(folder):
         inside = list_checkpoints(folder)
         what = f"{inside[-1]} is a checkpoint, give that" if inside else "give a checkpoint-N folder or a student's"
