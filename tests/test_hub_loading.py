@@ -211,6 +211,12 @@ def test_a_student_of_the_hub_is_exported_in_every_format(visited: Visit, studen
     assert all((folder / name / f"{name}.safetensors").exists() for name in ("comfyui", "private"))
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_was_found_of_a_student_comes_with_it_from_the_hub(visited: Visit, student: Path, kind: str) -> None:
+    for name in ("samples.png", "metrics.json", "pictures/0.png", "pictures/1.png"):
+        assert (visited.folder / "exports" / kind / name).read_bytes() == (student / name).read_bytes()
+
+
 @pytest.mark.parametrize("what", ["private", "base", "run"])
 def test_an_exports_token_opens_the_student_its_base_and_the_teacher_of_a_checkpoint(visited: Visit, what: str) -> None:
     assert visited.outcomes[f"{what} export with its key"] == ["", "", ""]

@@ -37,9 +37,9 @@ from ..training.exporting import chosen_weights, export_checkpoint, read_run
 
 FORMATS = ("lora", "full", "comfyui")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a repository; never pickles
-NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*", "*.png"]
 FINDINGS = ("samples.png", "pictures", "metrics.json", "evaluation.json")  # what a student's card shows
+READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "samples.png", "pictures/*.png"]  # never pickles
+NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*"]
 ERRORS = (ValueError, ImportError, OSError)
 
 
