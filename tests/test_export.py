@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import modeling_utils
 from parts import PROMPTS, files_of_at_most, run_arguments
 from parts_families import CALLS, MAKERS, make_pipeline
 from parts_sd3 import make_shared
@@ -183,6 +185,18 @@ def test_weights_are_written_in_the_precision_that_is_asked_for(
     if kind == "full":
         rounded = tensors_of(folder)
         assert all(torch.equal(rounded[name], exact[name].to(rounded[name].dtype)) for name in exact)
+
+
+def test_a_whole_pipeline_is_written_without_a_warning(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", said.append)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        folder = export(lora_run, tmp_path / "new", "full", "--dtype", "float16")
+    assert not said and not [each for each in caught if "scheduler" in str(each.message)]
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["steps_offset"] == 1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

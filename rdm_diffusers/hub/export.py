@@ -140,7 +140,7 @@ def write_full(source: Path, folder: Path, dtype: torch.dtype) -> None:
         denoiser.unload_lora()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module) and part.dtype != dtype:
-            part.to(dtype)
+            torch.nn.Module.to(part, dtype)  # diffusers' own warns of modules that stay in float32 where there are none
     with writing(folder):
         pipeline.save_pretrained(folder)
 
