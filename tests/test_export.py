@@ -140,6 +140,31 @@ def test_checkpoints_older_than_an_argument_are_read(lora_run: Path, tmp_path: P
     assert_equal(tensors_of(export(old, tmp_path / "new", "lora")), tensors_of(lora_run))
 
 
+def test_a_run_of_relative_folders_is_exported_from_anywhere(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(teacher_folder.parent)
+    vae = {"pretrained_vae_model_name_or_path": f"{teacher_folder.name}/vae"}
+    train_rdm_lora.main(run_arguments(teacher_folder.name, prompts_file, tmp_path / "run", **RUN, **vae))
+    monkeypatch.chdir(tmp_path)
+    assert_equal(tensors_of(export("run/checkpoint-2", Path("new"), "lora")), tensors_of(tmp_path / "run"))
+    for folder in ("run", "new"):
+        student = json.loads((tmp_path / folder / "rdm_config.json").read_text())
+        names = [student[name] for name in ("base_model_name_or_path", "vae")]
+        assert names == [str(teacher_folder), str(teacher_folder / "vae")]
+
+
+def test_the_relative_folder_of_an_autoencoder_is_written_by_its_full_path(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(teacher_folder)
+    teacher = load_teacher(str(teacher_folder), torch.float32, vae="vae")
+    export_lora(
+        tmp_path, teacher, make_shared(teacher, rank=2, alpha=5).student_weights(), make_scheduler(teacher, 4, 1.0)
+    )
+    assert json.loads((tmp_path / "rdm_config.json").read_text())["vae"] == str(teacher_folder / "vae")
+
+
 # --- whole pipelines -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
 def test_a_fused_pipeline_is_stock_and_draws_the_students_pictures(name: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from .hub_files import coming_from_hub, fetch, use_token
 from .loading import (
     Teacher,
     absent_components,
+    full_name,
     load_denoiser,
     load_options,
     load_teacher,
@@ -29,6 +30,7 @@ __all__ = [
     "coming_from_hub",
     "family_of",
     "fetch",
+    "full_name",
     "load_denoiser",
     "load_options",
     "load_teacher",

@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, rebuilt
+from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, full_name, rebuilt
 from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..schedulers import RdmScheduler
-from ..tiny import is_tiny
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
 
 COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
@@ -58,14 +57,13 @@ def export_lora(
     component = teacher.family.denoiser_name
     layers = {f"{component}_lora_layers": dict(weights)}
     stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, len(scheduler.timesteps), scheduler.config.eta)
-    is_folder = Path(teacher.name).is_dir() and not is_tiny(teacher.name)
-    base = str(Path(teacher.name).resolve()) if is_folder else teacher.name
+    names = {"base_model_name_or_path": full_name(teacher.name), "vae": teacher.vae and full_name(teacher.vae)}
     with writing(folder):
         teacher.family.pipeline_class.save_lora_weights(
             folder, **layers, **_collate_lora_metadata({component: teacher.denoiser})
         )
         stock.save_pretrained(folder / "scheduler")
-        student_config(teacher, scheduler, base_model_name_or_path=base, vae=teacher.vae, **origin).save(folder)
+        student_config(teacher, scheduler, **names, **origin).save(folder)
         _add_comfyui(folder, teacher.family.pipeline_class.__name__)
 
 

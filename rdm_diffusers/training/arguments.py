@@ -23,7 +23,7 @@ from ..distillation import (
 from ..families import QUANTIZATIONS, use_token
 from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
-from .checks import check_arguments
+from .checks import check_arguments, with_full_names
 from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
 from .record import command_line
 
@@ -266,6 +266,7 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
+    vars(args).update(with_full_names(vars(args)))  # for those who export a checkpoint from another folder
     args.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     preset = args.preset or ALGORITHM_PRESETS[args.algorithm]
     for name, value in PRESETS[preset].items():
