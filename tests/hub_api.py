@@ -136,8 +136,8 @@ class HubApi(BaseHTTPRequestHandler):
     def commit(self, repository: str, revision: str) -> None:
         found = self.writable(repository)
         self.commit_of(found, revision)
-        message, files = sent_files(self.body, self.server.large_files)
-        oid = found.add(revision, files, message).oid
+        message, files, gone = sent_files(self.body, self.server.large_files)
+        oid = found.add(revision, files, message, gone).oid
         self.answer_json({"commitUrl": f"{self.server.address}/{repository}/commit/{oid}", "commitOid": oid})
 
     def branch(self, repository: str, name: str) -> None:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,10 +65,12 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
-    def add(self, branch: str, files: Mapping[str, bytes], message: str) -> Commit:
-        """A commit of these files on top of a branch."""
+    def add(self, branch: str, files: Mapping[str, bytes], message: str, gone: Sequence[str] = ()) -> Commit:
+        """A commit of these files on top of a branch, without those that are gone; folders end with a slash."""
         found = self.at(branch)
-        before = found.files if found else {}
+        folders = tuple(name for name in gone if name.endswith("/"))
+        kept = (name for name in (found.files if found else ()) if name not in gone and not name.startswith(folders))
+        before = {name: found.files[name] for name in kept} if found else {}
         text = f"{self.name} {len(self.commits)} {branch} {message}"
         commit = Commit(hashlib.sha1(text.encode()).hexdigest(), {**before, **files}, message)
         self.commits[commit.oid] = commit
@@ -109,13 +111,13 @@ def as_upload(file: Mapping, commit: Commit) -> dict:
     return {"path": path, "uploadMode": "lfs" if is_large(path) else "regular", "shouldIgnore": False, "oid": known}
 
 
-def sent_files(body: bytes, store: Mapping[str, bytes]) -> tuple[str, dict[str, bytes]]:
-    """A commit's message and files, from the lines in which it was sent; large ones come from the store.
+def sent_files(body: bytes, store: Mapping[str, bytes]) -> tuple[str, dict[str, bytes], list[str]]:
+    """A commit's message, files and what it removes, from the lines in which it was sent; the store has large ones.
 
     Raises:
         KeyError: if a large file never arrived.
     """
-    message, files = "", {}
+    message, files, gone = "", {}, []
     for line in body.decode().splitlines():
         item = json.loads(line)
         kind, value = item["key"], item["value"]
@@ -125,7 +127,9 @@ def sent_files(body: bytes, store: Mapping[str, bytes]) -> tuple[str, dict[str, 
             files[value["path"]] = base64.b64decode(value["content"])
         elif kind == "lfsFile":
             files[value["path"]] = store[value["oid"]]
-    return message, files
+        elif kind in ("deletedFile", "deletedFolder"):
+            gone.append(value["path"].rstrip("/") + ("/" if kind == "deletedFolder" else ""))
+    return message, files, gone
 
 
 @dataclass

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import huggingface_hub
 import torch
-from hub_repositories import CUT, SILENCE, Fault, Repository, sha256
+from hub_repositories import CUT, SILENCE, Fault, Repository, read_folder, sha256
 from hub_server import HubServer
 from huggingface_hub import snapshot_download
 from parts import PROMPTS, files_of_at_most, run_arguments
@@ -23,10 +27,12 @@ import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import push as command
 from rdm_diffusers.hub import check_push, push
+from rdm_diffusers.tiny import TINY_TEACHER
 from rdm_diffusers.training.loop import RUN_ERRORS
 
 TOKEN, READER = "hf_recognisableSecret0123456789", "hf_recognisableReader0123456789"
 LORA, COMFY = "pytorch_lora_weights.safetensors", "comfyui/student.safetensors"
+OWN = ("LICENSE", "notes.md", "unet/notes.md", "unet/old.bin", "vae/.keep.json", "pictures/mine.jpg", "mine/a.json")
 AGAIN = "the folder is untouched, try again with: "
 
 
@@ -47,7 +53,8 @@ class Visitor:
         asked, sys.argv = len(self.hub.log), ["rdm-push", *words, "--hub_token", token]
         said = ""
         try:
-            command.run()
+            with patch.dict(os.environ):  # a process of its own would forget the token
+                command.run()
         except SystemExit as error:
             said = str(error.code)
         self.record[what] = {"said": said, "log": self.hub.log[asked:]}
@@ -101,6 +108,7 @@ def visit(hub: HubServer, student: Path, prompts_file: Path, folder: Path) -> No
     visitor.record["untouched"] = digests(student) == before
     check(visitor)
     download(visitor, folder)
+    replace(visitor, folder)
     push_under_fire(visitor)
     train(visitor, prompts_file, folder)
     uploads = [body for found in hub.repositories.values() for commit in found.commits.values()
@@ -123,6 +131,21 @@ def push_in_peace(visitor: Visitor) -> None:
     visitor.push("second", *words, "--tag", "v1")
     visitor.push("second again", *words, "--tag", "v1")
     visitor.show("me/second")
+
+
+def replace(visitor: Visitor, folder: Path) -> None:
+    """A LoRA where a whole pipeline was, then one by another name; to repositories with a user's own files in them."""
+    own = {name: b"mine" for name in OWN}
+    visitor.repository("me/saved").add("main", own, "a user's own files")
+    visitor.push("replaced", str(visitor.student), "me/saved")
+    visitor.show("me/saved")
+    renamed = shutil.copytree(visitor.student, folder / "renamed")
+    (renamed / COMFY).rename(renamed / "comfyui" / "renamed.safetensors")
+    visitor.push("renamed", str(renamed), "me/saved", "--revision", "next")
+    visitor.show("me/saved")
+    visitor.hub.make("me/empty").add("main", {}, "the first")
+    visitor.push("to nothing", str(visitor.student), "me/empty")
+    visitor.show("me/empty")
 
 
 def push_under_fire(visitor: Visitor) -> None:
@@ -187,7 +210,7 @@ def download(visitor: Visitor, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     torch.save(pipeline(PROMPTS[0], generator=generator, output_type="pt").images, folder / "picture.pt")
     visitor.call("saved", pipeline.save_pretrained, folder / "saved", push_to_hub=True, repo_id="me/saved", token=TOKEN)
-    visitor.show("me/saved")
+    visitor.record["saved files"] = sorted(visitor.repository("me/saved").at("main").files)
     visitor.call("private", snapshot_download, "me/second")
     visitor.call("its owner", snapshot_download, "me/second", revision="v1", token=TOKEN)
     visitor.repository("me/first").gated = True
@@ -205,7 +228,8 @@ def train(visitor: Visitor, prompts_file: Path, folder: Path) -> None:
         asked = len(visitor.hub.log)
         try:
             options = {**hub, "steps_per_rollout": 2, "checkpointing_steps": 1}
-            train_rdm_lora.main(run_arguments("tiny", prompts_file, run, **options))
+            with patch.dict(os.environ):
+                train_rdm_lora.main(run_arguments("tiny", prompts_file, run, **options))
             said = ""
         except RUN_ERRORS as error:
             said = str(error)
@@ -216,3 +240,9 @@ def train(visitor: Visitor, prompts_file: Path, folder: Path) -> None:
     said = visitor.push("half tagged", str(folder / "trained"), "me/tagged", "--tag_checkpoints", "--tag", "final")
     visitor.push("tagged", *shlex.split(said.split(AGAIN)[1])[1:])
     visitor.show("me/tagged")
+    visitor.push("tagged again", str(folder / "trained"), "me/tagged", "--tag_checkpoints")
+    visitor.hub.make("me/base", private=True).add("main", read_folder(Path(TINY_TEACHER)), "the first")
+    run = shutil.copytree(folder / "trained", folder / "of-private-base")
+    for record in run / "rdm_config.json", *run.glob("checkpoint-*/state.json"):
+        record.write_text(re.sub(r'(model_name_or_path": )"tiny"', r'\1"me/base"', record.read_text()))
+    visitor.push("private base", str(run), "me/of-private-base", "--tag_checkpoints")

@@ -254,6 +254,22 @@ def test_resuming_with_another_rank_and_seed(
     assert "--seed (was 0, is 5)" in said
 
 
+def test_folders_are_recorded_by_their_full_path_and_older_records_of_them_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("teacher", "vae", "tiny"):  # the name of an embedded teacher goes before a folder's
+        Path(folder).mkdir()
+    flags = ["--pretrained_model_name_or_path", "teacher", "--pretrained_vae_model_name_or_path", "vae"]
+    args = parse_args(flags)
+    names = {flag.removeprefix("--"): getattr(args, flag.removeprefix("--")) for flag in flags[::2]}
+    assert list(names.values()) == [str(tmp_path / "teacher"), str(tmp_path / "vae")]
+    older = dict(zip(names, flags[1::2], strict=True))
+    assert check_resumable(args, vars(args) | older) is None
+    others = [parse_args(["--pretrained_model", name]).pretrained_model_name_or_path for name in ("tiny", "me/model")]
+    assert others == ["tiny", "me/model"]
+
+
 @pytest.mark.parametrize(("schedule", "free"), [("constant", True), ("cosine", False)])
 def test_the_end_of_a_scheduled_learning_rate_is_kept_on_resume(schedule: str, free: bool) -> None:
     saved = vars(parse_args(["--lr_scheduler", schedule, "--max_train_steps", "10"]))

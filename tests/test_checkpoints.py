@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_all_checkpoints_are_kept_by_default_in_the_order_of_their_updates(argv,
     names = [path.name for path in list_checkpoints(tmp_path / "student")]
     assert names == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
     assert find_checkpoint(tmp_path / "student", "latest").name == "checkpoint-100"
+
+
+def test_a_copy_with_a_name_of_its_own_is_left_alone_and_stops_nothing(argv, tmp_path: Path) -> None:
+    train_run(make_run(argv()))
+    folder = tmp_path / "student"
+    shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-best")
+    train_run(make_run(argv(checkpoints_total_limit=1, resume_from_checkpoint="latest")))
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
+    assert find_checkpoint(folder, "latest").name == "checkpoint-2"
+    assert find_checkpoint(folder, "checkpoint-best") == folder / "checkpoint-best"
 
 
 def test_a_checkpoint_is_found_by_its_name_or_its_path(argv, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import modeling_utils
 from parts import PROMPTS, files_of_at_most, run_arguments
 from parts_families import CALLS, MAKERS, make_pipeline
 from parts_sd3 import make_shared
@@ -138,6 +140,31 @@ def test_checkpoints_older_than_an_argument_are_read(lora_run: Path, tmp_path: P
     assert_equal(tensors_of(export(old, tmp_path / "new", "lora")), tensors_of(lora_run))
 
 
+def test_a_run_of_relative_folders_is_exported_from_anywhere(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(teacher_folder.parent)
+    vae = {"pretrained_vae_model_name_or_path": f"{teacher_folder.name}/vae"}
+    train_rdm_lora.main(run_arguments(teacher_folder.name, prompts_file, tmp_path / "run", **RUN, **vae))
+    monkeypatch.chdir(tmp_path)
+    assert_equal(tensors_of(export("run/checkpoint-2", Path("new"), "lora")), tensors_of(tmp_path / "run"))
+    for folder in ("run", "new"):
+        student = json.loads((tmp_path / folder / "rdm_config.json").read_text())
+        names = [student[name] for name in ("base_model_name_or_path", "vae")]
+        assert names == [str(teacher_folder), str(teacher_folder / "vae")]
+
+
+def test_the_relative_folder_of_an_autoencoder_is_written_by_its_full_path(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(teacher_folder)
+    teacher = load_teacher(str(teacher_folder), torch.float32, vae="vae")
+    export_lora(
+        tmp_path, teacher, make_shared(teacher, rank=2, alpha=5).student_weights(), make_scheduler(teacher, 4, 1.0)
+    )
+    assert json.loads((tmp_path / "rdm_config.json").read_text())["vae"] == str(teacher_folder / "vae")
+
+
 # --- whole pipelines -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
 def test_a_fused_pipeline_is_stock_and_draws_the_students_pictures(name: str, tmp_path: Path) -> None:
@@ -185,6 +212,18 @@ def test_weights_are_written_in_the_precision_that_is_asked_for(
         assert all(torch.equal(rounded[name], exact[name].to(rounded[name].dtype)) for name in exact)
 
 
+def test_a_whole_pipeline_is_written_without_a_warning(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", said.append)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        folder = export(lora_run, tmp_path / "new", "full", "--dtype", "float16")
+    assert not said and not [each for each in caught if "scheduler" in str(each.message)]
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["steps_offset"] == 1
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 @pytest.fixture
 def places(lora_run: Path, full_run: Path, tmp_path: Path) -> dict[str, str]:
@@ -195,14 +234,19 @@ def places(lora_run: Path, full_run: Path, tmp_path: Path) -> dict[str, str]:
     (unreadable / "state.json").write_text("{")
     student = shutil.copytree(lora_run, tmp_path / "in" / "student", ignore=shutil.ignore_patterns("checkpoint-*"))
     (student / LORA_FILE).write_bytes(b"x")
+    without = {"no scheduler": (lora_run, "scheduler"), "no vae": (full_run, "vae")}
+    for name, (run, part) in without.items():
+        shutil.copytree(run, tmp_path / "in" / name, ignore=shutil.ignore_patterns("checkpoint-*", part))
     unfinished = tmp_path / "in" / "run"
     shutil.copytree(lora_run / "checkpoint-1", unfinished / "checkpoint-1")
     (tmp_path / "in" / "nothing").mkdir()
     return {
+        **{name: str(tmp_path / "in" / name) for name in without},
         "lora": str(lora_run), "lora checkpoint": str(lora_run / "checkpoint-2"),
         "full": str(full_run), "full checkpoint": str(full_run / "checkpoint-2"),
         "damaged": str(damaged), "unreadable": str(unreadable), "broken": str(student), "run": str(unfinished),
-        "nothing": str(tmp_path / "in" / "nothing"), "missing": str(tmp_path / "in" / "missing"),
+        "nothing": str(tmp_path / "in" / "nothing"), "missing": str(tmp_path / "in" / "nothing" / "missing"),
+        "checkpoint-3": str(unfinished / "checkpoint-3"), "no name": str(tmp_path / "nowhere" / "student"),
     }  # fmt: skip
 
 
@@ -217,9 +261,14 @@ def places(lora_run: Path, full_run: Path, tmp_path: Path) -> dict[str, str]:
         ("damaged", "lora", [], r"is damaged \(ema.safetensors changed since it was written\); export an earlier"),
         ("unreadable", "lora", [], r"is damaged \(JSONDecodeError.*\); export an earlier checkpoint\."),
         ("broken", "full", [], r"pytorch_lora_weights.safetensors is missing or damaged .*; download or export"),
+        ("no scheduler", "lora", [], r"scheduler_config.json is missing; download or export the student again\."),
+        ("no scheduler", "full", [], r"scheduler_config.json is missing; download or export the student again\."),
+        ("no vae", "full", [], r"no vae/vae is missing; download or export the student again\."),
         ("run", "lora", [], r"neither a checkpoint \(state.json\) nor a finished student; .*checkpoint-1 is a check"),
         ("nothing", "lora", [], r"neither a checkpoint .* nor a finished student; give a checkpoint-N folder"),
-        ("missing", "lora", [], r"The student .* is neither a folder nor a name as the Hub has them; check it"),
+        ("missing", "lora", [], r"in/nothing holds no folder missing; check the name, or call from another folder\."),
+        ("checkpoint-3", "lora", [], r"in/run holds no folder checkpoint-3; its checkpoints are checkpoint-1\."),
+        ("no name", "lora", [], r"The student .* is neither a folder nor a name as the Hub has them; check it"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_refused_in_one_sentence_and_leaves_nothing(

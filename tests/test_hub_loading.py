@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ def visit(prompts_file: Path, folder: Path) -> None:
     torch.save(draw("me/student"), folder / "pictures.pt")
     for kind in ("full", "lora", "comfyui"):
         export.main(["me/student", "--format", kind, "--output_dir", str(folder / "exports" / kind)])
-    arguments = run_arguments("me/teacher", prompts_file, folder / "student")
+    arguments = run_arguments("me/teacher", prompts_file, folder / "student", checkpointing_steps=2)
     train_rdm_lora.main(["--pretrained_model", *arguments[1:]])
     outcomes = {
         "student of a missing teacher": outcome(RdmDistillationPipeline.from_pretrained, "me/orphan"),
@@ -70,9 +72,22 @@ def visit(prompts_file: Path, folder: Path) -> None:
     for revision in ("v1", "turbo"):
         torch.save(draw("me/student", revision=revision), folder / f"{revision}.pt")
     outcomes["private student with its key"] = outcome(draw, "me/private-student", token=KEY)  # late: it is cached
-    words = ["me/private-student", "--format", "comfyui", "--output_dir", str(folder / "exports" / "private")]
-    outcomes["private export with its key"] = outcome(export.main, [*words, "--token", KEY])
+    checkpoint = of_private_teacher(folder / "student" / "checkpoint-2", folder / "checkpoint-2")
+    sources = {"private": "me/private-student", "base": "me/locked-out", "run": checkpoint}
+    for name, source in sources.items():
+        kind = "comfyui" if name == "private" else "lora"
+        words = [str(source), "--format", kind, "--output_dir", str(folder / "exports" / name), "--token", KEY]
+        with patch.dict(os.environ):  # a process of its own would forget the token
+            outcomes[f"{name} export with its key"] = outcome(export.main, words)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+def of_private_teacher(checkpoint: Path, target: Path) -> Path:
+    """A copy of a checkpoint, as if its teacher had been a private one."""
+    record = json.loads((shutil.copytree(checkpoint, target) / "state.json").read_text())
+    record["arguments"]["pretrained_model_name_or_path"] = "me/private-teacher"
+    (target / "state.json").write_text(json.dumps(record))
+    return target
 
 
 @dataclass(frozen=True)
@@ -193,8 +208,18 @@ def test_a_student_of_the_hub_is_exported_in_every_format(visited: Visit, studen
     assert float((draw(folder / "full") - draw(student)).abs().max()) <= TOLERANCE
     ours, theirs = (load_file(path) for path in (folder / "lora" / LORA_FILE, student / LORA_FILE))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert visited.outcomes["private export with its key"] == ["", "", ""]
     assert all((folder / name / f"{name}.safetensors").exists() for name in ("comfyui", "private"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_was_found_of_a_student_comes_with_it_from_the_hub(visited: Visit, student: Path, kind: str) -> None:
+    for name in ("samples.png", "metrics.json", "pictures/0.png", "pictures/1.png"):
+        assert (visited.folder / "exports" / kind / name).read_bytes() == (student / name).read_bytes()
+
+
+@pytest.mark.parametrize("what", ["private", "base", "run"])
+def test_an_exports_token_opens_the_student_its_base_and_the_teacher_of_a_checkpoint(visited: Visit, what: str) -> None:
+    assert visited.outcomes[f"{what} export with its key"] == ["", "", ""]
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])

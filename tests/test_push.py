@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +17,16 @@ from typing import Any
 
 import pytest
 import torch
-from hub_repositories import sha256
-from hub_server import visitor_environment
+from hub_repositories import SILENCE, sha256
+from hub_server import HubServer, visitor_environment
 from parts import PROMPTS
-from push_visit import AGAIN, COMFY, LORA, READER, TOKEN, digests
+from push_visit import AGAIN, COMFY, LORA, OWN, READER, TOKEN, digests
 from safetensors.torch import load_file, save_file
 
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import push as command
 from rdm_diffusers.hub import push, student_files
+from rdm_diffusers.training.publish import repository
 
 CARD = "# A student\n\n```python\nstudent = {student!r}\nload(student)\n```\n\nThe student = card\n"
 GOES_UP = {
@@ -76,6 +80,22 @@ def visited(tiny_student: Path, prompts_file: Path, tmp_path_factory: pytest.Tem
     done = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return Visit(folder, done.stdout + done.stderr, json.loads((folder / "record.json").read_text()), before)
+
+
+def test_ctrl_c_ends_a_push_with_the_command_to_try_again(tiny_student: Path, tmp_path: Path) -> None:
+    with HubServer({}, {}, {TOKEN: "me"}) as hub:
+        hub.fail(r"POST .*/commit/", SILENCE, 99)
+        environment = visitor_environment(tmp_path, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
+        words = [sys.executable, "-c", "from rdm_diffusers.commands.push import run; run()", str(tiny_student), "me/x"]
+        process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not any("/commit/" in line for line in hub.log):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        f"The push to me/x was not completed (interrupted); {AGAIN}rdm-push {tiny_student} me/x"
+    )
 
 
 def test_what_is_for_others_goes_up_byte_for_byte_and_nothing_else(visited: Visit) -> None:
@@ -202,8 +222,16 @@ def test_a_full_disk_at_download_is_called_so_and_a_later_download_is_whole(visi
 
 def test_a_pipeline_that_is_saved_and_pushed_as_diffusers_does_is_a_whole_student(visited: Visit) -> None:
     assert visited.record["saved"] == ["", "None"]
-    files = set(visited.record["me/saved"]["files"]["main"])
+    files = set(visited.record["saved files"])
     assert {"rdm_config.json", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= files
+
+
+def test_of_the_student_that_was_there_nothing_stays_and_of_the_users_files_all(visited: Visit) -> None:
+    assert [visited.record[what]["said"] for what in ("replaced", "renamed", "to nothing")] == [""] * 3
+    files = visited.record["me/saved"]["files"]
+    assert set(files["main"]) == GOES_UP | set(OWN) | {".gitattributes"}
+    assert set(files["next"]) == GOES_UP - {COMFY} | {"comfyui/renamed.safetensors", *OWN, ".gitattributes"}
+    assert set(visited.record["me/empty"]["files"]["main"]) == GOES_UP
 
 
 def test_private_and_gated_students_open_to_those_who_may(visited: Visit) -> None:
@@ -229,6 +257,11 @@ def test_a_push_of_checkpoints_that_failed_goes_on_where_it_was(visited: Visit) 
     names = {tag: found["messages"][commit] for tag, commit in found["tags"].items()}
     assert names == {"checkpoint-1": "checkpoint-1", "checkpoint-2": "checkpoint-2", "final": push.COMMIT_MESSAGE}
     assert not list((visited.folder / "trained").glob(".export-*"))
+    assert visited.printed.count("another run's; not pushed: checkpoint-1, checkpoint-2.\n") == 1
+
+
+def test_the_token_of_a_push_opens_the_private_base_of_its_checkpoints(visited: Visit) -> None:
+    assert visited.record["private base"]["said"] == ""
 
 
 def test_no_token_is_printed_written_or_uploaded(visited: Visit) -> None:
@@ -282,9 +315,37 @@ def test_a_lora_that_needs_a_folder_of_this_machine_is_not_pushed(
         push.push_student(folder, "me/x", token=TOKEN)
 
 
+@pytest.mark.parametrize("name", ["scheduler", LORA, COMFY])
+def test_an_incomplete_lora_is_not_pushed(tiny_student: Path, tmp_path: Path, name: str) -> None:
+    folder = fill(tmp_path / "student", tiny_student)
+    if name == "scheduler":
+        shutil.rmtree(folder / name)
+    else:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+    what = r"scheduler/scheduler_config.json is missing" if name == "scheduler" else rf"{name} is damaged \(.*\)"
+    with pytest.raises(ValueError, match=f"^{folder}/{what}; download or export the student again\\.$"):
+        push.push_student(folder, "me/x", token=TOKEN)
+
+
+def test_a_whole_pipeline_without_a_component_is_not_pushed(tiny_student: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    RdmDistillationPipeline.from_pretrained(tiny_student).save_pretrained(folder)
+    assert push.check_student(folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ValueError, match=f"^{folder}/vae is missing; download or export the student again\\.$"):
+        push.push_student(folder, "me/x", token=TOKEN)
+
+
 def test_a_folder_without_a_student_is_not_pushed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no student; give the --output_dir of a finished training run"):
         push.push_student(tmp_path, "me/x", token=TOKEN)
+
+
+def test_a_folders_name_that_no_repository_can_have_is_refused_before_a_run() -> None:
+    sentence = r"^--output_dir gives the repository the name 'bad name ü', .*; give another with --hub_model_id\.$"
+    with pytest.raises(ValueError, match=sentence):
+        repository(Namespace(output_dir="runs/bad name ü", hub_model_id=None))
+    assert repository(Namespace(output_dir="bad name ü", hub_model_id="me/good")) == "me/good"
 
 
 def test_a_push_without_the_network_says_so(tiny_student: Path) -> None:

@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 
-from ..families import coming_from_hub, family_of, pipeline_config
+from ..families import coming_from_hub, family_of, pipeline_config, use_token
 from ..hub import (
     WritingError,
     check_comfyui,
+    check_complete,
     comfyui_name,
     copy_lora,
     read_lora,
@@ -37,9 +37,9 @@ from ..training.exporting import chosen_weights, export_checkpoint, read_run
 
 FORMATS = ("lora", "full", "comfyui")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a repository; never pickles
-NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*", "*.png"]
 FINDINGS = ("samples.png", "pictures", "metrics.json", "evaluation.json")  # what a student's card shows
+READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "samples.png", "pictures/*.png"]  # never pickles
+NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*"]
 ERRORS = (ValueError, ImportError, OSError)
 
 
@@ -64,7 +64,8 @@ class Source:
 def make_parser() -> argparse.ArgumentParser:
     """What an export takes."""
     parser = argparse.ArgumentParser(
-        "rdm-export", description="Exports a checkpoint or a student in any format.", allow_abbrev=False
+        "rdm-export", description="Exports a checkpoint or a student in any format.", allow_abbrev=False,
+        epilog="What comes from the Hub is cached where HF_HUB_CACHE or HF_HOME say.",
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a checkpoint-N folder of a run, a student's folder, or its Hub id")
@@ -76,8 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--use_ema", action=argparse.BooleanOptionalAction,
         help="a checkpoint's moving average, or its weights as trained; by default the average where there is one")
     add("--revision", help="a student's Hub revision")
-    add("--token", help="for private repositories on the Hub; that of `hf auth login` by default")
-    add("--cache_dir", help="where downloads are cached; the Hub's own cache by default")
+    add("--token", help="for private repositories on the Hub; that of `hf auth login` or HF_TOKEN by default")
     return parser
 # fmt: on
 
@@ -98,24 +98,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
     target = Path(args.output_dir).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose another.")
-    hub = {name: value for name in ("token", "cache_dir") if (value := getattr(args, name)) is not None}
-    source = find_source(args, hub)
+    use_token(args.token)
+    source = find_source(args)
     with aside(target) as (folder, bench):
-        export(source, folder, bench, args, hub)
+        export(source, folder, bench, args)
         if args.format != "comfyui":
             add_card(source, folder, args)
     print(f"Wrote {args.output_dir}.")
     return target
 
 
-def find_source(args: argparse.Namespace, hub: dict[str, Any]) -> Source:
+def find_source(args: argparse.Namespace) -> Source:
     """Tells what SOURCE is, and refuses what cannot be exported as asked, before anything large is read.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
     folder = Path(args.source)
-    found = _checkpoint(folder, args.use_ema) if (folder / RECORD).exists() else _student(args, hub)
+    found = _checkpoint(folder, args.use_ema) if (folder / RECORD).exists() else _student(args)
     if args.format != "full" and not found.is_lora:
         raise ValueError(
             f"{args.source} holds a full student, which cannot become a LoRA; export it with --format full."
@@ -132,26 +132,32 @@ def _checkpoint(folder: Path, use_ema: bool | None) -> Source:
     return Source(folder, config["_class_name"], run.student == "lora", run)
 
 
-def _student(args: argparse.Namespace, hub: dict[str, Any]) -> Source:
+def _student(args: argparse.Namespace) -> Source:
     folder, name = Path(args.source), args.source
+    if not folder.is_dir() and folder.parent.is_dir() and folder.parent != Path():
+        there = [checkpoint.name for checkpoint in list_checkpoints(folder.parent)]
+        what = f"its checkpoints are {', '.join(there)}" if there else "check the name, or call from another folder"
+        raise ValueError(f"{folder.parent} holds no folder {folder.name}; {what}.")
     if folder.is_dir() and not is_student(folder):
         inside = list_checkpoints(folder)
         what = f"{inside[-1]} is a checkpoint, give that" if inside else "give a checkpoint-N folder or a student's"
         raise ValueError(f"{name} holds neither a checkpoint ({RECORD}) nor a finished student; {what}.")
     if args.use_ema is not None:
         raise ValueError(f"{name} is a finished student with one set of weights; leave --use_ema and --no-use_ema out.")
-    hub = hub | ({"revision": args.revision} if args.revision else {})
-    student = StudentConfig.load(name, **hub)
+    student = StudentConfig.load(name, revision=args.revision)
     family_of({"_class_name": student.pipeline_class})
     if not folder.is_dir():
         with coming_from_hub("student", name, args.revision):
-            folder = Path(snapshot_download(name, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT, **hub))
+            folder = Path(
+                snapshot_download(name, revision=args.revision, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT)
+            )
     if student.is_lora:
         read_lora(folder)
+    check_complete(folder)
     return Source(folder, student.pipeline_class, student.is_lora)
 
 
-def export(source: Source, folder: Path, bench: Path, args: argparse.Namespace, hub: dict[str, Any]) -> None:
+def export(source: Source, folder: Path, bench: Path, args: argparse.Namespace) -> None:
     """Writes a folder in the format that is asked for.
 
     Args:
@@ -159,14 +165,13 @@ def export(source: Source, folder: Path, bench: Path, args: argparse.Namespace, 
         folder: an empty one, which files are named after.
         bench: an empty one to work in.
         args: of the command.
-        hub: the Hub's options for a base that is there.
     """
     student, dtype = source.folder, DTYPES[args.dtype]
     if source.run is not None:
         student = bench
         export_checkpoint(source.folder, source.run, student, args.use_ema)
     if args.format == "full":
-        write_full(student, folder, dtype, **hub)
+        write_full(student, folder, dtype)
     elif args.format == "lora":
         copy_lora(student, folder, dtype)
     else:

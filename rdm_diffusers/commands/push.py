@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..families import use_token
 from ..training.publish import push_run
 
 ERRORS = (ValueError, OSError)  # of which PushError is one
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     Raises:
         ValueError, OSError: one sentence on what is wrong and what to do.
     """
-    address = push_run(**vars(make_parser().parse_args(argv)))
+    args = vars(make_parser().parse_args(argv))
+    use_token(args.pop("token"))
+    address = push_run(**args)
     print(f"The student is at {address}")
     return address
 

@@ -1,10 +1,11 @@
 """What differs between teachers, one file each."""
 
 from .base import LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
-from .hub_files import coming_from_hub, fetch
+from .hub_files import coming_from_hub, fetch, use_token
 from .loading import (
     Teacher,
     absent_components,
+    full_name,
     load_denoiser,
     load_options,
     load_teacher,
@@ -29,10 +30,12 @@ __all__ = [
     "coming_from_hub",
     "family_of",
     "fetch",
+    "full_name",
     "load_denoiser",
     "load_options",
     "load_teacher",
     "load_vae",
     "pipeline_config",
     "rebuilt",
+    "use_token",
 ]

@@ -1,8 +1,9 @@
-"""What can go wrong while files come from the Hub, each said in one sentence."""
+"""Files from the Hub: with whose token, and what can go wrong, each said in one sentence."""
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,12 @@ REASONS: dict[type[Exception], str] = {
     HFValidationError: "is neither a folder nor a name as the Hub has them; check it",
     HTTPError: "could not be downloaded ({error}); load it again, what has arrived is kept",
 }  # fmt: skip
+
+
+def use_token(token: str | None) -> None:
+    """From now on huggingface_hub uses this token wherever it is given none; None changes nothing."""
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
 
 
 def fetch(what: str, repository: str, filename: str, **hub_options) -> Path:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from ..prediction import NoiseSchedule
-from ..tiny import MAX_SEQUENCE_LENGTHS, resolve_teacher
+from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
 from .base import Conditioning, Family, PromptOptions
 from .hub_files import coming_from_hub, fetch
 from .quantization import quantized_loading
@@ -77,6 +77,12 @@ class Teacher:
     def encode_nothing(self) -> Conditioning:
         """What the teacher guides away from, of length 1. No gradients."""
         return self.family.encode_nothing(self.pipeline, self.options)
+
+
+def full_name(name_or_path: str) -> str:
+    """A local folder by its full path, which holds from everywhere; an embedded teacher or a Hub id unchanged."""
+    is_folder = not is_tiny(name_or_path) and Path(name_or_path).is_dir()
+    return str(Path(name_or_path).resolve()) if is_folder else name_or_path
 
 
 def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class StableDiffusionFamily(Family):
         return scheduler.from_config(
             {name: value for name, value in teacher_scheduler.config.items() if name in known},
             timestep_spacing="trailing",
+            steps_offset=1,  # what stock pipelines insist on; trailing grids do not use it
             clip_sample=False,
             thresholding=False,
             **own,

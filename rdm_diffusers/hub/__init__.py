@@ -4,8 +4,8 @@ from .card import write_card
 from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
 from .export import WritingError, copy_lora, export_full, export_lora, write_full, writing
 from .licenses import CARD
-from .push import PushError, check_push, known_tags, push_student, retry_command
-from .student_files import check_base, check_student, student_files
+from .push import PushError, check_push, known_tags, push_student, retry_command, unfinished
+from .student_files import check_base, check_complete, check_student, is_hub_id, student_files
 
 __all__ = [
     "CARD",
@@ -13,6 +13,7 @@ __all__ = [
     "WritingError",
     "check_base",
     "check_comfyui",
+    "check_complete",
     "check_push",
     "check_student",
     "comfyui_name",
@@ -20,11 +21,13 @@ __all__ = [
     "export_full",
     "export_lora",
     "has_comfyui",
+    "is_hub_id",
     "known_tags",
     "push_student",
     "read_lora",
     "retry_command",
     "student_files",
+    "unfinished",
     "write_card",
     "write_comfyui",
     "write_full",

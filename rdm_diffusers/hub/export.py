@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, rebuilt
+from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, full_name, rebuilt
 from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..schedulers import RdmScheduler
-from ..tiny import is_tiny
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
 from .licenses import license_of
 
@@ -59,14 +58,13 @@ def export_lora(
     component = teacher.family.denoiser_name
     layers = {f"{component}_lora_layers": dict(weights)}
     stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, len(scheduler.timesteps), scheduler.config.eta)
-    is_folder = Path(teacher.name).is_dir() and not is_tiny(teacher.name)
-    base = str(Path(teacher.name).resolve()) if is_folder else teacher.name
+    names = {"base_model_name_or_path": full_name(teacher.name), "vae": teacher.vae and full_name(teacher.vae)}
     with writing(folder):
         teacher.family.pipeline_class.save_lora_weights(
             folder, **layers, **_collate_lora_metadata({component: teacher.denoiser})
         )
         stock.save_pretrained(folder / "scheduler")
-        student_config(teacher, scheduler, base_model_name_or_path=base, vae=teacher.vae, **origin).save(folder)
+        student_config(teacher, scheduler, **names, **origin).save(folder)
         _add_comfyui(folder, teacher.family.pipeline_class.__name__)
 
 
@@ -123,26 +121,25 @@ def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
         _add_comfyui(folder, StudentConfig.load(str(source)).pipeline_class)
 
 
-def write_full(source: Path, folder: Path, dtype: torch.dtype, **hub_options) -> None:
+def write_full(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """Writes a student as a whole stock pipeline, with a LoRA added to its base's weights (in float32).
 
     Args:
         source: the student's folder, LoRA or full.
         folder: an existing one.
         dtype: of all networks' weights.
-        hub_options: for a base that is on the Hub: `token`, `cache_dir`.
 
     Raises:
         WritingError: for example on a full disk.
     """
-    pipeline = RdmDistillationPipeline.from_pretrained(source, dtype=torch.float32, **hub_options)
+    pipeline = RdmDistillationPipeline.from_pretrained(source, dtype=torch.float32)
     denoiser = FAMILIES[StudentConfig.load(str(source)).pipeline_class].denoiser(pipeline)
     if getattr(denoiser, "peft_config", None):
         denoiser.fuse_lora()  # in place, because a large network should not be here twice
         denoiser.unload_lora()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module) and part.dtype != dtype:
-            part.to(dtype)
+            torch.nn.Module.to(part, dtype)  # diffusers' own warns of modules that stay in float32 where there are none
     with writing(folder):
         pipeline.save_pretrained(folder)
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
-from .student_files import check_secrets, check_student, is_hub_id, student_files
+from .student_files import INDEX, check_secrets, check_student, components_of, is_hub_id, is_students, student_files
 
 COMMIT_MESSAGE = "Student of rdm_diffusers"
 CARD = "README.md"
@@ -43,7 +43,8 @@ def push_student(
 ) -> str:
     """Uploads a student's files in one commit; what arrived in an attempt that failed is not sent again.
 
-    The card that goes up names the repository where the local one names the folder. Local files are only read.
+    The card that goes up names the repository where the local one names the folder. Local files are only read. Of the
+    student that was there before nothing stays; what else is in the repository does.
 
     Args:
         folder: the student's.
@@ -68,12 +69,12 @@ def push_student(
     files = student_files(folder)
     check_secrets(files, token)
     retry = retry or retry_command(folder, repo_id, private, revision, commit_message, tag)
-    with telling(*_incomplete(repo_id, retry), token):
+    with telling(*unfinished(repo_id, retry), token):
         api = HfApi(token=token)
         repo_id = _open(api, repo_id, private, revision)
         commit = api.create_commit(
             repo_id,
-            _operations(folder, files, repo_id),
+            [*_operations(folder, files, repo_id), *_removals(api, repo_id, revision, folder, files)],
             commit_message=commit_message or COMMIT_MESSAGE,
             revision=revision,
         )
@@ -103,23 +104,23 @@ def check_push(
         return _open(HfApi(token=token), repo_id, private, revision)
 
 
-def known_tags(repo_id: str, *, token: str | None, private: bool | None, revision: str | None, retry: str) -> set[str]:
+def known_tags(repo_id: str, *, private: bool | None, revision: str | None, retry: str) -> set[str]:
     """The tags of a repository, which is made if it is missing.
 
     Args:
-        repo_id, token, private, revision, retry: as in `push_student`.
+        repo_id, private, revision, retry: as in `push_student`.
 
     Raises:
         ValueError, PushError: as `push_student`.
     """
-    token = token or get_token()
+    token = get_token()
     check_repo_id(repo_id)
-    with telling(*_incomplete(repo_id, retry), token):
+    with telling(*unfinished(repo_id, retry), token):
         api = HfApi(token=token)
         return {tag.name for tag in api.list_repo_refs(_open(api, repo_id, private, revision)).tags}
 
 
-def _incomplete(repo_id: str, retry: str) -> tuple[str, str]:
+def unfinished(repo_id: str, retry: str) -> tuple[str, str]:
     """How a push's error begins and ends."""
     return f"The push to {repo_id} was not completed", f"; the folder is untouched, try again with: {retry}"
 
@@ -174,6 +175,18 @@ def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOpe
     if CARD in sources:
         sources[CARD] = card_for((folder / CARD).read_text("utf-8"), repo_id).encode()
     return [CommitOperationAdd(path, source) for path, source in sources.items()]
+
+
+def _removals(
+    api: HfApi, repo_id: str, revision: str | None, folder: Path, files: list[Path]
+) -> list[CommitOperationDelete]:
+    """What another student left in the repository, which would be loaded together with this one."""
+    known = api.model_info(repo_id, revision=revision, timeout=PATIENCE)
+    names = {file.rfilename for file in known.siblings or []}
+    index = api.hf_hub_download(repo_id, INDEX, revision=known.sha) if INDEX in names else None
+    components = components_of(Path(index)) if index else []
+    stale = names - {file.relative_to(folder).as_posix() for file in files}
+    return [CommitOperationDelete(name) for name in sorted(stale) if is_students(name, components)]
 
 
 def card_for(card: str, repo_id: str) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 from ..families import LORA_FILE
 from ..pipelines import StudentConfig, is_student
 from ..tiny import is_tiny
 
-INDEX = "model_index.json"
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 PATTERNS = (
     "README.md", "rdm_config.json", "samples.png", "pictures/*.png", "metrics.json", "evaluation.json", LORA_FILE,
     "comfyui/*.safetensors", "scheduler/*.json", INDEX,
@@ -28,31 +30,69 @@ def student_files(folder: Path) -> list[Path]:
     Args:
         folder: the student's: a LoRA, or a whole pipeline with the components that its `model_index.json` names.
     """
-    files = [file for pattern in PATTERNS for file in folder.glob(pattern)]
-    for component in _components(folder):
-        files += [file for file in (folder / component).glob("*") if file.suffix in COMPONENT_SUFFIXES]
-    return sorted({file for file in files if file.is_file() and not file.name.startswith(".")})
+    components = components_of(folder / INDEX)
+    files = [file for depth in ("*", "*/*") for file in folder.glob(depth) if file.is_file()]
+    return sorted(file for file in files if is_students(file.relative_to(folder).as_posix(), components))
 
 
-def _components(folder: Path) -> list[str]:
-    """The folders of a whole pipeline's components; none of a LoRA's."""
-    if not (folder / INDEX).is_file():
+def is_students(name: str, components: Collection[str]) -> bool:
+    """Whether a file of this name, in a folder or a repository, is a student's; nothing else is pushed or replaced.
+
+    Args:
+        name: its path there.
+        components: the folders of a whole pipeline's components (`components_of`).
+    """
+    path = PurePosixPath(name)
+    listed = any(len(path.parts) == pattern.count("/") + 1 and path.match(pattern) for pattern in PATTERNS)
+    inside = len(path.parts) == 2 and path.parts[0] in components and path.suffix in COMPONENT_SUFFIXES
+    return (listed or inside) and not path.name.startswith(".")
+
+
+def components_of(index: Path) -> list[str]:
+    """The folders of the components that a `model_index.json` names; none without that file, as in a LoRA's folder."""
+    if not index.is_file():
         return []
-    entries = json.loads((folder / INDEX).read_text())
-    return [name for name, entry in entries.items() if isinstance(entry, list) and name.isidentifier()]
+    entries = json.loads(index.read_text()).items()
+    return [name for name, entry in entries if isinstance(entry, list) and entry[0] and name.isidentifier()]
 
 
 def check_student(folder: Path) -> StudentConfig:
     """The configuration of a student that others can load from the Hub.
 
     Raises:
-        ValueError: if the folder holds no student, or one that needs a folder of this machine.
+        ValueError: if the folder holds no student, an incomplete one, or one that needs a folder of this machine.
     """
     if not is_student(folder) or not any((folder / name).is_file() for name in (LORA_FILE, INDEX)):
         raise ValueError(f"{folder} holds no student; give the --output_dir of a finished training run.")
     student = StudentConfig.load(str(folder))
     check_base(student.base_model_name_or_path, student.vae)
+    check_complete(folder)
     return student
+
+
+def check_complete(folder: Path) -> None:
+    """Refuses a student of which a file or a component is missing or cut off.
+
+    Raises:
+        ValueError: naming it.
+    """
+    files = student_files(folder)
+    there = {*files, *(file.parent for file in files)}
+    for name in (SCHEDULER, *components_of(folder / INDEX)):
+        if folder / name not in there:
+            raise ValueError(f"{folder / name} is missing; download or export the student again.")
+    for file in files:
+        if file.suffix == ".safetensors":
+            _check_opens(file)
+
+
+def _check_opens(weights: Path) -> None:
+    """Only the header is read, whose sizes are compared with the file's."""
+    try:
+        with safe_open(weights, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{weights} is damaged ({error}); download or export the student again.") from error
 
 
 def is_hub_id(name: str) -> bool:

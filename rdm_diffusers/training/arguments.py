@@ -20,10 +20,10 @@ from ..distillation import (
     JAMES_STEIN,
     NORMALIZATIONS,
 )
-from ..families import QUANTIZATIONS
+from ..families import QUANTIZATIONS, use_token
 from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
-from .checks import check_arguments
+from .checks import check_arguments, with_full_names
 from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
 from .record import command_line
 
@@ -257,7 +257,7 @@ def hand_on_token(args: argparse.Namespace) -> None:
             f"--hub_token would be recorded by --report_to {args.report_to}, with the command line; leave it out and "
             "log in with `hf auth login`."
         )
-    os.environ["HF_TOKEN"] = token
+    use_token(token)
 
 
 def fill_in(args: argparse.Namespace) -> argparse.Namespace:
@@ -266,6 +266,7 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
+    vars(args).update(with_full_names(vars(args)))  # for those who export a checkpoint from another folder
     args.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     preset = args.preset or ALGORITHM_PRESETS[args.algorithm]
     for name, value in PRESETS[preset].items():

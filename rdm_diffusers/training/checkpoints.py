@@ -130,9 +130,9 @@ def _digest(path: Path) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if (path / RECORD).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    """The checkpoints in a folder, oldest first; not a user's copies of them like `checkpoint-best`."""
+    numbers = {path: path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*") if (path / RECORD).exists()}
+    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
 
 
 def damage(checkpoint: Path) -> str | None:

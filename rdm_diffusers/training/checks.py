@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ..distillation import JAMES_STEIN
+from ..families import full_name
 from ..pipelines import is_student
 from .launch import is_sharded_launch
 from .optimizers import eight_bit_package
@@ -23,6 +24,8 @@ FREE_ON_RESUME = {
     "dry_run", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_commit_message",
     "hub_tag_checkpoints", "command",
 }  # fmt: skip
+
+FOLDERS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")  # where they are no names
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -138,13 +141,19 @@ def prepare_output(args: argparse.Namespace) -> Path:
     return folder
 
 
+def with_full_names(arguments: dict) -> dict:
+    """A run's arguments with local folders of teacher and autoencoder by their full path."""
+    names = {name: arguments.get(name) for name in FOLDERS}
+    return {**arguments, **{name: full_name(folder) for name, folder in names.items() if folder}}
+
+
 def check_resumable(args: argparse.Namespace, saved: dict) -> None:
     """Refuses to resume with arguments that would make another run of it.
 
     Raises:
         ValueError: naming the flags that differ.
     """
-    now = json.loads(json.dumps(vars(args)))
+    now, saved = json.loads(json.dumps(vars(args))), with_full_names(saved)
     free = FREE_ON_RESUME - (set() if args.lr_scheduler.startswith("constant") else {"max_train_steps"})
     changed = [name for name in saved if name not in free and now.get(name) != saved[name]]
     if changed:

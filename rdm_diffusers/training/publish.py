@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import Accelerator
 
-from ..hub import check_base, check_push, check_student, known_tags, push_student, retry_command, write_card
+from ..hub import (
+    check_base,
+    check_push,
+    check_student,
+    is_hub_id,
+    known_tags,
+    push_student,
+    retry_command,
+    unfinished,
+    write_card,
+)
 from .checkpoints import list_checkpoints
 from .exporting import export_checkpoint, read_run
+
+INTERRUPTED = 130  # 128 and the number of the signal
 
 
 def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -50,7 +65,6 @@ def push_run(
     folder: Path,
     repo_id: str,
     *,
-    token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
@@ -61,7 +75,7 @@ def push_run(
 
     Args:
         folder: the run's.
-        repo_id, token, private, revision, commit_message, tag: as in `push_student`.
+        repo_id, private, revision, commit_message, tag: as in `push_student`.
         tag_checkpoints: whether the student of every `checkpoint-N` in the folder becomes a commit with a tag of that
             name; those whose tag is on the Hub are left as they are.
 
@@ -70,16 +84,36 @@ def push_run(
 
     Raises:
         ValueError, OSError: as `push_student`.
+        SystemExit: on Ctrl-C, after a sentence with the command that tries again.
     """
     retry = retry_command(folder, repo_id, private, revision, commit_message, tag, tag_checkpoints)
-    where: dict[str, Any] = {"token": token, "private": private, "revision": revision, "retry": retry}
-    if tag_checkpoints:
-        check_student(folder)
-        known = known_tags(repo_id, **where)
-        for checkpoint in list_checkpoints(folder):
-            if checkpoint.name not in known:
-                _push_checkpoint(checkpoint, repo_id, where)
-    return push_student(folder, repo_id, commit_message=commit_message, tag=tag, **where)
+    where: dict[str, Any] = {"private": private, "revision": revision, "retry": retry}
+    with interruptible(repo_id, retry):
+        if tag_checkpoints:
+            check_student(folder)
+            _push_checkpoints(folder, repo_id, where)
+        return push_student(folder, repo_id, commit_message=commit_message, tag=tag, **where)
+
+
+@contextmanager
+def interruptible(repo_id: str, retry: str) -> Iterator[None]:
+    """Lets Ctrl-C end the program with the command that tries again, and with the status that shells know it by."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        begin, end = unfinished(repo_id, retry)
+        print(f"\n{begin} (interrupted){end}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _push_checkpoints(folder: Path, repo_id: str, where: dict[str, Any]) -> None:
+    checkpoints, known = list_checkpoints(folder), known_tags(repo_id, **where)
+    left = [checkpoint.name for checkpoint in checkpoints if checkpoint.name in known]
+    if left:
+        print(f"{repo_id} has tags of these names already, perhaps another run's; not pushed: {', '.join(left)}.")
+    for checkpoint in checkpoints:
+        if checkpoint.name not in known:
+            _push_checkpoint(checkpoint, repo_id, where)
 
 
 def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> None:
@@ -93,5 +127,15 @@ def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> N
 
 
 def repository(args: argparse.Namespace) -> str:
-    """The name to push to, by default that of the output folder."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
+    """The name to push to, by default that of the output folder.
+
+    Raises:
+        ValueError: if no repository can have the folder's name.
+    """
+    name = Path(args.output_dir).resolve().name
+    if not args.hub_model_id and not is_hub_id(name):
+        raise ValueError(
+            f"--output_dir gives the repository the name {name!r}, which the Hub does not allow; give another with "
+            "--hub_model_id."
+        )
+    return args.hub_model_id or name
