@@ -324,3 +324,11 @@ def test_the_console_script_says_what_is_wrong_in_one_line(monkeypatch, tmp_path
     monkeypatch.setattr("sys.argv", ["rdm-export", str(tmp_path), "--format", "lora", "--output_dir", "x"])
     with pytest.raises(SystemExit, match=r"^error: .* holds neither a checkpoint"):
         command.run()
+
+
+def test_the_card_of_a_checkpoint_tells_what_was_taken_of_it(lora_run: Path, tmp_path: Path) -> None:
+    cards = {}
+    for option in ("--use_ema", "--no-use_ema"):
+        cards[option] = (export(lora_run / "checkpoint-1", tmp_path / option, "lora", option) / "README.md").read_text()
+    assert "| moving average | decay" in cards["--use_ema"] and "moving average" not in cards["--no-use_ema"]
+    assert all("| updates | 1, of 8 samples |" in card for card in cards.values())

@@ -133,7 +133,7 @@ def _derived(facts: CardFacts) -> dict[str, Any]:
         "updates": training.get("updates"),
         "batch": None if None in sizes else math.prod(sizes),
         "adam": "AdamW in 8 bits" if own.get("use_8bit_adam") else "AdamW",
-        "decay": own.get("ema_decay") if training.get("averaged", own.get("use_ema")) else None,
+        "decay": own.get("ema_decay") if training.get("averaged") else None,
         "precision": "float32" if precision == "no" else precision,
         "weights_dtype": facts.weights_dtype,
         "version": facts.student.version if facts.trained else None,

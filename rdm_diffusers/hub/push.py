@@ -180,12 +180,12 @@ def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOpe
 def _removals(
     api: HfApi, repo_id: str, revision: str | None, folder: Path, files: list[Path]
 ) -> list[CommitOperationDelete]:
-    """What another student left in the repository, which would be loaded together with this one."""
+    """What another student left in the repository, which would be loaded together with this one; never a card."""
     known = api.model_info(repo_id, revision=revision, timeout=PATIENCE)
     names = {file.rfilename for file in known.siblings or []}
     index = api.hf_hub_download(repo_id, INDEX, revision=known.sha) if INDEX in names else None
     components = components_of(Path(index)) if index else []
-    stale = names - {file.relative_to(folder).as_posix() for file in files}
+    stale = names - {CARD, *(file.relative_to(folder).as_posix() for file in files)}
     return [CommitOperationDelete(name) for name in sorted(stale) if is_students(name, components)]
 
 

@@ -40,8 +40,8 @@ class StudentConfig:
         revision, variant: of the base model.
         vae: another autoencoder than the base model's, a folder or a Hub id.
         license: the base model's licence tags, as in a model card: `license`, `license_name`, `license_link`.
-        training: how it was trained, for readers: the `command`, the number of `updates`, and all `arguments`, the
-            teacher and the method among them; empty if unknown.
+        training: how it was trained, for readers: the `command`, the number of `updates`, whether its weights are
+            `averaged`, and all `arguments`, the teacher and the method among them; empty if unknown.
         version: the release of this package that made it.
         format_version: of this file.
     """

@@ -76,7 +76,8 @@ def export_checkpoint(checkpoint: Path, args: argparse.Namespace, folder: Path, 
     except (SafetensorError, RuntimeError) as error:
         name = args.pretrained_model_name_or_path
         raise ValueError(f"{file} does not fit {name} ({error}); is that still the teacher of the run?") from error
-    training = training_record(args, updates=updates_of(checkpoint))
+    known = {"updates": updates_of(checkpoint), "averaged": file.stem == AVERAGED}
+    training = training_record(read_arguments(checkpoint), **known)
     weights, scheduler = networks.student_weights(), make_scheduler(teacher, args.num_student_steps, args.eta)
     if args.student == "lora":
         origin = {"revision": args.revision, "variant": args.variant, "training": training}

@@ -58,11 +58,13 @@ def training_record(args: argparse.Namespace | Mapping[str, Any], **known: Any) 
 
     Args:
         args: the run's.
-        known: `updates`, the number of those that were done, by default all of the run's.
+        known: `updates`, the number of those that were done, by default all of the run's; `averaged`, whether the
+            weights are the moving average, by default as the run says.
     """
     given = dict(args if isinstance(args, Mapping) else vars(args))
     command = given.pop("command", None)
     arguments = {name: without_folders(value) if name in PATHS else value for name, value in given.items()}
     if arguments[TEACHER] != given[TEACHER]:  # it may be called as an embedded one is
         arguments[TEACHER] += " (a local folder)"
-    return {"command": command, "arguments": arguments, "updates": given["max_train_steps"], **known}
+    usual = {"updates": given["max_train_steps"], "averaged": given.get("use_ema")}
+    return {"command": command, "arguments": arguments, **usual, **known}
