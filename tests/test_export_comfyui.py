@@ -246,3 +246,17 @@ def test_stock_diffusers_finds_its_own_file_in_the_folder_and_on_the_hub(student
 def test_a_file_is_never_called_as_diffusers_own(tmp_path: Path) -> None:
     assert comfyui_name(tmp_path / "sd15-4step") == "sd15-4step.safetensors"
     assert comfyui_name(tmp_path / "my_pytorch_lora_weights") == "my_pytorch_lora_weights-comfyui.safetensors"
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.0])
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_comfyuis_simple_scheduler_lays_the_trained_grid(steps: int, eta: float) -> None:
+    # comfy/samplers.py: of 1,000 sigmas in ascending order the one at -(1 + int(i * 1000 / steps)).
+    simple = [999 - int(i * 1000 / steps) for i in range(steps)]
+    tolerance = 0 if 1000 % steps == 0 else 6
+    for name in ("StableDiffusionPipeline", "StableDiffusion3Pipeline"):
+        stock = FAMILIES[name].stock_scheduler(diffusers.DDIMScheduler(), steps, eta)
+        stock.set_timesteps(steps)
+        # Those of flow matching are at sigmas of (index + 1) / 1000, without the teacher's shift.
+        grid = [1000 * sigma - 1 for sigma in stock.sigmas[:-1].tolist()] if "3" in name else stock.timesteps.tolist()
+        assert max(abs(ours - theirs) for ours, theirs in zip(grid, simple, strict=True)) <= tolerance + 1e-3

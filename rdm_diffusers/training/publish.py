@@ -88,7 +88,7 @@ def push_run(
     """
     retry = retry_command(folder, repo_id, private, revision, commit_message, tag, tag_checkpoints)
     where: dict[str, Any] = {"private": private, "revision": revision, "retry": retry}
-    with interruptible(repo_id, retry):
+    with retryable(repo_id, retry):
         if tag_checkpoints:
             check_student(folder)
             _push_checkpoints(folder, repo_id, where)
@@ -96,7 +96,7 @@ def push_run(
 
 
 @contextmanager
-def interruptible(repo_id: str, retry: str) -> Iterator[None]:
+def retryable(repo_id: str, retry: str) -> Iterator[None]:
     """Lets Ctrl-C end the program with the command that tries again, and with the status that shells know it by."""
     try:
         yield
