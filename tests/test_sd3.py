@@ -313,7 +313,9 @@ def run_snippet(lines: list[str]):
 
 def test_the_samples_show_flow_teacher_and_student(student: Path, teacher: Teacher, tmp_path: Path) -> None:
     pipeline = RdmDistillationPipeline.from_pretrained(student)
-    metrics = save_samples(tmp_path / "samples.png", teacher.pipeline, pipeline, 2.0, PROMPTS[:2])
+    for count in (3, 2):
+        metrics = save_samples(tmp_path / "samples.png", teacher.pipeline, pipeline, 2.0, PROMPTS[:count])
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"0.png", "1.png"}
     assert {name: (m.nfe, m.sampler) for name, m in metrics.items()} == {
         "teacher": (100, "euler"), "teacher_few_step": (2 * STEPS, "euler-trailing"), "student": (STEPS, "rdm"),
     }  # fmt: skip

@@ -129,6 +129,8 @@ def save_samples(
     labelled_rows(rows).save(path)
     single = path.parent / "pictures"
     single.mkdir(exist_ok=True)
+    for old in single.glob("*.png"):  # of an earlier end of the same run, which may have been more
+        old.unlink()
     for i, image in enumerate(images):
         to_pil(image).save(single / f"{i}.png")
     return metrics
