@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.records import JSON_FILE, read_json
-from ..hub import CARD, write_card
+from ..families import CARD
+from ..hub import write_card
 from ..pipelines import is_student
 from ..training.record import without_folders
 

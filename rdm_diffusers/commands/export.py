@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from huggingface_hub import snapshot_download
 
+from ..evaluation.subjects import DTYPES
 from ..families import coming_from_hub, family_of, pipeline_config, use_token
 from ..hub import (
     WritingError,
@@ -36,7 +36,6 @@ from ..training.checkpoints import PREFIX, RECORD, list_checkpoints
 from ..training.exporting import chosen_weights, export_checkpoint, read_run
 
 FORMATS = ("lora", "full", "comfyui")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINDINGS = ("samples.png", "pictures", "metrics.json", "evaluation.json")  # what a student's card shows
 READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "samples.png", "pictures/*.png"]  # never pickles
 NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*"]

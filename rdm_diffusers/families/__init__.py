@@ -1,6 +1,6 @@
 """What differs between teachers, one file each."""
 
-from .base import LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
+from .base import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
 from .hub_files import coming_from_hub, fetch, use_token
 from .loading import (
     Teacher,
@@ -17,7 +17,9 @@ from .registry import FAMILIES, family_of
 from .suitability import check_lora
 
 __all__ = [
+    "CARD",
     "FAMILIES",
+    "INDEX",
     "LORA_FILE",
     "QUANTIZATIONS",
     "STUDENT_CONFIG",

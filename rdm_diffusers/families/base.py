@@ -14,6 +14,9 @@ from torch import Tensor
 # Files that every student has, or every LoRA of one.
 STUDENT_CONFIG = "rdm_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Files that models have, students among them: of whole pipelines, and the card.
+INDEX = "model_index.json"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
-from .base import Conditioning, Family, PromptOptions
+from .base import INDEX, Conditioning, Family, PromptOptions
 from .hub_files import coming_from_hub, fetch
 from .quantization import quantized_loading
 from .registry import family_of
 from .suitability import check_folder, check_no_student, check_teacher
 
 DEFAULT_OPTIONS = PromptOptions()
-INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)

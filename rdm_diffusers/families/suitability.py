@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 
-from .base import LORA_FILE, STUDENT_CONFIG, Family
+from .base import INDEX, LORA_FILE, STUDENT_CONFIG, Family
 
 LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's is 5e-3, zero terminal SNR is 6e-8
 
@@ -26,9 +26,9 @@ def check_folder(name: str, folder: Path) -> None:
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise ValueError(f"The teacher folder {name} does not exist; check the path or give a Hub model id.")
         return
-    if (folder / LORA_FILE).exists() and not (folder / "model_index.json").exists():
+    if (folder / LORA_FILE).exists() and not (folder / INDEX).exists():
         raise ValueError(f"{name} is a LoRA, not a teacher; give the model that it was trained on.")
-    if not (folder / "model_index.json").exists():
+    if not (folder / INDEX).exists():
         raise ValueError(f"{name} has no model_index.json; give a folder that a diffusers pipeline saved.")
 
 

@@ -12,17 +12,15 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..families import FAMILIES
+from ..families import CARD, FAMILIES
 from .card_facts import CardFacts, facts_of
 from .card_metrics import eval_results, results
-from .licenses import CARD
+from .comfyui import comfyui_sampler
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 NEW_CARD = "README.new.md"
 FLOAT32 = "dtype=torch.float32"  # else text encoders come as they were stored, which may be half as precise
 MARK = "\n<!-- written by rdm-diffusers; edited since, if this is not its digest: {} -->\n"
-
-
 # What a card tells of the training, where all that a row names is known.
 ROWS = {
     "student": "{size}; {num_student_steps} steps, eta {eta}",
@@ -92,6 +90,7 @@ def render(facts: CardFacts) -> ModelCard:
         full_arguments=", ".join(["student", *absent, FLOAT32]),
         call_arguments=", ".join(f"{name}={value}" for name, value in call.items()),
         comfyui_link=quote(facts.comfyui or ""),
+        comfyui_sampler=comfyui_sampler(student),
         comfyui_shift=FAMILIES[student.pipeline_class].comfyui_shift,
         results=results(facts.metrics, facts.evaluation),
         hyperparameters=hyperparameters(facts),

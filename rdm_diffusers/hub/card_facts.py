@@ -14,6 +14,7 @@ from ..families import FAMILIES, LORA_FILE, absent_components, family_of, pipeli
 from ..pipelines import StudentConfig
 from ..tiny import is_tiny
 from .card_metrics import EVALUATION_FILE, METRICS_FILE, read_if_there
+from .student_files import is_hub_id
 
 PROMPT = "a photograph of an astronaut riding a horse"  # where nothing says what the teacher draws
 TINY_PROMPT = "a red seven on a blue background"
@@ -65,12 +66,7 @@ class CardFacts:
     @property
     def is_local(self) -> bool:
         """Whether the base model is nothing that the Hub knows."""
-        return not is_on_hub(self.student.teacher or "")
-
-
-def is_on_hub(teacher: str) -> bool:
-    """Whether a base model's name is a Hub id; folders are recorded by their full path, or by their last name."""
-    return teacher.count("/") == 1 and not Path(teacher).is_absolute()
+        return self.is_embedded or not is_hub_id(self.student.teacher or "")
 
 
 def facts_of(folder: Path, name: str) -> CardFacts:
@@ -79,16 +75,16 @@ def facts_of(folder: Path, name: str) -> CardFacts:
     family_of({"_class_name": student.pipeline_class})
     source = str(student.base_model_name_or_path) if student.is_lora else str(folder.resolve())
     config, metrics = pipeline_config(source, revision=student.revision), read_if_there(folder / METRICS_FILE)
-    example = TINY_PROMPT if is_tiny(student.teacher or "") else PROMPT
+    embedded = is_tiny(student.teacher or "")
     return CardFacts(
         name=name,
         student=student,
         scheduler=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
         absent=list(absent_components(config)),
         vae_class=config["vae"][1] if student.vae else None,
-        prompts=(metrics or {}).get("prompts") or [example],
+        prompts=(metrics or {}).get("prompts") or [TINY_PROMPT if embedded else PROMPT],
         pictures=sorted(_relative(folder, "pictures/*.png"), key=lambda path: (len(path), path)),
-        comfyui=None if is_tiny(student.teacher or "") else next(_relative(folder, "comfyui/*.safetensors"), None),
+        comfyui=None if embedded else next(_relative(folder, "comfyui/*.safetensors"), None),
         weights_dtype=_dtype_of(folder, student),
         samples=(folder / "samples.png").exists(),
         metrics=metrics,

@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation.records import flattened, number, rows_of, table
+from ..evaluation.records import JSON_FILE as EVALUATION_FILE, flattened, number, rows_of, table
 
-METRICS_FILE, EVALUATION_FILE = "metrics.json", "evaluation.json"
+METRICS_FILE = "metrics.json"
 COLUMNS = {
     "nfe": "network calls",
     "fd_to_teacher": "Fréchet distance to the teacher",

@@ -147,6 +147,10 @@ def _header(title: str, family: Family, student: StudentConfig, weights: Mapping
 def _usage_hint(student: StudentConfig) -> str:
     """How the student is sampled, in ComfyUI's words, where a CFG of 1 is off."""
     told = student.call_arguments.get("guidance_scale")
-    sampler = "lcm" if student.scheduler["eta"] else "euler"
-    hint = f"{student.num_inference_steps} steps, CFG 1, sampler {sampler}"
+    hint = f"{student.num_inference_steps} steps, CFG 1, sampler {comfyui_sampler(student)}"
     return f"{hint}, embedded guidance {told}" if told else hint
+
+
+def comfyui_sampler(student: StudentConfig) -> str:
+    """ComfyUI's sampler that steps as the student was trained to: with fresh noise, or without."""
+    return "lcm" if student.scheduler["eta"] else "euler"

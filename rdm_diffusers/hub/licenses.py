@@ -7,10 +7,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from yaml import YAMLError
 
-from ..families import fetch
+from ..families import CARD, fetch
 from ..tiny import is_tiny
 
-CARD = "README.md"
 LICENSE_TAGS = ("license", "license_name", "license_link")
 
 

@@ -12,10 +12,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
-from .student_files import INDEX, check_secrets, check_student, components_of, is_hub_id, is_students, student_files
+from ..families import CARD, INDEX
+from .student_files import check_secrets, check_student, components_of, is_hub_id, is_students, student_files
 
 COMMIT_MESSAGE = "Student of rdm_diffusers"
-CARD = "README.md"
 PATIENCE = 120.0  # seconds without a sign of the Hub; huggingface_hub itself waits for ever where it uploads
 TRANSPORT = "TransportError"  # what httpx and httpx2 call errors of the way
 ADVICE = {

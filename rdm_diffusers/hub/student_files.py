@@ -11,13 +11,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..families import LORA_FILE
+from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG
 from ..pipelines import StudentConfig, is_student
 from ..tiny import is_tiny
 
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 PATTERNS = (
-    "README.md", "rdm_config.json", "samples.png", "pictures/*.png", "metrics.json", "evaluation.json", LORA_FILE,
+    CARD, STUDENT_CONFIG, "samples.png", "pictures/*.png", "metrics.json", "evaluation.json", LORA_FILE,
     "comfyui/*.safetensors", "scheduler/*.json", INDEX,
 )  # fmt: skip
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
-from ..families import FAMILIES, LORA_FILE, coming_from_hub, load_options, load_vae, pipeline_config, rebuilt
+from ..families import FAMILIES, INDEX, LORA_FILE, coming_from_hub, load_options, load_vae, pipeline_config, rebuilt
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from .student_config import StudentConfig, is_student
@@ -63,7 +63,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
                 teacher cannot be had from the Hub.
         """
         name = str(pretrained_model_name_or_path)
-        if cls is not RdmDistillationPipeline and (Path(name) / "model_index.json").exists() and not is_student(name):
+        if cls is not RdmDistillationPipeline and (Path(name) / INDEX).exists() and not is_student(name):
             return super().from_pretrained(name, **kwargs)
         student = StudentConfig.load(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
         if student.pipeline_class not in CLASSES:
