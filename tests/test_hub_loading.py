@@ -71,6 +71,7 @@ def visit(prompts_file: Path, folder: Path) -> None:
     outcomes["missing revision"] = outcome(load_student, "me/student", revision="nowhere")
     for revision in ("v1", "turbo"):
         torch.save(draw("me/student", revision=revision), folder / f"{revision}.pt")
+    outcomes["student with a private autoencoder"] = outcome(draw, "me/with-vae", token=KEY)
     outcomes["private student with its key"] = outcome(draw, "me/private-student", token=KEY)  # late: it is cached
     checkpoint = of_private_teacher(folder / "student" / "checkpoint-2", folder / "checkpoint-2")
     sources = {"private": "me/private-student", "base": "me/locked-out", "run": checkpoint}
@@ -143,12 +144,14 @@ def visited(teacher_folder: Path, student: Path, prompts_file: Path, tmp_path_fa
         "me/orphan": as_repository(student, root / "orphan", "me/missing-teacher"),
         "me/locked-out": as_repository(student, root / "locked-out", "me/private-teacher"),
         "me/of-gated": as_repository(student, root / "of-gated", "me/gated-teacher"),
+        "me/with-vae": as_repository(student, root / "with-vae", "me/teacher", vae="me/private-vae"),
+        "me/private-vae": as_repository(teacher_folder / "vae", root / "vae"),
         "me/newer": as_repository(student, root / "newer", format_version=2, version="9.9"),
     }
     repositories["me/private-teacher"] = repositories["me/teacher"]
     repositories["me/private-student"] = repositories["me/student"]
     repositories["me/gated-teacher"] = repositories["me/teacher"]
-    keys = {"me/private-teacher": KEY, "me/private-student": KEY}
+    keys = {name: KEY for name in ("me/private-teacher", "me/private-student", "me/private-vae")}
     with HubServer(repositories, keys) as hub:
         hub.repositories["me/gated-teacher"].gated = True
         twofold(hub.repositories["me/student"])
@@ -199,8 +202,9 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(visited: Visit, tried: str,
     assert message.removesuffix("`.").count(". ") == 0 and "\n" not in message
 
 
-def test_a_private_student_opens_with_the_token_that_is_given(visited: Visit) -> None:
-    assert visited.outcomes["private student with its key"] == ["", "", ""]
+@pytest.mark.parametrize("tried", ["private student with its key", "student with a private autoencoder"])
+def test_what_is_private_opens_with_the_token_that_is_given(visited: Visit, tried: str) -> None:
+    assert visited.outcomes[tried] == ["", "", ""]
 
 
 def test_a_student_of_the_hub_is_exported_in_every_format(visited: Visit, student: Path) -> None:

@@ -116,10 +116,15 @@ def load_options(config: dict[str, Any]) -> dict[str, Any]:
     return {"use_safetensors": True, **family_of(config).load_options, **absent_components(config)}
 
 
-def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype) -> ModelMixin:
-    """An autoencoder of the class that the `pipeline_config` names, from a folder or the Hub."""
+def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype, **hub_options) -> ModelMixin:
+    """An autoencoder of the class that the `pipeline_config` names, from a folder or the Hub.
+
+    Raises:
+        ValueError: if it cannot be had from the Hub.
+    """
+    options = {"use_safetensors": True, "dtype": dtype, **hub_options}
     with coming_from_hub("autoencoder", name_or_path):
-        return getattr(diffusers, config["vae"][1]).from_pretrained(name_or_path, use_safetensors=True, dtype=dtype)
+        return getattr(diffusers, config["vae"][1]).from_pretrained(name_or_path, **options)
 
 
 def load_denoiser(

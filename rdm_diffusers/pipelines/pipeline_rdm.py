@@ -140,7 +140,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
         options: dict[str, Any] = {"variant": student.variant, **kwargs}
         if student.vae is not None and "vae" not in kwargs:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
-            options["vae"] = load_vae(student.vae, pipeline_config(base, **base_hub), dtype)
+            config = pipeline_config(base, **base_hub)
+            options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         pipeline = cls._load_stock("teacher", base, base_hub, options)
         with coming_from_hub("student", name, hub.get("revision")):
             pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
