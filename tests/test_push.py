@@ -48,6 +48,15 @@ with HubServer({{}}, {{}}, {{{TOKEN!r}: "me", {READER!r}: "me"}}, ({READER!r},))
 """
 
 
+# Started in the background, as by nohup, a process and its children ignore Ctrl-C.
+PUSH = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from rdm_diffusers.commands.push import run
+run()
+"""
+
+
 def fill(folder: Path, student: Path) -> Path:
     """A copy of a student with all that can lie in its folder."""
     shutil.copytree(student, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs", "comfyui"))
@@ -86,7 +95,7 @@ def test_ctrl_c_ends_a_push_with_the_command_to_try_again(tiny_student: Path, tm
     with HubServer({}, {}, {TOKEN: "me"}) as hub:
         hub.fail(r"POST .*/commit/", SILENCE, 99)
         environment = visitor_environment(tmp_path, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
-        words = [sys.executable, "-c", "from rdm_diffusers.commands.push import run; run()", str(tiny_student), "me/x"]
+        words = [sys.executable, "-c", PUSH, str(tiny_student), "me/x"]
         process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and not any("/commit/" in line for line in hub.log):
             time.sleep(0.1)
