@@ -72,14 +72,6 @@ def test_an_output_is_the_same_as_a_tuple(prediction_type: str) -> None:
 
 
 @every
-def test_any_time_of_training_may_be_stepped_from(prediction_type: str) -> None:
-    scheduler, (output, sample) = make(prediction_type), random_call()
-    scheduler.set_timesteps(10)
-    for time in (0, 1, 500, 999):
-        assert scheduler.step(output, time, sample).prev_sample.shape == SHAPE
-
-
-@every
 def test_noise_is_added_at_a_time_of_the_grid(prediction_type: str) -> None:
     scheduler, (noise, sample) = make(prediction_type), random_call()
     scheduler.set_timesteps(100)

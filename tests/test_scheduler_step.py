@@ -184,14 +184,22 @@ def test_a_number_of_steps_out_of_range_is_refused(steps: int) -> None:
         RdmScheduler().set_timesteps(steps)
 
 
-def test_a_time_off_the_grid_goes_on_to_the_next_lower_one() -> None:
-    scheduler, (output, sample) = four_steps(), torch.randn(2, *SHAPE)
-    assert scheduler.previous_timestep(torch.tensor([999, 998, 500, 499, 249, 1, 0])).tolist() == [749] * 2 + [
-        499, 249, -1, -1, -1,
-    ]  # fmt: skip
-    assert scheduler.step(output, 500, sample).prev_sample.shape == SHAPE
-    with pytest.raises(ValueError, match=r"The time 500 is not on the grid \[999, 749, 499, 249\]"):
-        scheduler.index_for_timestep(500)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
+@pytest.mark.parametrize("time", [1001, 501, 0, -1, torch.tensor([749, 748, 749])])
+def test_a_step_from_a_time_off_the_grid_is_refused(prediction_type: str, time: int | torch.Tensor) -> None:
+    scheduler, sample = four_steps(prediction_type=prediction_type), torch.randn(SHAPE)
+    said = r"The time .* is not on the grid \[.*\]; call set_timesteps\."
+    with pytest.raises(ValueError, match=said):
+        scheduler.step(sample, time, sample)
+    with pytest.raises(ValueError, match=said):
+        scheduler.log_prob(sample, time, sample, sample)
+    with pytest.raises(ValueError, match=said):
+        scheduler.index_for_timestep(time)
+
+
+def test_the_previous_timestep_of_any_time_is_the_grids_next_lower_one() -> None:
+    times = torch.tensor([999, 998, 500, 499, 249, 1, 0])
+    assert four_steps().previous_timestep(times).tolist() == [749, 749, 499, 249, -1, -1, -1]
 
 
 def test_a_spacing_that_does_not_start_at_pure_noise_is_refused() -> None:

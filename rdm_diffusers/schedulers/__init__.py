@@ -1,5 +1,6 @@
 """The student's few-step sampler."""
 
-from .scheduling_rdm import RdmScheduler, RdmSchedulerOutput
+from .output import RdmSchedulerOutput
+from .scheduling_rdm import RdmScheduler
 
 __all__ = ["RdmScheduler", "RdmSchedulerOutput"]

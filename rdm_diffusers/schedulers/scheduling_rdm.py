@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..prediction import PREDICTION_TYPES, NoiseSchedule, expand, to_x0
+from ..prediction import NoiseSchedule, expand, to_x0
+from . import grids
+from .configurations import check_settings, defaults_of, translated
+from .log_density import gaussian_log_prob
+from .output import RdmSchedulerOutput
 
 FINAL = -1  # the time after the last step: no noise is left
-
-
-@dataclass
-class RdmSchedulerOutput(BaseOutput):
-    """One step of `RdmScheduler`.
-
-    Args:
-        prev_sample: the next sample `[B, ...]`, in the dtype of the model output.
-        pred_original_sample: the x0 prediction `[B, ...]`, in the dtype of the model output.
-        mean: the transition's mean `[B, ...]`, float32.
-        std: the transition's standard deviation `[B, 1, ...]` or a scalar, float32; 0 at the last step and for eta 0.
-        log_prob: the log-density of `prev_sample` in nats `[B]`, float64, if it was asked for; 0 at the last step.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-    mean: Tensor
-    std: Tensor
-    log_prob: Tensor | None = None
 
 
 class RdmScheduler(SchedulerMixin, ConfigMixin):
@@ -59,11 +41,14 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         student_timesteps: the student's own grid, descending; used whenever as many steps are asked for.
         student_sigmas: the same for flow, descending from at most 1; final values, never shifted again.
         timestep_spacing: how other grids are laid; only `trailing` starts at pure noise, so only it is known.
-        shift: the flow shift of other grids.
+        shift: the flow shift of grids without a student's own.
+        use_dynamic_shifting, time_shift_type, shift_terminal: of the same grids, as in
+            `FlowMatchEulerDiscreteScheduler`: whether `mu` takes the place of the shift and as what, and their end.
         steps_offset: kept for the teacher's configuration; trailing grids do not use it.
 
     Raises:
-        ValueError: for an unknown prediction type or spacing, an eta outside [0, 1], or a grid that does not descend.
+        ValueError: for an unknown prediction type or spacing, an eta outside [0, 1], a grid that does not descend, or
+            epsilon prediction at a time without any signal.
     """
 
     _compatibles = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler",
@@ -86,11 +71,11 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "trailing",
         shift: float = 1.0,
         steps_offset: int = 0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
     ):
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {prediction_type!r}; use one of {', '.join(PREDICTION_TYPES)}.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}; it must lie in [0, 1], from deterministic to full re-noising.")
+        check_settings(prediction_type, eta, timestep_spacing, time_shift_type)
         self.betas = self.alphas_cumprod = None
         if prediction_type != "flow_prediction":
             noise = DDIMScheduler(
@@ -98,13 +83,30 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
                 rescale_betas_zero_snr=rescale_betas_zero_snr,
             )  # fmt: skip
             self.betas, self.alphas_cumprod = noise.betas, noise.alphas_cumprod
+        if prediction_type == "epsilon" and not self.alphas_cumprod[-1]:
+            raise ValueError(
+                "Epsilon prediction with zero terminal SNR says nothing of x0 at the noisiest time; set "
+                "rescale_betas_zero_snr to false, or prediction_type to the network's own."
+            )
         self.schedule = NoiseSchedule(self.alphas_cumprod, num_train_timesteps)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._train_steps = num_train_timesteps if self.alphas_cumprod is None else len(self.alphas_cumprod)
-        self.set_timesteps(len(self.student_grid or []) or min(50, self._train_steps))
+        unshifted = 0.0 if time_shift_type == "exponential" else 1.0
+        self._lay(self.student_grid or self._grid(min(50, self._train_steps), [], unshifted))
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler from the configuration of one of its own kind or of a stock one, whose noise schedule it takes.
+
+        Args:
+            config: of flow matching where its class knows nothing else, as `FlowMatchEulerDiscreteScheduler`.
+            return_unused_kwargs, kwargs: as in diffusers.
+        """
+        config = translated(config, defaults_of(cls)) if isinstance(config, dict) else config
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
     def student_grid(self) -> list | None:
@@ -137,50 +139,47 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Lays the grid for sampling.
 
+        With other numbers of steps than it was trained with, a student is sampled on the grid that its exported stock
+        scheduler lays, where that lays one: even from its first sigma to its last for flow, and for stochastic students
+        of the rest fewer steps of its own.
+
         Args:
             num_inference_steps: as many steps as the student was trained with give the student's grid.
             device: where the times are put.
             timesteps: an explicit descending grid.
-            sigmas: the same for flow. Where they are as many as the student's, the student's grid is used instead,
-                because stock flow pipelines always pass sigmas of their own.
-            mu: the resolution-dependent flow shift of other grids; `log(shift)` by default.
+            sigmas: the same for flow; a student's are final, others are shifted as stock schedulers shift them. Even
+                ones, 1 to 1/K, count as a number of steps, because stock flow pipelines always pass them.
+            mu: the resolution-dependent flow shift, under `use_dynamic_shifting` only, and never of a student's grid.
 
         Raises:
-            ValueError: if no number and no grid is given, the number is not in [1, num_train_timesteps], or the grid
-                does not descend within the range.
+            ValueError: if no number and no grid is given or they contradict each other, the number is not in
+                [1, num_train_timesteps], the grid does not descend within the range, or a needed `mu` is missing.
         """
+        grids.check_request(num_inference_steps, timesteps, sigmas, self.schedule.is_flow)
         given = next((list(grid) for grid in (timesteps, sigmas) if grid is not None), [])
-        count = num_inference_steps or len(given)
+        count = len(given) if num_inference_steps is None else num_inference_steps
         if not 1 <= count <= self._train_steps:
             raise ValueError(f"num_inference_steps is {count}; it must lie between 1 and {self._train_steps}.")
-        if timesteps is not None:
-            grid = given
-        elif self.student_grid is not None and count == len(self.student_grid):
-            grid = self.student_grid
-        else:
-            grid = self._trailing_grid(count, given, mu)
-        self._check_grid(grid)
-        dtype = torch.float32 if self.schedule.is_flow else torch.int64
-        self.timesteps = torch.tensor(grid, dtype=dtype, device=device)
+        self._lay(given if timesteps is not None else self._grid(count, given, mu), device)
+
+    def _lay(self, grid: list, device: str | torch.device | None = None) -> None:
+        is_flow = self.schedule.is_flow
+        grids.check_grid(grid, self._train_steps - (not is_flow), whole=not is_flow)
+        self.timesteps = torch.tensor(grid, dtype=torch.float32 if is_flow else torch.int64, device=device)
         self.sigmas = torch.cat([self.schedule.sigma(self.timesteps), torch.zeros(1, device=device)])
         self.num_inference_steps = len(grid)
         self._step_index = self._begin_index = None
 
-    def _trailing_grid(self, count: int, sigmas: list[float], mu: float | None) -> list:
-        train_steps = self._train_steps
-        if not self.schedule.is_flow:
-            return [round(train_steps * (count - i) / count) - 1 for i in range(count)]
-        shift = self.config.shift if mu is None else math.exp(mu)
-        even = sigmas or [(count - i) / count for i in range(count)]
-        return [shift * s / (1 + (shift - 1) * s) * train_steps for s in even]
-
-    def _check_grid(self, grid: list) -> None:
-        if self.config.timestep_spacing != "trailing":
-            raise ValueError(f"timestep_spacing is {self.config.timestep_spacing!r}; RdmScheduler knows 'trailing'.")
-        top = self._train_steps - (0 if self.schedule.is_flow else 1)
-        descends = all(earlier > later for earlier, later in pairwise(grid))
-        if not descends or grid[0] > top or grid[-1] < 0:
-            raise ValueError(f"The grid {grid} must descend strictly and lie between 0 and {top}.")
+    def _grid(self, count: int, sigmas: list[float], mu: float | None) -> list:
+        """The times of so many steps, or of such sigmas."""
+        own = self.student_grid
+        if own is not None and count == len(own) and (not sigmas or grids.are_even(sigmas)):
+            return own
+        if self.schedule.is_flow:
+            return [sigma * self._train_steps for sigma in grids.flow_sigmas(self.config, count, sigmas, mu)]
+        if own is not None and count < len(own) and self.config.eta:
+            return grids.picked_times(own, count)
+        return grids.trailing_times(self._train_steps, count)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -204,11 +203,8 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
     def previous_timestep(self, timestep: Tensor | float) -> Tensor:
         """The next lower time of the grid for each `timestep`, shaped as it; `FINAL` (-1) below the last."""
         following = torch.cat([self.timesteps, self.timesteps.new_full((1,), FINAL)])
-        return following[self._steps_behind(timestep)]
-
-    def _steps_behind(self, timestep: Tensor | float) -> Tensor:
         times = torch.as_tensor(timestep, device=self.timesteps.device)
-        return (self.timesteps >= times[..., None]).sum(-1)
+        return following[(self.timesteps >= times[..., None]).sum(-1)]
 
     def transition(
         self, x0: Tensor, sample: Tensor, timestep: Tensor, next_timestep: Tensor, eta: float | None = None
@@ -227,6 +223,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         eta = self.config.eta if eta is None else eta
         x0, sample = x0.float(), sample.float()
         alpha, sigma = self.schedule.scales(timestep, sample)
+        sigma = sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # without noise there is none to keep: 0 / 0 is 0
         last = expand(next_timestep < 0, sample)
         next_alpha, next_sigma = self.schedule.scales(next_timestep.clamp(min=0), sample)
         next_alpha, next_sigma = next_alpha.masked_fill(last, 1.0), next_sigma.masked_fill(last, 0.0)
@@ -255,21 +252,29 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
                 every scheduler that takes one.
             return_log_prob: whether to state the log-density of the draw.
             return_dict: False gives the tuple `(prev_sample, pred_original_sample)`.
+
+        Raises:
+            ValueError: if a time is not on the grid.
         """
         times = torch.as_tensor(timestep, device=sample.device)
-        x0 = self.pred_original_sample(model_output, times, sample)
-        mean, std = self.transition(x0, sample, times, self.previous_timestep(times).to(sample.device), stochasticity)
+        x0, mean, std = self._onwards(model_output, times, sample, stochasticity)
         prev_sample = mean
         if (std > 0).any():
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=model_output.dtype)
             prev_sample = mean + std * noise.float()
         if times.ndim == 0:
-            self._step_index = int(self._steps_behind(times))
+            self._step_index = int(self.index_for_timestep(times)) + 1
         prev_sample, x0 = prev_sample.to(model_output.dtype), x0.to(model_output.dtype)
         if not return_dict:
             return prev_sample, x0
         log_prob = gaussian_log_prob(prev_sample, mean, std) if return_log_prob else None
         return RdmSchedulerOutput(prev_sample, x0, mean, std, log_prob)
+
+    def _onwards(self, model_output: Tensor, times: Tensor, sample: Tensor, eta: float | None) -> tuple[Tensor, ...]:
+        """The x0 prediction, and the mean and the standard deviation of the step to the grid's next time."""
+        self.index_for_timestep(times)  # refuses times that are not on the grid
+        x0 = self.pred_original_sample(model_output, times, sample)
+        return x0, *self.transition(x0, sample, times, self.previous_timestep(times).to(sample.device), eta)
 
     def pred_original_sample(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
         """The x0 that `model_output` means at `timestep`, float32 `[B, ...]`. Gradients flow to both tensors."""
@@ -289,15 +294,18 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `[B]` in nats, float64, summed over all dimensions; 0 for the deterministic last step. Gradients flow to
             `model_output`.
+
+        Raises:
+            ValueError: if a time is not on the grid.
         """
         times = torch.as_tensor(timestep, device=sample.device)
-        x0 = self.pred_original_sample(model_output, times, sample)
-        mean, std = self.transition(x0, sample, times, self.previous_timestep(times).to(sample.device), stochasticity)
+        _, mean, std = self._onwards(model_output, times, sample, stochasticity)
         return gaussian_log_prob(prev_sample, mean, std)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`alpha x0 + sigma noise` at times `[B]`, in the dtype of the samples."""
-        return self.schedule.add_noise(original_samples, noise, timesteps).to(original_samples.dtype)
+        """`alpha x0 + sigma noise` at times `[B]` or one for all, in the dtype of the samples and on their device."""
+        times = torch.as_tensor(timesteps, device=original_samples.device)
+        return self.schedule.add_noise(original_samples, noise, times).to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` with the argument order of the flow schedulers."""
@@ -307,17 +315,5 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         """The v-prediction target `alpha noise - sigma x0` at times `[B]`; for flow `noise - x0`."""
         if self.schedule.is_flow:
             return noise - sample
-        alpha, sigma = self.schedule.scales(timesteps, sample)
+        alpha, sigma = self.schedule.scales(torch.as_tensor(timesteps, device=sample.device), sample)
         return (alpha * noise - sigma * sample).to(sample.dtype)
-
-
-def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Log-density in nats `[B]`, float64, of `sample [B, ...]` under N(mean, std^2); 0 where std is 0.
-
-    Gradients flow to all three.
-    """
-    mean, std = mean.double(), std.double()
-    deterministic = std == 0
-    safe = std.masked_fill(deterministic, 1.0)
-    density = -0.5 * ((sample.double() - mean) / safe) ** 2 - safe.log() - 0.5 * math.log(2 * math.pi)
-    return density.masked_fill(deterministic, 0.0).flatten(1).sum(1)
