@@ -5,6 +5,8 @@ from .hub_files import coming_from_hub, fetch, use_token
 from .loading import (
     Teacher,
     absent_components,
+    check_kinds_of_files,
+    check_pipeline,
     full_name,
     load_denoiser,
     load_options,
@@ -28,7 +30,9 @@ __all__ = [
     "PromptOptions",
     "Teacher",
     "absent_components",
+    "check_kinds_of_files",
     "check_lora",
+    "check_pipeline",
     "coming_from_hub",
     "family_of",
     "fetch",

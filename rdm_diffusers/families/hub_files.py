@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -55,6 +55,18 @@ def fetch(what: str, repository: str, filename: str, **hub_options) -> Path:
     """
     with coming_from_hub(what, repository, hub_options.get("revision")):
         return Path(hf_hub_download(repository, filename, **hub_options))
+
+
+def repository_files(repository: str, revision: str | None = None, token: str | None = None, **_: object) -> list[str]:
+    """The paths of a Hub repository's files; none where the Hub cannot be asked, as offline."""
+    try:
+        return HfApi().list_repo_files(repository, revision=revision, token=token)
+    except (
+        HTTPError,
+        OSError,
+        HFValidationError,
+    ):  # said properly by what then loads it, from the cache if it is there
+        return []
 
 
 @contextmanager

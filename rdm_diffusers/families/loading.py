@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
 from .base import INDEX, Conditioning, Family, PromptOptions
-from .hub_files import coming_from_hub, fetch
+from .hub_files import coming_from_hub, fetch, repository_files
 from .quantization import quantized_loading
 from .registry import family_of
 from .suitability import check_folder, check_no_student, check_teacher
+from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, refuse
 
 DEFAULT_OPTIONS = PromptOptions()
 
@@ -116,15 +117,55 @@ def load_options(config: dict[str, Any]) -> dict[str, Any]:
     return {"use_safetensors": True, **family_of(config).load_options, **absent_components(config)}
 
 
+def check_pipeline(
+    what: str, name_or_path: str, config: dict[str, Any], without: Collection[str] = (), **options: Any
+) -> None:
+    """Refuses a pipeline with weights that are missing, pickled, damaged or of another network; the Hub's come first.
+
+    Args:
+        what: `teacher` or `student`, for the error's sentence.
+        name_or_path: a folder, a Hub id, or an embedded teacher by its name.
+        config: its `pipeline_config`.
+        without: components that are not loaded from there.
+        options: `variant`, and the Hub's.
+
+    Raises:
+        ValueError: naming the component, or if it cannot be had from the Hub.
+    """
+    folder, variant = Path(resolve_teacher(name_or_path)), options.pop("variant", None)
+    known = {name: None for name in without} | load_options(config)
+    if not folder.is_dir():
+        check_kinds_of_files(what, name_or_path, config, variant, without, **options)
+        pipeline_class = family_of(config).pipeline_class
+        with coming_from_hub(what, name_or_path, options.get("revision")):
+            folder = Path(pipeline_class.download(name_or_path, variant=variant, **options, **known))
+    check_weights(what, name_or_path, config, folder, variant, known)
+
+
+def check_kinds_of_files(
+    what: str, name_or_path: str, config: dict[str, Any], variant: str | None, without: Collection[str] = (), **hub: Any
+) -> None:
+    """As `check_pipeline`, but only of what the names of the files say; nothing is downloaded, or known offline."""
+    folder = Path(resolve_teacher(name_or_path))
+    files = files_in(folder) if folder.is_dir() else repository_files(name_or_path, **hub)
+    networks = networks_of(config).keys() - {*without, *load_options(config)}
+    check_files(what, name_or_path, sorted(networks), files, variant, complete=False)
+
+
 def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype, **hub_options) -> ModelMixin:
     """An autoencoder of the class that the `pipeline_config` names, from a folder or the Hub.
 
     Raises:
-        ValueError: if it cannot be had from the Hub.
+        ValueError: if it cannot be had from the Hub, or if its weights are missing, damaged or of another one.
     """
     options = {"use_safetensors": True, "dtype": dtype, **hub_options}
+    kind = getattr(diffusers, config["vae"][1])
+    if Path(name_or_path).is_dir():
+        check_network(f"autoencoder {name_or_path}", "network", kind, Path(name_or_path))
     with coming_from_hub("autoencoder", name_or_path):
-        return getattr(diffusers, config["vae"][1]).from_pretrained(name_or_path, **options)
+        vae, said = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
+    refuse(f"autoencoder {name_or_path}", "network", problem_in(kind, said))
+    return vae
 
 
 def load_denoiser(
@@ -172,12 +213,14 @@ def load_teacher(
         device: where bitsandbytes quantises it; whatever it is, it is on the CPU afterwards.
 
     Raises:
-        ValueError: as `pipeline_config`, `family_of` and `check_teacher`, or if it cannot be quantised here.
+        ValueError: as `pipeline_config`, `family_of`, `check_pipeline` and `check_teacher`, or if it cannot be quantised
+            here.
         ImportError: if the library that quantises is missing.
     """
     check_no_student(name_or_path, Path(resolve_teacher(name_or_path)))
     config = pipeline_config(name_or_path, revision=revision)
     family = family_of(config)
+    check_pipeline("teacher", name_or_path, config, [] if vae is None else ["vae"], revision=revision, variant=variant)
     replaced = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
     if quantization:
         denoiser = load_denoiser(name_or_path, dtype, revision, variant, quantization, device)

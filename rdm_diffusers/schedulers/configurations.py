@@ -32,7 +32,7 @@ def check_settings(prediction_type: str, eta: float, timestep_spacing: str, time
 def translated(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's configuration in the words of `RdmScheduler`; its own is unchanged.
 
-    The noise schedule and the prediction type are the stock class's own where the configuration leaves them out or marks
+    The noise schedule and prediction type are the stock class's own where the configuration leaves them out or marks
     them as its defaults, which differ between classes. A class that knows flow matching only names no prediction type.
     Stock spacings of times give way to trailing ones, which start at pure noise.
 

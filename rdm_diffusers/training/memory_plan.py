@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_utils import no_init_weights
 
-from ..families import Conditioning, check_lora, family_of, pipeline_config
+from ..families import Conditioning, check_kinds_of_files, check_lora, family_of, pipeline_config
 from ..families.quantization import NEEDS_GPU
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..prediction import NoiseSchedule
@@ -106,6 +106,8 @@ class _Planner:
         self.family = family_of(self.config)
         if self.is_lora:
             check_lora(self.family)
+        name, without = args.pretrained_model_name_or_path, ["vae"] if args.pretrained_vae_model_name_or_path else []
+        check_kinds_of_files("teacher", name, self.config, args.variant, without, revision=args.revision)
         self._load()
         self.networks = self._make_networks()
         self.trained = self.networks.parameters(STUDENT)

@@ -1,0 +1,167 @@
+"""Whether a pipeline's weights are there, readable, and all of them, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+from diffusers import ModelMixin
+from torch import nn
+
+SAFE, PICKLED = ".safetensors", (".bin", ".ckpt", ".pt", ".pth")
+# diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.safetensors
+VARIANT = re.compile(r"^[^.]+\.(?P<variant>[^.]+?)(-\d{5}-of-\d{5})?\.safetensors$")
+NAMED = 3  # how many tensors an error names
+
+
+def networks_of(config: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
+    """The classes of the networks that a `pipeline_config` names, by component."""
+    libraries: dict[Any, Any] = {"diffusers": diffusers, "transformers": transformers}
+    entries = {name: entry for name, entry in config.items() if isinstance(entry, list | tuple) and entry[0]}
+    kinds = {name: getattr(libraries.get(entry[0]), entry[1], None) for name, entry in entries.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
+
+
+def check_files(
+    what: str, name: str, components: Collection[str], files: Collection[str], variant: str | None, complete: bool
+) -> None:
+    """Refuses a pipeline whose weights are pickled, or of another variant than the one asked for.
+
+    Args:
+        what: `teacher` or `student`, for the error's sentence.
+        name: its folder or Hub id.
+        components: the folders that hold networks.
+        files: all files, by their paths in it.
+        variant: as in diffusers; a component without it is loaded without.
+        complete: whether weights that are not there at all are refused, too.
+
+    Raises:
+        ValueError: naming the component and the way out.
+    """
+    found = {component: _variants(component, files) for component in components}
+    there = sorted({each for variants in found.values() for each in variants if each})
+    if variant is not None and there != [] and variant not in there:
+        raise ValueError(f"The {what} {name} has no files of the variant {variant}; it has {', '.join(there)}.")
+    for component, variants in found.items():
+        inside = [file for file in files if file.startswith(component + "/")]
+        pickles = [file for file in inside if file.endswith(PICKLED)]
+        if {variant, None} & variants:
+            continue
+        if variants:
+            other = sorted(map(str, variants))[0]
+            raise ValueError(
+                f"The {what} {name} has its {component} in the variant {other} only; add --variant {other}, or in "
+                f"Python variant={other!r}."
+            )
+        if pickles:
+            raise ValueError(
+                f"The {what} {name} has pickled weights only ({pickles[0]}), which may run code and are refused; save it "
+                f"anew where you trust it: DiffusionPipeline.from_pretrained({name!r}).save_pretrained('safe')."
+            )
+        if complete:
+            raise ValueError(f"The {what} {name} has no weights of its {component}; save or download it again.")
+
+
+def _variants(component: str, files: Collection[str]) -> set[str | None]:
+    """The variants in which a component's safetensors are there; None is the plain one."""
+    names = [file.removeprefix(component + "/") for file in files if file.startswith(component + "/")]
+    safe = [name for name in names if name.endswith(SAFE) and "/" not in name]
+    matches = [VARIANT.match(name) for name in safe]
+    return {match and match["variant"] for match in matches}
+
+
+def check_weights(
+    what: str, name: str, config: Mapping[str, Any], folder: Path, variant: str | None, without: Collection[str] = ()
+) -> None:
+    """Refuses a pipeline in a folder of which a network's weights are missing, damaged or of another network.
+
+    Libraries load random numbers for what is missing. Nothing is loaded here; the files' headers are read.
+
+    Args:
+        what, name: as in `check_files`.
+        config: its `pipeline_config`.
+        folder: where it is.
+        variant: as in diffusers.
+        without: components that are not loaded from there.
+
+    Raises:
+        ValueError: naming the component and up to three tensors.
+    """
+    networks = {part: kind for part, kind in networks_of(config).items() if part not in without}
+    files = files_in(folder)
+    check_files(what, name, networks, files, variant, complete=True)
+    for part, kind in networks.items():
+        own = variant if variant in _variants(part, files) else None
+        check_network(f"{what} {name}", part, kind, folder / part, own)
+
+
+def files_in(folder: Path) -> list[str]:
+    """The files of a pipeline's components, by their paths in its folder."""
+    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file()]
+
+
+def check_network(whose: str, part: str, kind: type[nn.Module], folder: Path, variant: str | None = None) -> None:
+    """Refuses a network's folder as `check_weights` does. Raises ValueError."""
+    stamps = tuple(sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*")))
+    refuse(whose, part, _problem(kind, folder, variant, stamps))
+
+
+def refuse(whose: str, part: str, problem: str | None) -> None:
+    """Raises ValueError if there is a problem."""
+    if problem:
+        raise ValueError(f"The {whose} cannot be loaded: its {part} {problem}; save or download it again.")
+
+
+@lru_cache(maxsize=64)
+def _problem(kind: Any, folder: Path, variant: str | None, stamps: tuple) -> str | None:
+    """What is wrong with a network's files, which are known by their sizes and times; None if nothing is."""
+    options = {"variant": variant, "use_safetensors": True, "device_map": {"": "meta"}}
+    try:
+        with quiet():
+            _, said = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except Exception as error:  # whatever a library raises of damaged files
+        return f"is damaged ({(str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')})"
+    return problem_in(kind, said)
+
+
+def problem_in(kind: type[nn.Module], said: Mapping[str, Any]) -> str | None:
+    """What the loading info of `from_pretrained` says is wrong with a network's weights; None if nothing is."""
+    if said["missing_keys"]:
+        return f"lacks {_listed(said['missing_keys'])}"
+    if said["mismatched_keys"]:
+        return f"has other shapes than its config.json says, of {_listed(key[0] for key in said['mismatched_keys'])}"
+    if said["unexpected_keys"] and issubclass(
+        kind, ModelMixin
+    ):  # language models are saved with heads that nobody needs
+        return f"has tensors that its config.json does not know, {_listed(said['unexpected_keys'])}"
+    return None
+
+
+def _listed(names: Any) -> str:
+    """The first few names, and how many others there are."""
+    ordered = sorted(names)
+    others = f" and {len(ordered) - NAMED} others" if len(ordered) > NAMED else ""
+    return ", ".join(ordered[:NAMED]) + others
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, diffusers and transformers report errors only, and no progress."""
+    levels = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    try:
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        yield
+    finally:
+        for library, level in zip((diffusers, transformers), levels, strict=True):
+            library.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
