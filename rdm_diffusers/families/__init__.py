@@ -10,13 +10,15 @@ from .loading import (
     full_name,
     load_denoiser,
     load_options,
+    load_scheduler,
     load_teacher,
     load_vae,
     pipeline_config,
+    schedule_of,
 )
 from .quantization import QUANTIZATIONS
 from .registry import FAMILIES, family_of
-from .suitability import check_lora
+from .suitability import check_lora, check_no_checkpoint
 
 __all__ = [
     "CARD",
@@ -32,6 +34,7 @@ __all__ = [
     "absent_components",
     "check_kinds_of_files",
     "check_lora",
+    "check_no_checkpoint",
     "check_pipeline",
     "coming_from_hub",
     "family_of",
@@ -39,9 +42,11 @@ __all__ = [
     "full_name",
     "load_denoiser",
     "load_options",
+    "load_scheduler",
     "load_teacher",
     "load_vae",
     "pipeline_config",
     "rebuilt",
+    "schedule_of",
     "use_token",
 ]

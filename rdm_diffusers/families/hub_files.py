@@ -65,7 +65,7 @@ def repository_files(repository: str, revision: str | None = None, token: str | 
         HTTPError,
         OSError,
         HFValidationError,
-    ):  # said properly by what then loads it, from the cache if it is there
+    ):  # what then loads it says so, if it must
         return []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
@@ -56,9 +56,7 @@ class Teacher:
     @property
     def schedule(self) -> NoiseSchedule:
         """The teacher's noise schedule."""
-        if self.prediction_type == "flow_prediction":  # some flow schedulers carry betas all the same
-            return NoiseSchedule(None, self.pipeline.scheduler.config.num_train_timesteps)
-        return NoiseSchedule.from_scheduler(self.pipeline.scheduler)
+        return schedule_of(self.family, self.pipeline.scheduler)
 
     @property
     def prediction_type(self) -> str:
@@ -77,6 +75,24 @@ class Teacher:
     def encode_nothing(self) -> Conditioning:
         """What the teacher guides away from, of length 1. No gradients."""
         return self.family.encode_nothing(self.pipeline, self.options)
+
+
+def schedule_of(family: Family, scheduler: SchedulerMixin) -> NoiseSchedule:
+    """The noise schedule of a family's teacher with this scheduler."""
+    if family.prediction_type(scheduler) == "flow_prediction":  # some flow schedulers carry betas all the same
+        return NoiseSchedule(None, scheduler.config.num_train_timesteps)
+    return NoiseSchedule.from_scheduler(scheduler)
+
+
+def load_scheduler(what: str, name_or_path: str, config: dict[str, Any], **hub_options) -> SchedulerMixin:
+    """The scheduler of a pipeline, without the rest of it.
+
+    Raises:
+        ValueError: if it cannot be had from the Hub.
+    """
+    with coming_from_hub(what, name_or_path, hub_options.get("revision")):
+        kind = getattr(diffusers, config["scheduler"][1])
+        return kind.from_pretrained(resolve_teacher(name_or_path), subfolder="scheduler", **hub_options)
 
 
 def full_name(name_or_path: str) -> str:
@@ -213,8 +229,7 @@ def load_teacher(
         device: where bitsandbytes quantises it; whatever it is, it is on the CPU afterwards.
 
     Raises:
-        ValueError: as `pipeline_config`, `family_of`, `check_pipeline` and `check_teacher`, or if it cannot be quantised
-            here.
+        ValueError: as `pipeline_config`, `family_of`, `check_pipeline`, `check_teacher` and `quantized_loading`.
         ImportError: if the library that quantises is missing.
     """
     check_no_student(name_or_path, Path(resolve_teacher(name_or_path)))

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 
 from .base import INDEX, LORA_FILE, STUDENT_CONFIG, Family
 
+CHECKPOINT_RECORD = "state.json"  # of every checkpoint of a run
 LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's is 5e-3, zero terminal SNR is 6e-8
 
 
@@ -29,7 +30,24 @@ def check_folder(name: str, folder: Path) -> None:
     if (folder / LORA_FILE).exists() and not (folder / INDEX).exists():
         raise ValueError(f"{name} is a LoRA, not a teacher; give the model that it was trained on.")
     if not (folder / INDEX).exists():
+        check_no_checkpoint(name)
         raise ValueError(f"{name} has no model_index.json; give a folder that a diffusers pipeline saved.")
+
+
+def check_no_checkpoint(name: str) -> None:
+    """Refuses the checkpoint of a run, or a folder of them, in the place of a student or a teacher.
+
+    Raises:
+        ValueError: naming `rdm-export`, which writes a checkpoint's student.
+    """
+    folder = Path(name)
+    inside = sorted(path for path in folder.glob("checkpoint-*") if (path / CHECKPOINT_RECORD).exists())
+    if not inside and not (folder / CHECKPOINT_RECORD).exists():
+        return
+    kind, example = ("holds checkpoints of an unfinished run", inside[-1]) if inside else ("is a checkpoint", folder)
+    raise ValueError(
+        f"{name} {kind}; write its student first with `rdm-export {example} --output_dir STUDENT`, and give that folder."
+    )
 
 
 def check_no_student(name: str, folder: Path) -> None:

@@ -61,8 +61,8 @@ def check_files(
             )
         if pickles:
             raise ValueError(
-                f"The {what} {name} has pickled weights only ({pickles[0]}), which may run code and are refused; save it "
-                f"anew where you trust it: DiffusionPipeline.from_pretrained({name!r}).save_pretrained('safe')."
+                f"The {what} {name} has pickled weights only ({pickles[0]}), which may run code and are refused; save "
+                f"it anew where you trust it: DiffusionPipeline.from_pretrained({name!r}).save_pretrained('safe')."
             )
         if complete:
             raise ValueError(f"The {what} {name} has no weights of its {component}; save or download it again.")

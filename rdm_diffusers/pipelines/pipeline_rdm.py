@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +14,23 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
-from ..families import FAMILIES, INDEX, LORA_FILE, coming_from_hub, load_options, load_vae, pipeline_config, rebuilt
+from ..families import (
+    FAMILIES,
+    INDEX,
+    LORA_FILE,
+    check_pipeline,
+    coming_from_hub,
+    load_options,
+    load_scheduler,
+    load_vae,
+    pipeline_config,
+    rebuilt,
+)
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
+from .auto_pipelines import register
+from .bases import check_base
+from .saving import forget_origins, stock_parts
 from .student_config import StudentConfig, is_student
 
 logger = logging.get_logger(__name__)
@@ -39,7 +51,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
     and not what it was trained for). Without it a negative prompt has no effect, of which a warning reminds.
     """
 
-    student: StudentConfig | None = None
+    _student: StudentConfig | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass names its stock pipeline second, and is found by that one's name."""
@@ -47,6 +59,19 @@ class RdmDistillationPipeline(DiffusionPipeline):
         stock = cls.__bases__[1]
         cls.__call__ = few_step_call(stock)
         CLASSES[stock.__name__] = cls
+        register(cls, stock)
+
+    @property
+    def student(self) -> StudentConfig | None:
+        """How it is sampled by default; None for a pipeline without a student.
+
+        A pipeline that another one lent its scheduler, as diffusers' AutoPipelines do, is of the same student.
+        """
+        return self._student or getattr(getattr(self, "scheduler", None), "student", None)
+
+    @student.setter
+    def student(self, student: StudentConfig | None) -> None:
+        self._student = student
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> RdmDistillationPipeline:
@@ -82,7 +107,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             kwargs: as in `from_pretrained`; the Hub's options hold for the student.
 
         Raises:
-            ValueError: if `lora` is no LoRA student, or `base` of another family.
+            ValueError: if `lora` is no LoRA student, or `base` of another family, prediction type or noise schedule.
         """
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         found = StudentConfig.load(str(lora), **hub)
@@ -106,7 +131,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
             kwargs: components to replace, and the Hub's options.
 
         Raises:
-            ValueError: if a stock pipeline comes without a student, or with one of another family.
+            ValueError: if a stock pipeline comes without a student, or with one of another family, prediction type or
+                noise schedule.
         """
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         config = getattr(pipeline, "student", None) if student is None else StudentConfig.load(str(student), **hub)
@@ -118,6 +144,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
         if not isinstance(pipeline, target.__bases__[1]):
             kind = type(pipeline).__name__
             raise ValueError(f"{student} is a student of a {config.pipeline_class}, and the pipeline is a {kind}.")
+        if student is not None:
+            check_base(config, "the pipeline", pipeline.scheduler)
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
             shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
@@ -126,7 +154,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
     def _as(self, student: StudentConfig) -> RdmDistillationPipeline:
         """This pipeline, sampling as the student was trained."""
         self.scheduler = RdmScheduler.from_config(student.scheduler)
-        self.student = student
+        self.student = self.scheduler.student = student
         return self
 
     @classmethod
@@ -138,9 +166,10 @@ class RdmDistillationPipeline(DiffusionPipeline):
             return cls._load_stock("student", folder, hub, kwargs)
         base, base_hub = str(student.base_model_name_or_path), {**hub, "revision": student.revision}
         options: dict[str, Any] = {"variant": student.variant, **kwargs}
+        config = pipeline_config(base, **base_hub)
+        check_base(student, base, load_scheduler("teacher", base, config, **base_hub))
         if student.vae is not None and "vae" not in kwargs:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
-            config = pipeline_config(base, **base_hub)
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         pipeline = cls._load_stock("teacher", base, base_hub, options)
         with coming_from_hub("student", name, hub.get("revision")):
@@ -151,47 +180,37 @@ class RdmDistillationPipeline(DiffusionPipeline):
     def _load_stock(cls, what: str, name: str, hub: dict[str, Any], options: dict[str, Any]) -> RdmDistillationPipeline:
         """A pipeline of this class, loaded as stock diffusers does, but all of it in float32 unless told otherwise."""
         dtype = {} if "torch_dtype" in options else {"dtype": torch.float32}
-        options = {**load_options(pipeline_config(name, **hub)), **dtype, **options}
+        config = pipeline_config(name, **hub)
+        check_pipeline(what, name, config, options.keys(), variant=options.get("variant"), **hub)
+        options = {**load_options(config), **dtype, **options}
         with coming_from_hub(what, name, hub.get("revision")):
             return super().from_pretrained(resolve_teacher(name), **hub, **options)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Saves a full student as a stock folder with an `rdm_config.json`; an adapter is fused into the copy.
+        """Saves a full student as a stock folder with an `rdm_config.json`; active adapters are fused into the copy.
 
         Args:
             save_directory: where to.
             kwargs: as in diffusers, `push_to_hub` and `repo_id` among them.
         """
-        if self.student is None:
-            rebuilt(type(self).__bases__[1], self).save_pretrained(save_directory, **kwargs)
+        family, student = FAMILIES[type(self).__bases__[1].__name__], self.student
+        parts = stock_parts(self, family)
+        if student is not None:
+            parts["scheduler"] = family.stock_scheduler(
+                self.scheduler, student.num_inference_steps, student.scheduler["eta"]
+            )
+        stock = rebuilt(family.pipeline_class, self, **parts)
+        if student is None:
+            stock.save_pretrained(save_directory, **kwargs)
             return
-        family = FAMILIES[self.student.pipeline_class]
-        denoiser = family.denoiser(self)
-        if getattr(denoiser, "peft_config", None):
-            denoiser = copy.deepcopy(denoiser)
-            denoiser.fuse_lora()
-            denoiser.unload_lora()
-        scheduler = family.stock_scheduler(
-            self.scheduler, self.student.num_inference_steps, self.student.scheduler["eta"]
-        )
-        replaced = {family.denoiser_name: denoiser, "scheduler": scheduler}
-        stock = rebuilt(family.pipeline_class, self, **replaced)
         folder, push = Path(save_directory), kwargs.pop("push_to_hub", False)
         hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if key in kwargs}
         stock.save_pretrained(folder, **kwargs)
         forget_origins(folder)
-        alone = replace(self.student, base_model_name_or_path=None, revision=None, variant=None, vae=None)
+        alone = replace(student, base_model_name_or_path=None, revision=None, variant=None, vae=None)
         alone.save(folder)
         if push:
             self.push_to_hub(hub.pop("repo_id", folder.resolve().name), **hub)
-
-
-def forget_origins(folder: Path) -> None:
-    """Takes out of a saved pipeline's configurations what folder its parts were loaded from."""
-    for path in folder.glob("*/config.json"):
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None):
-            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 @contextmanager

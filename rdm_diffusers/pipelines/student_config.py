@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..families import STUDENT_CONFIG, fetch
+from ..families import STUDENT_CONFIG, check_no_checkpoint, fetch
 
 FORMAT_VERSION = 1  # raised when older releases would sample a student wrongly, not when something is added
 
@@ -89,6 +89,7 @@ class StudentConfig:
         if not Path(name_or_path).is_dir():
             path = fetch("student", name_or_path, STUDENT_CONFIG, **hub_options)
         elif not path.exists():
+            check_no_checkpoint(name_or_path)
             raise ValueError(
                 f"{name_or_path} has no {STUDENT_CONFIG}, so it is not a student of ours; load it with stock diffusers."
             )
