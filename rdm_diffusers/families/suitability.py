@@ -46,7 +46,7 @@ def check_no_checkpoint(name: str) -> None:
         return
     kind, example = ("holds checkpoints of an unfinished run", inside[-1]) if inside else ("is a checkpoint", folder)
     raise ValueError(
-        f"{name} {kind}; write its student first with `rdm-export {example} --output_dir STUDENT`, and give that folder."
+        f"{name} {kind}; write its student first with `rdm-export {example} --output_dir STUDENT`, and give that."
     )
 
 

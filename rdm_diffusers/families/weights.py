@@ -136,9 +136,7 @@ def problem_in(kind: type[nn.Module], said: Mapping[str, Any]) -> str | None:
         return f"lacks {_listed(said['missing_keys'])}"
     if said["mismatched_keys"]:
         return f"has other shapes than its config.json says, of {_listed(key[0] for key in said['mismatched_keys'])}"
-    if said["unexpected_keys"] and issubclass(
-        kind, ModelMixin
-    ):  # language models are saved with heads that nobody needs
+    if said["unexpected_keys"] and issubclass(kind, ModelMixin):  # language models may have heads that nobody needs
         return f"has tensors that its config.json does not know, {_listed(said['unexpected_keys'])}"
     return None
 
