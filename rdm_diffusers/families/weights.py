@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import diffusers
 import transformers
 from diffusers import ModelMixin
+from safetensors import safe_open
 from torch import nn
 
 SAFE, PICKLED = ".safetensors", (".bin", ".ckpt", ".pt", ".pth")
@@ -125,9 +127,21 @@ def _problem(kind: Any, folder: Path, variant: str | None, stamps: tuple) -> str
     try:
         with quiet():
             _, said = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        absent = _absent_from_shards(folder, variant)
     except Exception as error:  # whatever a library raises of damaged files
         return f"is damaged ({(str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')})"
-    return problem_in(kind, said)
+    return f"lacks {_listed(absent)}" if absent else problem_in(kind, said)
+
+
+def _absent_from_shards(folder: Path, variant: str | None) -> set[str]:
+    """The tensors that a sharded network's index names and its shards lack; diffusers believes the index."""
+    absent: set[str] = set()
+    for index in folder.glob(f"*{SAFE}.index.{variant}.json" if variant else f"*{SAFE}.index.json"):
+        places = json.loads(index.read_text())["weight_map"]
+        for shard in set(places.values()):
+            with safe_open(folder / shard, framework="pt") as file:
+                absent |= {name for name, place in places.items() if place == shard} - set(file.keys())
+    return absent
 
 
 def problem_in(kind: type[nn.Module], said: Mapping[str, Any]) -> str | None:
