@@ -61,7 +61,7 @@ class Interval(Bound):
     def _interval(self) -> str:
         low, high = self.ends
         if self.whole:
-            return f"be a whole number from {low} to {high}"
+            return f"be at least {low} and at most {high}"
         if high < math.inf:
             return f"lie in {self.text}"
         return f"be a finite number above {low:g}" if self.text[0] == "(" else f"be a finite number of {low:g} or more"

@@ -44,10 +44,11 @@ def check_with_teacher(args: argparse.Namespace) -> None:
         check_lora(family)
     family.check_options(prompt_options(args))
     networks, scheduler = _on_meta(args, config, family)
-    if {family.denoiser_name, "vae"} <= networks.keys() and scheduler is not None:  # else loading says what is missing
+    if {family.denoiser_name, "vae"} <= networks.keys():  # else loading says what is missing
         pipeline = meta_pipeline(family, networks)
-        pipeline.scheduler = scheduler
-        _check_steps(args, Teacher(pipeline, family, name))
+        if scheduler is not None:
+            pipeline.scheduler = scheduler
+            _check_steps(args, Teacher(pipeline, family, name))
         _check_sizes(args, family, pipeline)
         _check_denoiser(args, family, family.denoiser(pipeline))
 
