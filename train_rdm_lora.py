@@ -52,6 +52,7 @@ from rdm_diffusers.training.setup import (
     start_trackers,
     teacher_contrast,
 )
+from rdm_diffusers.training.teacher_checks import check_with_teacher
 from rdm_diffusers.training.validation import averaged_student, validate
 
 
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         check_resumable(args, read_arguments(checkpoint))
     prompts = load_prompts(args)
+    check_with_teacher(args)
     accelerator = make_accelerator(args)
     check_hub(args, accelerator)
     rewards = load_rewards(args, accelerator.device)

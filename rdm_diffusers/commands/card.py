@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bounds import FREE_TEXT, PATH, Bound
 from ..evaluation.records import JSON_FILE, read_json
 from ..families import CARD
 from ..hub import write_card
+from ..parsing import Parser
 from ..pipelines import is_student
 from ..training.record import without_folders
 
 ERRORS = (ValueError, OSError)
+BOUNDS: dict[str, Bound] = {"folder": PATH, "name": FREE_TEXT, "evaluation": PATH}
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="rdm-card", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="a student's folder")
+    parser = Parser(prog="rdm-card", description=__doc__)
+    parser.add_argument("folder", help="a student's folder")
     parser.add_argument("--name", help="what its readers load it by, for example me/student; the folder by default")
-    parser.add_argument("--evaluation", type=Path, help="a folder of rdm-evaluate, whose numbers go into the card")
+    parser.add_argument("--evaluation", help="a folder of rdm-evaluate, whose numbers go into the card")
     parser.add_argument("--overwrite", action="store_true", help="replace a README.md that was edited, too")
     return parser
 
@@ -34,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: if the folder holds no student, or the evaluation or another file of it cannot be read.
     """
-    args = make_parser().parse_args(argv)
-    if not is_student(args.folder):
-        raise ValueError(f"{args.folder} holds no student; give the output folder of a training or of rdm-export.")
+    args = make_parser().parse_within(BOUNDS, argv)
+    folder = Path(args.folder)
+    if not is_student(folder):
+        raise ValueError(f"{folder} holds no student; give the output folder of a training or of rdm-export.")
     if args.evaluation:
-        evaluation = for_others(read_json(args.evaluation))
-        (args.folder / JSON_FILE).write_text(json.dumps(evaluation, indent=2) + "\n")
-    card = write_card(args.folder, args.name, args.overwrite)
+        evaluation = for_others(read_json(Path(args.evaluation)))
+        (folder / JSON_FILE).write_text(json.dumps(evaluation, indent=2) + "\n")
+    card = write_card(folder, args.name, args.overwrite)
     edited = card.name != CARD
     print(f"Wrote {card}{f', as {CARD} was edited; replace that with --overwrite' if edited else ''}.")
 

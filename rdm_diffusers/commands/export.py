@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import snapshot_download
 
+from ..bounds import PATH, REVISION, TOKEN, Bound, Text
 from ..evaluation.subjects import DTYPES
 from ..families import coming_from_hub, family_of, pipeline_config, use_token
 from ..hub import (
@@ -31,6 +32,7 @@ from ..hub import (
     write_full,
     writing,
 )
+from ..parsing import Parser
 from ..pipelines import StudentConfig, is_student
 from ..training.checkpoints import PREFIX, RECORD, list_checkpoints
 from ..training.exporting import chosen_weights, export_checkpoint, read_run
@@ -40,6 +42,9 @@ FINDINGS = ("samples.png", "pictures", "metrics.json", "evaluation.json")  # wha
 READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "samples.png", "pictures/*.png"]  # never pickles
 NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*"]
 ERRORS = (ValueError, ImportError, OSError)
+BOUNDS: dict[str, Bound] = {
+    "source": Text("a folder or a Hub id"), "output_dir": PATH, "revision": REVISION, "token": TOKEN,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,10 @@ class Source:
 
 
 # fmt: off
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """What an export takes."""
-    parser = argparse.ArgumentParser(
-        "rdm-export", description="Exports a checkpoint or a student in any format.", allow_abbrev=False,
+    parser = Parser(
+        "rdm-export", description="Exports a checkpoint or a student in any format.",
         epilog="What comes from the Hub is cached where HF_HUB_CACHE or HF_HOME say.",
     )
     add = parser.add_argument
@@ -93,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         ValueError, ImportError, OSError: one sentence on what is wrong and what to do.
     """
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_within(BOUNDS, argv)
     target = Path(args.output_dir).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose another.")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..bounds import FREE_TEXT, PATH, REVISION, TOKEN, Bound, Text, is_git_name
 from ..families import use_token
+from ..parsing import Parser
 from ..training.publish import push_run
 
 ERRORS = (ValueError, OSError)  # of which PushError is one
+BOUNDS: dict[str, Bound] = {
+    "folder": PATH,
+    "repo_id": Text("NAME or USER/NAME"),
+    "token": TOKEN,
+    "revision": REVISION,
+    "commit_message": FREE_TEXT,
+    "tag": Text("a name without blanks and without '..'", is_git_name),
+}
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of `rdm-push`."""
-    parser = argparse.ArgumentParser("rdm-push", description=__doc__, allow_abbrev=False)
+    parser = Parser("rdm-push", description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, help="the student's folder, the --output_dir of its training")
+    add("folder", help="the student's folder, the --output_dir of its training")
     add("repo_id", help="USER/NAME, or a name of your own")
     add("--hub_token", "--token", dest="token", help="with write access; that of `hf auth login` or HF_TOKEN else")
     add("--private", "--hub_private_repo", action="store_true", default=None,
@@ -42,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     Raises:
         ValueError, OSError: one sentence on what is wrong and what to do.
     """
-    args = vars(make_parser().parse_args(argv))
+    args = vars(make_parser().parse_within(BOUNDS, argv))
     use_token(args.pop("token"))
-    address = push_run(**args)
+    address = push_run(Path(args.pop("folder")), **args)
     print(f"The student is at {address}")
     return address
 

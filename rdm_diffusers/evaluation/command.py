@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 
 from ..rewards import WeightedReward, load_reward
-from .arguments import make_compare_parser, parse_args
+from .arguments import COMPARE_BOUNDS, make_compare_parser, parse_args
 from .digests import SAMPLED, digest_of_files, digest_of_tensors, digest_of_texts
 from .features import Features, load_features
 from .image_files import list_images, read_image
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["compare"]:
-        args = make_compare_parser().parse_args(words[1:])
+        args = make_compare_parser().parse_within(COMPARE_BOUNDS, words[1:])
         print(compare(read_json(Path(args.a)), read_json(Path(args.b)), args.ignore))
         return None
     return evaluate_subject(parse_args(words))

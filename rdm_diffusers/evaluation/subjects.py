@@ -74,6 +74,7 @@ def _teacher(args: argparse.Namespace) -> Subject:
     except OSError as error:
         raise ValueError(f"The teacher {name} cannot be loaded ({str(error).splitlines()[0]}).") from error
     pipeline = teacher.pipeline
+    teacher.family.check_options(options)
     solvers = list(solvers_of(pipeline))
     solver = args.solver or solvers[0]
     if solver not in solvers:

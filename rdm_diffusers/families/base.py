@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -104,6 +105,7 @@ class Family(ABC):
         time_embedding_name: the denoiser's module whose output `[B, D]` tells its layers the time.
         lora_target_modules: where a student's LoRA goes by default.
         load_options: what `from_pretrained` is told beyond the usual.
+        longest_prompt: how many tokens the stock pipeline reads at most, where it can be told a number and has a limit.
         has_lora: whether the stock pipeline loads LoRAs; without, students are full ones.
         bins_resolutions: whether the stock pipeline draws at the nearest of its own resolutions, unless told not to.
         comfyui_shift: what in ComfyUI undoes the teacher's shift of times, which the student's even grid has not.
@@ -117,6 +119,7 @@ class Family(ABC):
     time_embedding_name: str
     lora_target_modules: tuple[str, ...]
     load_options: dict[str, Any] = {}
+    longest_prompt: int | None = None
     has_lora: bool = True
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
@@ -162,6 +165,18 @@ class Family(ABC):
             return options.length
         whole = {"use_resolution_binning": False} if self.bins_resolutions else {}
         return {**options.length, "height": options.resolution, "width": options.resolution, **whole}
+
+    def check_options(self, options: PromptOptions) -> None:
+        """Refuses a length of prompts that the stock pipeline cannot be told.
+
+        Raises:
+            ValueError: saying how many tokens it can be told to read.
+        """
+        length, name = options.max_sequence_length, self.pipeline_class.__name__
+        if length is not None and "max_sequence_length" not in signature(self.pipeline_class.__call__).parameters:
+            raise ValueError(f"A {name} reads a fixed number of tokens; leave --max_sequence_length {length} out.")
+        if length is not None and self.longest_prompt is not None and length > self.longest_prompt:
+            raise ValueError(f"--max_sequence_length is {length}; a {name} reads at most {self.longest_prompt} tokens.")
 
     @abstractmethod
     def encode_prompts(

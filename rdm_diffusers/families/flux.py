@@ -18,6 +18,7 @@ class FluxFamily(FlowFamily):
     """Teachers that `FluxPipeline` loads: dev, schnell, and their fine-tunes."""
 
     pipeline_class = FluxPipeline
+    longest_prompt = 512
     comfyui_shift = "*ModelSamplingFlux* with both shifts 0"
     architecture_name = "flux-1"
     lora_target_modules = (

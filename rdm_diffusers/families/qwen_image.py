@@ -21,6 +21,7 @@ class QwenImageFamily(FlowFamily):
     """Teachers that `QwenImagePipeline` loads. Guidance is its `true_cfg_scale`, against a blank prompt."""
 
     pipeline_class = QwenImagePipeline
+    longest_prompt = 1024
     comfyui_shift = "*ModelSamplingAuraFlow* with shift 1"
     architecture_name = "qwen-image"
     lora_target_modules = (

@@ -16,6 +16,7 @@ class StableDiffusion3Family(FlowFamily):
     """Teachers that `StableDiffusion3Pipeline` loads, with or without the third text encoder."""
 
     pipeline_class = StableDiffusion3Pipeline
+    longest_prompt = 512
     comfyui_shift = "*ModelSamplingSD3* with shift 1"
     architecture_name = "stable-diffusion-3"
     lora_target_modules = (

@@ -1,7 +1,7 @@
 """The arguments of a run, in the names of the diffusers example scripts.
 
-`PRESETS` are the method's variants by name; a flag that is given beats its preset. `TINY_DEFAULTS` is what changes when
-an embedded tiny teacher is distilled, on two CPU cores in about ten minutes.
+What each takes stands in `bounds.py`; a flag that is given beats its preset and the tiny teachers' own defaults, which
+stand in `presets.py`.
 """
 
 from __future__ import annotations
@@ -10,58 +10,28 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from ..distillation import (
-    BIAS_ESTIMATORS,
-    COMBINATIONS,
-    GNDM,
-    IMPORTANCE_WEIGHTINGS,
-    JAMES_STEIN,
-    NORMALIZATIONS,
-)
+from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, GNDM, IMPORTANCE_WEIGHTINGS, JAMES_STEIN, NORMALIZATIONS
 from ..families import QUANTIZATIONS, use_token
+from ..parsing import Parser, set_bounds
 from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
+from .bounds import BOUNDS
 from .checks import check_arguments, with_full_names
 from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
+from .presets import ALGORITHM_PRESETS, PRESETS, TINY_DEFAULTS, TINY_FULL_DEFAULTS, TINY_LORA_DEFAULTS
 from .record import command_line
 
 TOKEN_SAFE_TRACKERS = ("tensorboard", "none")  # the others keep the command line
 ALGORITHMS = ("dmd", "gndm", "gndmr")
 
-# fmt: off
-PRESETS: dict[str, dict[str, Any]] = {
-    # name          correction            what R_dm is divided by           fake score               rollouts
-    "dmd2":         dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=5, reuse_rollouts=1),
-    "gndm":         dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=1),
-    "gndm-literal": dict(gndm_lambda=0.0, advantage_normalization="std",    fake_updates_per_step=5, reuse_rollouts=1),
-    "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=2),
-}
-ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
-# fmt: on
 
-TINY_DEFAULTS: dict[str, Any] = dict(
-    guidance_scale=2.0,
-    steps_per_rollout=4,
-    train_batch_size=64,
-    max_train_steps=1400,
-    learning_rate=1e-3,
-    lr_scheduler="cosine",
-    num_eval_images=5000,
-)
-TINY_LORA_DEFAULTS: dict[str, Any] = dict(rank=16, fold_adapters=True)
-TINY_FULL_DEFAULTS: dict[str, Any] = dict(learning_rate=5e-4)
-
-
-def build_parser(description: str | None = None, student: str = "lora") -> argparse.ArgumentParser:
+def build_parser(description: str | None = None, student: str = "lora") -> Parser:
     """The parser of `train_rdm_lora.py`, or for a `full` student of `train_rdm_full.py`.
 
     Every help text names the unit and the default.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     _add_teacher(parser.add_argument_group("teacher and prompts").add_argument)
     _add_method(parser.add_argument_group("method").add_argument)
     _add_rewards(parser.add_argument_group("rewards").add_argument)
@@ -71,6 +41,7 @@ def build_parser(description: str | None = None, student: str = "lora") -> argpa
     _add_output(parser.add_argument_group("output").add_argument)
     _add_hub(parser.add_argument_group("hub").add_argument)
     parser.set_defaults(student=student, tracker_project_name=f"rdm-{student}")
+    set_bounds(parser, BOUNDS)
     return parser
 
 
@@ -85,46 +56,46 @@ def _add_teacher(add) -> None:
     add("--dataset_name", help="dataset whose captions are the prompts; its images are not used")
     add("--dataset_config_name", help="the dataset's configuration")
     add("--caption_column", default="text", help="the dataset's column of captions")
-    add("--max_train_samples", type=int, help="use only so many prompts")
+    add("--max_train_samples", help="use only so many prompts")
     add("--cache_dir", help="where prompt embeddings are cached; by default beside the datasets' cache")
-    add("--max_sequence_length", type=int, help="tokens of a T5 text encoder; the stock pipeline's number by default")
-    add("--resolution", type=int, help="pixels per side; the teacher's own by default")
+    add("--max_sequence_length", help="tokens of a T5 text encoder; the stock pipeline's number by default")
+    add("--resolution", help="pixels per side; the teacher's own by default")
 
 
 def _add_method(add) -> None:
     add("--algorithm", default="gndm", choices=ALGORITHMS,
         help="dmd: DMD2's objective; gndm: group-normalised R_dm; gndmr: gndm and external rewards")
     add("--preset", choices=tuple(PRESETS),
-        help="a variant by name, see the table in arguments.py; the algorithm's by default")
-    add("--num_student_steps", type=int, default=4, help="network calls of the student, 1 to 8 recommended")
-    add("--eta", type=float, default=1.0, help="the student's stochasticity: 1 re-noises, 0 is deterministic")
-    add("--guidance_scale", type=float, default=7.5, help="the teacher's w in R_dm: u + w (c - u); 1 is off")
-    add("--sample_guidance_scale", type=float,
+        help="a variant by name, see the table in presets.py; the algorithm's by default")
+    add("--num_student_steps", default=4, help="network calls of the student, 1 to 8 recommended")
+    add("--eta", default=1.0, help="the student's stochasticity: 1 re-noises, 0 is deterministic")
+    add("--guidance_scale", default=7.5, help="the teacher's w in R_dm: u + w (c - u); 1 is off")
+    add("--sample_guidance_scale",
         help="the teacher's w where it is sampled for samples.png and metrics.json; --guidance_scale by default")
-    add("--group_size", type=int, default=4, help="G, samples of one prompt that share statistics")
-    add("--gndm_lambda", type=_lambda,
-        help=f"strength of GNDM's bias correction, 0 to 1 or {JAMES_STEIN}; the preset's by default")
+    add("--group_size", default=4, help="G, samples of one prompt that share statistics")
+    add("--gndm_lambda",
+        help=f"strength of GNDM's bias correction, or {JAMES_STEIN} to estimate it; the preset's by default")
     add("--bias_estimator", default="shift", choices=BIAS_ESTIMATORS,
         help="how a group's residuals make a bias: as a shift of the student's mean, or in noise units")
-    add("--pool_steps", type=float, default=0.5,
-        help="share of the bias that is measured over all trained states of a rollout, 0 to 1, not at its step alone")
-    add("--debias_pool", type=int, default=1, help="correct only what varies more slowly than so many latent pixels")
+    add("--pool_steps", default=0.5,
+        help="share of the bias that is measured over all trained states of a rollout, not at its step alone")
+    add("--debias_pool", default=1, help="correct only what varies more slowly than so many latent pixels")
     add("--advantage_normalization", choices=NORMALIZATIONS, help="what R_dm is divided by; the preset's by default")
-    add("--num_renoisings", type=int, default=1, help="re-noised copies of each sample that estimate R_dm")
-    add("--fake_updates_per_step", type=int, help="fake-score updates per student update; the preset's by default")
+    add("--num_renoisings", default=1, help="re-noised copies of each sample that estimate R_dm")
+    add("--fake_updates_per_step", help="fake-score updates per student update; the preset's by default")
     add("--fake_score_steps", action=argparse.BooleanOptionalAction, default=False,
         help="tell the fake score which student step a sample comes from")
-    add("--steps_per_rollout", type=int, default=1,
+    add("--steps_per_rollout", default=1,
         help="how many states of each rollout are trained on, chosen at random")
-    add("--reuse_rollouts", type=int, help="updates that one rollout serves; the preset's by default")
+    add("--reuse_rollouts", help="updates that one rollout serves; the preset's by default")
     add("--importance_weighting", default="none", choices=IMPORTANCE_WEIGHTINGS,
         help="how reused rollouts are weighed by their likelihood now")
 
 
 def _add_lora(add) -> None:
-    add("--rank", "--lora_rank", type=int, default=64, help="rank of both LoRAs")
-    add("--lora_alpha", type=int, help="LoRA alpha; the rank by default")
-    add("--lora_layers", help="comma-separated module names for the LoRAs; a wide set by default")
+    add("--rank", "--lora_rank", default=64, help="rank of both LoRAs")
+    add("--lora_alpha", help="LoRA alpha; the rank by default")
+    add("--lora_layers", help="comma-separated names of modules, or the ends of their names; a wide set by default")
     add("--fold_adapters", action=argparse.BooleanOptionalAction, default=False,
         help="run with W + scale B A instead of separate adapter layers: faster where memory allows")
     add("--base_quantization", dest="quantization", choices=tuple(QUANTIZATIONS),
@@ -141,42 +112,35 @@ def _add_rewards(add) -> None:
         help="name[=weights][:weight] or path/to/file.py:function[:weight], repeatable; a Python file is executed")
     add("--reward_dtype", default="float32", choices=tuple(REWARD_DTYPES),
         help="of the weights of pretrained rewards; bfloat16 halves their memory")
-    add("--reward_share", type=float, default=0.2, help="rho, size of the rewards' part beside R_dm, 0 to 1")
+    add("--reward_share", default=0.2, help="rho, size of the rewards' part beside R_dm, 0 to 1")
     add("--reward_combination", default="share", choices=COMBINATIONS,
         help="share: normalised, with --reward_share; sum: DMDR's plain weighted sum of losses")
     add("--projection_guard", action="store_true", help="drop what of the rewards' part opposes R_dm")
     add("--black_box_form", default="tilt", choices=BLACK_BOX_FORMS,
         help="how rewards without gradients act: as a tilt of the target, or by a direction of their own")
-    add("--reward_tilt", type=float, default=0.25,
+    add("--reward_tilt", default=0.25,
         help="kappa, by how many of their standard deviations such rewards are to rise, about, for tilt")
-    add("--num_perturbations", type=int, default=4, help="pairs of perturbed copies per sample, for perturbation")
-    add("--perturbation_scale", type=float, default=0.1, help="their size in units of the latents")
-
-
-def _lambda(text: str) -> float | str:
-    try:
-        return text if text == JAMES_STEIN else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor {JAMES_STEIN}") from error
+    add("--num_perturbations", default=4, help="pairs of perturbed copies per sample, for perturbation")
+    add("--perturbation_scale", default=0.1, help="their size in units of the latents")
 
 
 def _add_optimisation(add) -> None:
-    add("--train_batch_size", type=int, default=4, help="samples per device in one forward and backward")
-    add("--gradient_accumulation_steps", type=int, default=1, help="such batches per update; groups may span them")
-    add("--max_train_steps", type=int, default=5000, help="student updates")
-    add("--learning_rate", type=float, default=1e-4, help="the student's")
-    add("--fake_learning_rate", type=float, help="the fake score's; the student's by default")
+    add("--train_batch_size", default=4, help="samples per device in one forward and backward")
+    add("--gradient_accumulation_steps", default=1, help="such batches per update; groups may span them")
+    add("--max_train_steps", default=5000, help="student updates")
+    add("--learning_rate", default=1e-4, help="the student's")
+    add("--fake_learning_rate", help="the fake score's; the student's by default")
     add("--lr_scheduler", default="constant", help="as in diffusers: constant, cosine, linear, ...")
-    add("--lr_warmup_steps", type=int, default=0, help="updates of warm-up")
-    add("--adam_beta1", type=float, default=0.9, help="of both optimisers")
-    add("--adam_beta2", type=float, default=0.999, help="of both optimisers")
-    add("--adam_weight_decay", type=float, default=1e-2, help="of both optimisers")
-    add("--adam_epsilon", type=float, default=1e-8, help="of both optimisers")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm, each role by itself")
+    add("--lr_warmup_steps", default=0, help="updates of warm-up")
+    add("--adam_beta1", default=0.9, help="of both optimisers")
+    add("--adam_beta2", default=0.999, help="of both optimisers")
+    add("--adam_weight_decay", default=1e-2, help="of both optimisers")
+    add("--adam_epsilon", default=1e-8, help="of both optimisers")
+    add("--max_grad_norm", default=1.0, help="gradients are clipped to this norm, each role by itself; 0 clips nothing")
     add("--use_ema", action=argparse.BooleanOptionalAction, default=True,
         help="export the moving average of the student's weights")
-    add("--ema_decay", type=float, default=0.99, help="per update")
-    add("--seed", type=int, default=0, help="decides every random number of the run")
+    add("--ema_decay", default=0.99, help="per update")
+    add("--seed", default=0, help="decides every random number of the run")
 
 
 def _add_memory(add) -> None:
@@ -198,17 +162,17 @@ def _add_output(add) -> None:
     add("--logging_dir", default="logs", help="trackers' folder inside the output folder")
     add("--report_to", default="tensorboard", help="a tracker that accelerate knows, all, or none")
     add("--tracker_project_name", help="the trackers' name of the project")
-    add("--checkpointing_steps", type=int, default=500, help="updates between checkpoints")
-    add("--checkpoints_total_limit", type=int, help="keep at most so many checkpoints")
+    add("--checkpointing_steps", default=500, help="updates between checkpoints")
+    add("--checkpoints_total_limit", help="keep at most so many checkpoints")
     add("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
     add("--validation_prompt", action="append", help="prompt of the picture grid, repeatable; some of the prompts else")
-    add("--num_validation_images", type=int, default=8, help="pictures in each row")
-    add("--validation_steps", type=int, default=200, help="updates between picture grids")
-    add("--monitor_images", type=int, default=8,
+    add("--num_validation_images", default=8, help="pictures in each row")
+    add("--validation_steps", default=200, help="updates between picture grids")
+    add("--monitor_images", default=8,
         help="pictures of the teacher that the student's contrast is compared with; 0 compares none")
     add("--stop_on_collapse", action="store_true", help="end the run when an alarm rings")
     add("--dry_run", action="store_true", help="check everything, print what memory the run needs, and train nothing")
-    add("--num_eval_images", type=int, default=0, help="pictures that metrics.json measures; 0 measures none")
+    add("--num_eval_images", default=0, help="pictures that metrics.json measures; 0 measures none")
 
 
 def _add_hub(add) -> None:
@@ -233,7 +197,7 @@ def parse_args(
         own = TINY_LORA_DEFAULTS if student == "lora" else TINY_FULL_DEFAULTS
         scale = REFERENCES[name].guidance_scale
         parser.set_defaults(**{**TINY_DEFAULTS, **own}, sample_guidance_scale=scale)
-    args = parser.parse_args(argv)
+    args = parser.parse_within(BOUNDS, argv)
     args.command = command_line(f"train_rdm_{student}.py", sys.argv[1:] if argv is None else argv)
     try:
         hand_on_token(args)
@@ -278,6 +242,8 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
         args.lora_alpha = args.rank
     if args.sample_guidance_scale is None:
         args.sample_guidance_scale = args.guidance_scale
+    if getattr(args, "lora_layers", None):
+        args.lora_layers = ",".join(name.strip() for name in args.lora_layers.split(","))
     check_arguments(args)
     return args
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import tempfile
 from pathlib import Path
 
-from ..distillation import JAMES_STEIN
+from accelerate.tracking import get_available_trackers
+from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
+
 from ..families import full_name
 from ..pipelines import is_student
+from ..tiny import is_tiny
+from .bounds import ETA, SHARE
 from .launch import is_sharded_launch
 from .optimizers import eight_bit_package
 
@@ -25,6 +30,7 @@ FREE_ON_RESUME = {
     "hub_tag_checkpoints", "command",
 }  # fmt: skip
 
+LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
 FOLDERS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")  # where they are no names
 
 
@@ -34,17 +40,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError, ImportError: one sentence on what is wrong and what to do.
     """
-    _check_numbers(args)
     _check_algorithm(args)
     _check_memory(args)
+    _check_optimisation(args)
+    _check_output(args)
     if args.gndm_lambda != 0 and args.group_size == 1:
         raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
     if args.eta not in (0, 1):
-        raise ValueError(f"--eta is {args.eta}; it must be 1 or 0, because no stock scheduler samples in between.")
-    if args.gndm_lambda != JAMES_STEIN and not 0 <= args.gndm_lambda <= 1:
-        raise ValueError(f"--gndm_lambda is {args.gndm_lambda}; it must lie in [0, 1], or be {JAMES_STEIN}.")
-    if not 0 <= args.pool_steps <= 1:
-        raise ValueError(f"--pool_steps is {args.pool_steps}; it must lie in [0, 1].")
+        raise ValueError(f"--eta is {args.eta}; it must {ETA.wants}.")
     if args.steps_per_rollout > args.num_student_steps:
         raise ValueError(
             f"--steps_per_rollout {args.steps_per_rollout} is more than the {args.num_student_steps} steps of a "
@@ -67,10 +70,8 @@ def _check_algorithm(args: argparse.Namespace) -> None:
         raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {args.preset} out or use gndm.")
     if args.algorithm == "dmd" and args.gndm_lambda not in (None, 0):
         raise ValueError(f"--algorithm dmd corrects nothing; leave --gndm_lambda {args.gndm_lambda} out or use gndm.")
-    if not 0 <= args.reward_share <= 1 or (args.reward_share == 1 and not args.projection_guard):
-        raise ValueError(
-            f"--reward_share is {args.reward_share}; it must lie in [0, 1), or be 1 with --projection_guard."
-        )
+    if args.reward_share == 1 and not args.projection_guard:
+        raise ValueError(f"--reward_share is {args.reward_share}; it must {SHARE.wants}.")
     if args.importance_weighting != "none" and (args.reuse_rollouts == 1 or args.eta == 0):
         raise ValueError(
             "--importance_weighting weighs reused rollouts of a stochastic student: it needs --reuse_rollouts above 1 "
@@ -85,10 +86,6 @@ def _check_algorithm(args: argparse.Namespace) -> None:
 
 
 def _check_memory(args: argparse.Namespace) -> None:
-    if args.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            f"--mixed_precision is {args.mixed_precision}; it must be no or bf16: fp16 would need its losses scaled."
-        )
     folds = getattr(args, "fold_adapters", False)
     others = {
         "--gradient_checkpointing": args.gradient_checkpointing,
@@ -107,17 +104,30 @@ def _check_memory(args: argparse.Namespace) -> None:
         raise ValueError("FSDP cannot shard a quantised base; leave out --base_quantization, or FSDP.")
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name in ("num_student_steps", "group_size", "steps_per_rollout", "rank", "train_batch_size",
-                 "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
-                 "learning_rate", "fake_learning_rate", "lora_alpha", "num_renoisings", "reuse_rollouts",
-                 "debias_pool", "num_perturbations", "perturbation_scale", "reward_tilt",
-                 "num_validation_images", "max_train_samples"):  # fmt: skip
-        if getattr(args, name, None) is not None and getattr(args, name) <= 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1 (a rate above 0).")
-    for name in ("fake_updates_per_step", "monitor_images"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 0 or more.")
+def _check_optimisation(args: argparse.Namespace) -> None:
+    if args.lr_scheduler == "polynomial" and min(args.learning_rate, args.fake_learning_rate) <= LAST_RATE:
+        raise ValueError(
+            f"--lr_scheduler polynomial ends at {LAST_RATE:g}, so --learning_rate and --fake_learning_rate must be "
+            "above that."
+        )
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        print("warning: --lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup.")
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    if args.report_to not in ("all", "none") and args.report_to not in map(str, get_available_trackers()):
+        raise ValueError(
+            f"--report_to {args.report_to} needs a package that is not installed: pip install {args.report_to}, or "
+            "choose another tracker, or none."
+        )
+    asked = len(args.validation_prompt or ())
+    if asked > args.num_validation_images:
+        raise ValueError(
+            f"--num_validation_images is {args.num_validation_images}, too few to show all {asked} that "
+            f"--validation_prompt gives; it must be at least {asked}."
+        )
+    if args.num_eval_images and not is_tiny(args.pretrained_model_name_or_path):
+        print("warning: --num_eval_images measures students of the embedded teachers alone; use rdm-evaluate.")
 
 
 def prepare_output(args: argparse.Namespace) -> Path:

@@ -56,7 +56,7 @@ def _is_network(kind: Any) -> bool:
 def meta_pipeline(family: Family, models: dict[str, nn.Module]) -> diffusers.DiffusionPipeline:
     """The stock pipeline of networks on the meta device, which knows its sizes and cannot be called."""
     parts, _ = family.pipeline_class._get_signature_keys(family.pipeline_class)
-    return family.pipeline_class(**{name: models.get(name) for name in parts})
+    return family.pipeline_class(**{name: models.get(name) for name in parts} | family.load_options)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

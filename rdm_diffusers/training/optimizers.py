@@ -24,7 +24,14 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class RoleOptimizer:
-    """A role's trainable parameters with what moves them. The schedule is a function of the update alone."""
+    """A role's trainable parameters with what moves them. The schedule is a function of the update alone.
+
+    Args:
+        parameters: what is trained.
+        optimizer: AdamW, in 32 or 8 bits.
+        schedule: of its learning rate.
+        max_grad_norm: the norm that gradients are clipped to; 0 clips nothing.
+    """
 
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -48,7 +55,7 @@ class RoleOptimizer:
                 "The gradient is not finite; nothing was saved over the last checkpoint. Resume from it with a lower "
                 "learning rate."
             )
-        for kind in kinds:
+        for kind in kinds if self.max_grad_norm else []:
             clip_grads_with_norm_(kind, self.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
