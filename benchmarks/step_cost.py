@@ -83,6 +83,17 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             projection_class_embeddings_input_dim=64,
         ),
     ),
+    "sd35_medium": (
+        dict(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+            pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)),
+        ),
+        dict(
+            sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
+            caption_projection_dim=32, pooled_projection_dim=32, dual_attention_layers=(0,),
+        ),
+    ),
     "sd35_large": (
         dict(
             sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64,
@@ -130,6 +141,7 @@ def command_line(teacher: Path | str, work_dir: Path, **flags: Any) -> list[str]
     words = ["--pretrained_model_name_or_path", str(teacher)]
     words += ["--output_dir", str(work_dir / "run"), "--cache_dir", str(work_dir / "cache")]
     if not is_tiny(str(teacher)):
+        work_dir.mkdir(parents=True, exist_ok=True)
         prompts = work_dir / "prompts.txt"
         prompts.write_text("\n".join(CAPTIONS[:16]) + "\n")
         words += ["--prompts_file", str(prompts)]
@@ -242,7 +254,10 @@ def _make_flux(config: dict[str, Any]) -> DiffusionPipeline:
     )  # fmt: skip
 
 
-MAKERS = {"sd15": _make_sd, "sd_mid": _make_sd, "sdxl": _make_sdxl, "sd35_large": _make_sd3, "flux": _make_flux}
+MAKERS = {
+    "sd15": _make_sd, "sd_mid": _make_sd, "sdxl": _make_sdxl, "sd35_medium": _make_sd3, "sd35_large": _make_sd3,
+    "flux": _make_flux,
+}  # fmt: skip
 
 
 def _noise_scheduler() -> DDIMScheduler:

@@ -22,6 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .adapters import compute_in_input_dtype
 from .families import Conditioning, Family
 from .prediction import NoiseSchedule, to_x0
 from .sharding import whole
@@ -216,7 +217,8 @@ class SharedBase(Networks):
     """One frozen base with two LoRAs: adapter `default` is the student, `fake_score` the fake score, none the teacher.
 
     Args:
-        denoiser: the teacher's network; it is frozen, and the adapters are added to it in float32.
+        denoiser: the teacher's network; it is frozen, and the adapters are added to it in float32. They compute in the
+            dtype of what they read, which is the base's.
         lora_config: the shape of both adapters.
         fold_adapters: compute `W + scale B A` once per update and run the base with those weights, instead of the
             adapters' own small layers. The same numbers to rounding and fewer operations, at the price of one more copy
@@ -225,13 +227,15 @@ class SharedBase(Networks):
 
     Raises:
         ValueError: if adapters are to be folded while gradient checkpointing is on, whose recomputation would not see
-            the folded weights.
+            the folded weights, or into a base that is not float32, which would round them away.
     """
 
     def __init__(self, denoiser: ModelMixin, lora_config: LoraConfig, fold_adapters: bool, *others):
         super().__init__(*others)
         if fold_adapters and getattr(denoiser, "is_gradient_checkpointing", False):
             raise ValueError("--fold_adapters and --gradient_checkpointing exclude each other; drop one of them.")
+        if fold_adapters and denoiser.dtype != torch.float32:
+            raise ValueError("--fold_adapters needs a float32 base: a coarser one rounds the adapters away.")
         self.denoiser = denoiser.requires_grad_(False)
         self.fold_adapters = fold_adapters
         with warnings.catch_warnings():  # peft warns of a second adapter, which is what we are here for
@@ -243,6 +247,8 @@ class SharedBase(Networks):
         for parameter in chain(*self._trainable.values()):
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
+        for layer in self.layers.values():
+            compute_in_input_dtype(layer)
         self._folded: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
         self._wear(None)
 

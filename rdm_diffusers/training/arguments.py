@@ -192,9 +192,12 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parses and checks; wrong arguments end the program with one sentence, before any long work."""
     parser = build_parser(description, student)
-    name = parser.parse_known_args(argv)[0].pretrained_model_name_or_path
+    given = parser.parse_known_args(argv)[0]
+    name = given.pretrained_model_name_or_path
     if is_tiny(name):
         own = TINY_LORA_DEFAULTS if student == "lora" else TINY_FULL_DEFAULTS
+        if given.mixed_precision != "no":
+            own = {flag: value for flag, value in own.items() if flag != "fold_adapters"}  # float32 alone can be folded
         scale = REFERENCES[name].guidance_scale
         parser.set_defaults(**{**TINY_DEFAULTS, **own}, sample_guidance_scale=scale)
     args = parser.parse_within(BOUNDS, argv)

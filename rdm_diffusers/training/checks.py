@@ -91,6 +91,7 @@ def _check_memory(args: argparse.Namespace) -> None:
         "--gradient_checkpointing": args.gradient_checkpointing,
         "--torch_compile": args.torch_compile,
         "--base_quantization": args.quantization,
+        "--mixed_precision bf16": args.mixed_precision == "bf16",  # which would round the adapters away
         "FSDP": is_sharded_launch(),
     }
     for flag, given in others.items():
