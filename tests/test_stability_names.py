@@ -37,6 +37,7 @@ OUTSIDE = [
     "linear_2",
 ]  # of the blocks; no default of a LoRA
 RANK, ALPHA = 2, 5.0
+ZERO_SNR: dict[str, Any] = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 SMALL = {**SDXL_UNET, "block_out_channels": (32, 64, 64), "attention_head_dim": 8, "cross_attention_dim": 16}
 CROSS = dict(down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -115,10 +116,9 @@ def test_diffusers_finds_every_module_by_its_name(layout: str) -> None:
 
 # --- SDXL's original network ---------------------------------------------------------------------------------------
 class Original:
-    """The shapes of the weights of SDXL's original U-Net, as Stability's configuration makes it, by module.
+    """The shapes of the weights of SDXL's original U-Net by module, in the order that Stability's code builds it.
 
-    It states anew, from `model_channels` 320, `channel_mult` 1, 2, 4, two residual blocks a level, transformers of
-    depth 0, 2, 10 and a context of 2048, what is built in which order.
+    `model_channels` 320, `channel_mult` 1, 2, 4, two residual blocks a level, transformers of depth 0, 2, 10.
     """
 
     width, context = 320, 2048
@@ -233,8 +233,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(folder / "student", folder / "base", *OUTSIDE)
 
 
-def deltas(pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
-    layers = {name: layer for name, layer in pipeline.unet.named_modules() if isinstance(layer, LoraLayer)}
+def deltas(unet: nn.Module) -> dict[str, Tensor]:
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)}
     return {name: layer.get_delta_weight(layer.active_adapters[0]) for name, layer in layers.items()}
 
 
@@ -242,7 +242,7 @@ def test_diffusers_loads_the_file_as_it_loads_its_own_to_the_last_bit(student: P
     own, other = make_sdxl(), make_sdxl()
     own.load_lora_weights(student, weight_name="pytorch_lora_weights.safetensors")
     other.load_lora_weights(student / "comfyui", weight_name=comfyui_name(student))
-    expected, found = deltas(own), deltas(other)
+    expected, found = deltas(own.unet), deltas(other.unet)
     assert {"conv_in", "conv_out", "time_embedding.linear_2", "add_embedding.linear_1"} < found.keys()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], delta) for name, delta in expected.items())
@@ -277,10 +277,7 @@ def test_without_its_base_models_configuration_the_file_is_refused(tmp_path: Pat
         ({}, None),
         ({"prediction_type": "epsilon"}, None),
         ({"prediction_type": "v_prediction"}, "*ModelSamplingDiscrete* with v_prediction and zsnr off"),
-        (
-            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
-            "*ModelSamplingDiscrete* with v_prediction and zsnr on",
-        ),
+        (ZERO_SNR, "*ModelSamplingDiscrete* with v_prediction and zsnr on"),
         ({"prediction_type": "sample"}, "*ModelSamplingDiscrete* with x0 and zsnr off"),
     ],
 )
@@ -294,8 +291,7 @@ def test_students_of_flow_matching_keep_the_node_that_takes_the_shift_out() -> N
 
 
 def test_card_and_header_of_a_zero_snr_student_name_the_node(tmp_path: Path) -> None:
-    zsnr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    folder = export(tmp_path / "student", tmp_path / "base", **zsnr)
+    folder = export(tmp_path / "student", tmp_path / "base", **ZERO_SNR)
     card = write_card(folder).read_text()
     assert "at strength 1.0, add *ModelSamplingDiscrete* with v_prediction and zsnr on, and\nset KSampler" in card
     with safe_open(folder / "comfyui" / comfyui_name(folder), "pt") as file:
