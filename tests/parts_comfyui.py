@@ -84,6 +84,65 @@ def stability_modules(unet: nn.Module) -> dict[str, str]:
     return found
 
 
+class Original:
+    """The shapes of the weights of SDXL's original U-Net by module, in the order that Stability's code builds it.
+
+    `model_channels` 320, `channel_mult` 1, 2, 4, two residual blocks a level, transformers of depth 0, 2, 10.
+    """
+
+    width, context = 320, 2048
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        channels = self._down()
+        self._residual("middle_block_0", 1280, 1280)
+        self._attention("middle_block_1", 1280, 10)
+        self._residual("middle_block_2", 1280, 1280)
+        self._up(channels)
+
+    def _down(self) -> list[int]:
+        channels, index = [self.width], 0
+        for level, (mult, depth) in enumerate(((1, 0), (2, 2), (4, 10))):
+            for _ in range(2):
+                index += 1
+                self._residual(f"input_blocks_{index}_0", channels[-1], mult * self.width)
+                self._attention(f"input_blocks_{index}_1", mult * self.width, depth)
+                channels.append(mult * self.width)
+            if level < 2:
+                index += 1
+                self.shapes[f"input_blocks_{index}_0_op"] = (channels[-1], channels[-1], 3, 3)
+                channels.append(channels[-1])
+        return channels
+
+    def _up(self, channels: list[int]) -> None:
+        width, index = channels[-1], 0
+        for level, (mult, depth) in enumerate(((4, 10), (2, 2), (1, 0))):
+            for _ in range(3):
+                self._residual(f"output_blocks_{index}_0", width + channels.pop(), mult * self.width)
+                width = mult * self.width
+                self._attention(f"output_blocks_{index}_1", width, depth)
+                index += 1
+            if level < 2:
+                self.shapes[f"output_blocks_{index - 1}_2_conv"] = (width, width, 3, 3)
+
+    def _residual(self, name: str, before: int, after: int) -> None:
+        self.shapes[f"{name}_in_layers_2"] = (after, before, 3, 3)
+        self.shapes[f"{name}_emb_layers_1"] = (after, 4 * self.width)
+        self.shapes[f"{name}_out_layers_3"] = (after, after, 3, 3)
+        if before != after:
+            self.shapes[f"{name}_skip_connection"] = (after, before, 1, 1)
+
+    def _attention(self, name: str, width: int, depth: int) -> None:
+        if depth:
+            self.shapes |= {f"{name}_proj_in": (width, width), f"{name}_proj_out": (width, width)}
+        for layer in range(depth):
+            block = f"{name}_transformer_blocks_{layer}"
+            self.shapes |= {f"{block}_ff_net_0_proj": (8 * width, width), f"{block}_ff_net_2": (width, 4 * width)}
+            for attention, read in (("attn1", width), ("attn2", self.context)):
+                inputs = {"to_q": width, "to_k": read, "to_v": read, "to_out_0": width}
+                self.shapes |= {f"{block}_{attention}_{part}": (width, size) for part, size in inputs.items()}
+
+
 def modules_of(keys: Iterable[str]) -> dict[str, set[str]]:
     """The file's modules, each with the names of its tensors."""
     modules: dict[str, set[str]] = {}
