@@ -4,6 +4,7 @@ They are written down from what those tools do, independently of what writes the
 (`model_lora_keys_unet`) with `comfy/utils.py` (`unet_to_diffusers`, `mmdit_to_diffusers`, `flux_to_diffusers`,
 `z_image_to_diffusers`) and `comfy/ldm/qwen_image/model.py`; kohya's sd-scripts `networks/lora.py` with
 `library/sdxl_original_unet.py`, whose modules have Stability's names, as they are in SDXL's original checkpoint.
+The AUTOMATIC1111 web UI's `convert_diffusers_name_to_compvis` knows the same names of Stable Diffusion 1 and 2.
 """
 
 from __future__ import annotations
