@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,11 +63,12 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
 
 
-def make_shared(teacher: Teacher, guidance_scale: float = 1.0, rank: int = 2, alpha: int = 4) -> SharedBase:
+def make_shared(
+    teacher: Teacher, guidance_scale: float = 1.0, rank: int = 2, alpha: int = 4, more_layers: Sequence[str] = ()
+) -> SharedBase:
     """The three roles on a loaded teacher, with two different adapters that are always of the same numbers."""
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(teacher.family.lora_target_modules), init_lora_weights="gaussian"
-    )
+    layers = [*teacher.family.lora_target_modules, *more_layers]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights="gaussian")
     torch.manual_seed(1)
     networks = SharedBase(
         teacher.denoiser, config, False, teacher.family, teacher.schedule, teacher.prediction_type,

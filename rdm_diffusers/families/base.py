@@ -109,8 +109,8 @@ class Family(ABC):
         has_lora: whether the stock pipeline loads LoRAs; without, students are full ones.
         bins_resolutions: whether the stock pipeline draws at the nearest of its own resolutions, unless told not to.
         comfyui_shift: what in ComfyUI undoes the teacher's shift of times, which the student's even grid has not.
-        comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, as diffusers does, or None where
-            ComfyUI reads none.
+        comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
+            paths (`kohya`, `stability`), as diffusers does, or None where ComfyUI reads none.
         architecture_name: what ModelSpec, or else its users, call the network.
     """
 
@@ -123,7 +123,7 @@ class Family(ABC):
     has_lora: bool = True
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
-    comfyui_keys: Literal["kohya", "diffusers"] | None = None
+    comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = None
     architecture_name: str = ""
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:

@@ -17,6 +17,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
 
     pipeline_class = StableDiffusionXLPipeline
     load_options = {}
+    comfyui_keys = "stability"
     architecture_name = "stable-diffusion-xl-v1-base"
 
     @torch.no_grad()

@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..families import CARD, FAMILIES
+from ..families import CARD
 from .card_facts import CardFacts, facts_of
 from .card_metrics import eval_results, results
-from .comfyui import comfyui_sampler
+from .comfyui import comfyui_node, comfyui_sampler
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 NEW_CARD = "README.new.md"
@@ -91,7 +91,7 @@ def render(facts: CardFacts) -> ModelCard:
         call_arguments=", ".join(f"{name}={value}" for name, value in call.items()),
         comfyui_link=quote(facts.comfyui or ""),
         comfyui_sampler=comfyui_sampler(student),
-        comfyui_shift=FAMILIES[student.pipeline_class].comfyui_shift,
+        comfyui_node=comfyui_node(student),
         results=results(facts.metrics, facts.evaluation),
         hyperparameters=hyperparameters(facts),
     )

@@ -1,26 +1,34 @@
 """A LoRA student as one file for ComfyUI, and for U-Nets also for kohya's tools and the AUTOMATIC1111 web UI.
 
-U-Nets' files carry kohya's names, `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`; those of
-transformers carry diffusers' names, with the alpha folded into the second matrix. diffusers loads both kinds. One
-module is lost: the AUTOMATIC1111 web UI seeks SDXL's `up_blocks.0.upsamplers.0` where Stable Diffusion 1 has it.
+U-Nets' files carry kohya's names, `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`. The path
+is diffusers' for Stable Diffusion 1 and 2, and Stability's for SDXL, because that is what kohya's tools and the web UI
+know of each. Transformers' files carry diffusers' names, with the alpha folded into the second matrix. diffusers itself
+loads all three kinds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..families import FAMILIES, LORA_FILE, Family
+from ..families import FAMILIES, LORA_FILE, Family, fetch, pipeline_config
 from ..pipelines import StudentConfig
+from ..tiny import resolve_teacher
+from .stability_names import stability_names
+
+logger = logging.get_logger(__name__)
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+DISCRETE = {"v_prediction": "v_prediction", "sample": "x0"}  # predictions in ComfyUI's words; checkpoints tell few
 SDXL_BASE = "sdxl_base_v1-0"  # what kohya's tools call it, and AUTOMATIC1111's web UI knows it by
 
 
@@ -49,7 +57,13 @@ def comfyui_name(folder: Path) -> str:
     return f"{name}-comfyui.safetensors" if f"{name}.safetensors".endswith(LORA_FILE) else f"{name}.safetensors"
 
 
-def write_comfyui(folder: Path, target: Path, pipeline_class: str, dtype: torch.dtype | None = None) -> None:
+def write_comfyui(
+    folder: Path,
+    target: Path,
+    pipeline_class: str,
+    dtype: torch.dtype | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the LoRA of a student's folder as one file.
 
     Args:
@@ -57,17 +71,20 @@ def write_comfyui(folder: Path, target: Path, pipeline_class: str, dtype: torch.
         target: the file; its folder is made.
         pipeline_class: the stock pipeline's name.
         dtype: of the weights; as in the folder by default. Alphas are float32.
+        config: of the base model's network; by default it is read where the base model is, if it is needed.
 
     Raises:
-        ValueError: if ComfyUI reads no LoRAs of this family.
+        ValueError: if ComfyUI reads no LoRAs of this family, or if the configuration is needed and cannot be had.
     """
     check_comfyui(pipeline_class)
-    family = FAMILIES[pipeline_class]
+    family, student = FAMILIES[pipeline_class], StudentConfig.load(str(folder))
     weights, header = read_lora(folder)
     alpha = json.loads(header[LORA_ADAPTER_METADATA_KEY])[f"{family.denoiser_name}.lora_alpha"]
-    tensors = as_comfyui(weights, alpha, family)
+    if family.comfyui_keys == "stability" and config is None:
+        config = network_config(student)
+    tensors = as_comfyui(weights, alpha, family, config or {})
     rank = max(tensor.shape[0] for name, tensor in weights.items() if name.endswith(DOWN))
-    shown = _header(target.stem, family, StudentConfig.load(str(folder)), weights)
+    shown = _header(target.stem, family, student, weights)
     folded = not any(name.endswith(".alpha") for name in tensors)
     shown |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank if folded else alpha))}
     cast = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
@@ -92,30 +109,64 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, header
 
 
-def as_comfyui(weights: Mapping[str, Tensor], alpha: float, family: Family) -> dict[str, Tensor]:
+def network_config(student: StudentConfig) -> dict[str, Any]:
+    """The configuration of a LoRA student's network, as its base model has it.
+
+    Raises:
+        ValueError: if it cannot be had, saying why and what to do.
+    """
+    base = student.base_model_name_or_path or ""
+    pipeline_config(base, revision=student.revision)  # says in one sentence what is wrong with a base model
+    path, folder = f"{FAMILIES[student.pipeline_class].denoiser_name}/config.json", Path(resolve_teacher(base))
+    file = folder / path if folder.is_dir() else fetch("teacher", base, path, revision=student.revision)
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} is missing or damaged; save or download the base model again.") from error
+
+
+def as_comfyui(
+    weights: Mapping[str, Tensor], alpha: float, family: Family, config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """A LoRA's weights under the names that ComfyUI reads.
 
-    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, with an alpha for every module. Those of
-    transformers keep their names; `alpha / rank` goes into the second matrices, as readers take a missing alpha for the
-    rank.
+    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, or has Stability's path, with an alpha for every
+    module. Those of transformers keep their names; `alpha / rank` goes into the second matrices, as readers take a
+    missing alpha for the rank.
 
     Args:
         weights: `[rank, ...]` and `[..., rank]` by their names in diffusers, the component's name first.
         alpha: the LoRA's, for all modules.
         family: the teacher's.
+        config: of the teacher's network; used if the family's names are Stability's.
     """
     if family.comfyui_keys == "diffusers":
         return {
             name: tensor * (alpha / weights[name.removesuffix(UP) + DOWN].shape[0]) if name.endswith(UP) else tensor
             for name, tensor in weights.items()
         }
+    split = {name: name.removeprefix(f"{family.denoiser_name}.").rpartition(".lora_") for name in weights}
+    paths = _paths({path for path, _, _ in split.values()}, family, config)
     named = {}
     for name, tensor in weights.items():
-        path, _, matrix = name.removeprefix(f"{family.denoiser_name}.").rpartition(".lora_")
-        module = f"lora_unet_{path.replace('.', '_')}"
+        path, _, matrix = split[name]
+        module = f"lora_unet_{paths[path].replace('.', '_')}"
         named[f"{module}.{'lora_down' if matrix == 'A.weight' else 'lora_up'}.weight"] = tensor
         named[f"{module}.alpha"] = torch.tensor(float(alpha))
     return named
+
+
+def _paths(modules: Iterable[str], family: Family, config: Mapping[str, Any]) -> dict[str, str]:
+    """What the modules are called, by their paths in diffusers."""
+    if family.comfyui_keys == "stability":
+        try:
+            return stability_names(modules, config)
+        except ValueError as reason:
+            logger.warning(
+                f"The file for ComfyUI keeps diffusers' names of blocks, which ComfyUI reads and kohya's tools and the "
+                f"AUTOMATIC1111 web UI do not: this U-Net is not laid out as Stability's, {reason}."
+            )
+    return {path: path for path in modules}
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -148,7 +199,17 @@ def _usage_hint(student: StudentConfig) -> str:
     """How the student is sampled, in ComfyUI's words, where a CFG of 1 is off."""
     told = student.call_arguments.get("guidance_scale")
     hint = f"{student.num_inference_steps} steps, CFG 1, sampler {comfyui_sampler(student)}"
-    return f"{hint}, embedded guidance {told}" if told else hint
+    node = (comfyui_node(student) or "").replace("*", "")
+    return ", ".join(filter(None, (hint, node, f"embedded guidance {told}" if told else "")))
+
+
+def comfyui_node(student: StudentConfig) -> str | None:
+    """The node that has ComfyUI take the network's output and times as the student does; None where it does anyway."""
+    sampling = DISCRETE.get(student.scheduler.get("prediction_type", ""))
+    if sampling is None:
+        return FAMILIES[student.pipeline_class].comfyui_shift
+    zsnr = "on" if student.scheduler.get("rescale_betas_zero_snr") else "off"
+    return f"*ModelSamplingDiscrete* with {sampling} and zsnr {zsnr}"
 
 
 def comfyui_sampler(student: StudentConfig) -> str:

@@ -65,13 +65,13 @@ def export_lora(
         )
         stock.save_pretrained(folder / "scheduler")
         student_config(teacher, scheduler, **names, **origin).save(folder)
-        _add_comfyui(folder, teacher.family.pipeline_class.__name__)
+        _add_comfyui(folder, teacher.family.pipeline_class.__name__, teacher.denoiser.config)
 
 
-def _add_comfyui(folder: Path, pipeline_class: str) -> None:
+def _add_comfyui(folder: Path, pipeline_class: str, config: Mapping | None = None) -> None:
     """Writes `comfyui/<folder's name>.safetensors`, deep enough not to be found by `load_lora_weights`."""
     if has_comfyui(pipeline_class):
-        write_comfyui(folder, folder / COMFYUI_FOLDER / comfyui_name(folder), pipeline_class)
+        write_comfyui(folder, folder / COMFYUI_FOLDER / comfyui_name(folder), pipeline_class, config=config)
 
 
 def export_full(
