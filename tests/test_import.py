@@ -19,7 +19,7 @@ OPTIONAL = (
     "xformers",
 )  # fmt: skip
 FLOORS = (
-    {"prediction", "frechet", "tiny", "rewards"},
+    {"prediction", "frechet", "prompts", "tiny", "rewards"},
     {"schedulers", "families", "sharding"},
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},
