@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,6 +78,8 @@ def evaluate_subject(args: argparse.Namespace) -> dict[str, Any] | None:
     state = make_state()
     folder = Path(args.output_dir)
     prompts = load_prompt_set(args.prompts) if args.prompts else []
+    if state.is_main_process:
+        check_output(folder)
     given = given_images(args, prompts) if args.images and state.is_main_process else []
     measures = load_measures(args, state.device) if state.is_main_process else None
     if args.images:
@@ -85,7 +88,6 @@ def evaluate_subject(args: argparse.Namespace) -> dict[str, Any] | None:
         files, source = drawn_images(args, prompts, state), folder
     if measures is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = measure(files, prompts, measures, source, state.device)
     record = sealed(as_record(args, prompts, files, source, measures, metrics, state))
     contact_sheet(files).save(aside_of(folder / SHEET))
@@ -96,6 +98,20 @@ def evaluate_subject(args: argparse.Namespace) -> dict[str, Any] | None:
     write_record(folder, record)
     print(as_markdown(record).split("\n\n| setting")[0])
     return record
+
+
+def check_output(folder: Path) -> None:
+    """Makes the output folder.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
 
 
 def make_state() -> PartialState:
