@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__, student="full")
     output_dir = prepare_output(args)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    prompts = load_prompts(args)
     if checkpoint:
         check_resumable(args, read_arguments(checkpoint))
-    prompts = load_prompts(args)
     check_with_teacher(args)
     accelerator = make_accelerator(args)
     check_hub(args, accelerator)

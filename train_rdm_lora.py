@@ -21,7 +21,7 @@ What it does, and the flags that steer it:
   --gradient_checkpointing, --train_batch_size with --gradient_accumulation_steps, --offload
 - speed: --fold_adapters, --torch_compile, --attention_backend, --enable_xformers_memory_efficient_attention
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2
-- prompts, no images: --prompts_file, or --dataset_name with --caption_column
+- prompts, no images: --prompts_file, or --dataset_name with --caption_column, --dataset_split
 - checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C saves one too
 - the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,
   --hub_tag_checkpoints
@@ -61,9 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__)
     output_dir = prepare_output(args)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    prompts = load_prompts(args)
     if checkpoint:
         check_resumable(args, read_arguments(checkpoint))
-    prompts = load_prompts(args)
     check_with_teacher(args)
     accelerator = make_accelerator(args)
     check_hub(args, accelerator)

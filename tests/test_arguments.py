@@ -386,7 +386,15 @@ def test_an_updates_samples_are_groups_times_members_times_states() -> None:
 
 def prompt_arguments(**changes) -> Namespace:
     defaults = dict(prompts_file=None, dataset_name=None, dataset_config_name=None, caption_column="text")
-    return Namespace(**{**defaults, "max_train_samples": None, "pretrained_model_name_or_path": TINY_NAME, **changes})
+    return Namespace(
+        **{
+            **defaults,
+            "dataset_split": "train",
+            "max_train_samples": None,
+            "pretrained_model_name_or_path": TINY_NAME,
+            **changes,
+        }
+    )
 
 
 def test_prompts_come_from_a_file_from_a_datasets_column_or_with_the_tiny_teacher(

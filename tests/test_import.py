@@ -19,7 +19,7 @@ OPTIONAL = (
     "xformers",
 )  # fmt: skip
 FLOORS = (
-    {"bounds", "parsing", "prediction", "frechet", "tiny", "rewards"},
+    {"bounds", "parsing", "prediction", "frechet", "prompts", "tiny", "rewards"},
     {"schedulers", "families", "sharding"},
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},

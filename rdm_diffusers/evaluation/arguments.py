@@ -71,7 +71,11 @@ def make_parser() -> Parser:
 def _add_subject(add) -> None:
     add("--student", metavar="FOLDER_OR_HUB_ID", help="a LoRA or full student, sampled as it was trained to be")
     add("--teacher", metavar="NAME", help="a stock pipeline: a folder, a Hub id, tiny, tiny-v or tiny-flow")
-    add("--images", metavar="FOLDER", help="pictures that are there already; prompt i belongs to the i-th by name")
+    add(
+        "--images",
+        metavar="FOLDER",
+        help="pictures that are there already, in the order of their numbers; the i-th belongs to prompt i",
+    )
 
 
 def _add_sampling(add) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,16 +17,19 @@ from accelerate import PartialState
 
 from ..rewards import WeightedReward, load_reward
 from .arguments import COMPARE_BOUNDS, make_compare_parser, parse_args
+from .batches import images_per_second
 from .digests import SAMPLED, digest_of_files, digest_of_tensors, digest_of_texts
 from .features import Features, load_features
-from .image_files import list_images, read_image
+from .image_files import damaged, list_images, read_image
 from .measuring import measure_accuracy, measure_distances, measure_reward
+from .pairing import as_paired, pair
 from .pictures import contact_sheet
 from .prompt_sets import load_prompt_set, prompts_for
 from .records import NOTE, as_markdown, compare, read_json, write_record
 from .references import Reference, load_reference, save_reference
 from .report import machine
-from .sampling import Plan, draw, images_per_second, read_record
+from .sampling import Plan, beside, changed, draw, read_record
+from .sealing import aside_of, sealed
 from .subjects import DRAWING, DTYPES, load_subject, versions
 
 PATIENCE = timedelta(days=2)  # processes that have drawn their share wait for the slowest
@@ -74,23 +78,40 @@ def evaluate_subject(args: argparse.Namespace) -> dict[str, Any] | None:
     state = make_state()
     folder = Path(args.output_dir)
     prompts = load_prompt_set(args.prompts) if args.prompts else []
+    if state.is_main_process:
+        check_output(folder)
+    given = given_images(args, prompts) if args.images and state.is_main_process else []
     measures = load_measures(args, state.device) if state.is_main_process else None
     if args.images:
-        files, source = given_images(args, prompts), Path(args.images).parent
+        files, source = given, beside(Path(args.images))
     else:
         files, source = drawn_images(args, prompts, state), folder
     if measures is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = measure(files, prompts, measures, source, state.device)
-    record = as_record(args, prompts, files, source, measures, metrics, state)
-    contact_sheet(files).save(folder / SHEET)
+    record = sealed(as_record(args, prompts, files, source, measures, metrics, state))
+    contact_sheet(files).save(aside_of(folder / SHEET))
+    aside_of(folder / SHEET).replace(folder / SHEET)
     for name, reference in measures.references.items():
         if measures.features is not None:
             save_reference(reference, measures.features, folder / f"reference_{name}.safetensors")
     write_record(folder, record)
     print(as_markdown(record).split("\n\n| setting")[0])
     return record
+
+
+def check_output(folder: Path) -> None:
+    """Makes the output folder.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
 
 
 def make_state() -> PartialState:
@@ -130,20 +151,30 @@ def load_measures(args: argparse.Namespace, device: torch.device) -> Measures:
 
 
 def given_images(args: argparse.Namespace, prompts: Sequence[str]) -> list[Path]:
-    """The pictures of `--images`.
+    """The pictures of `--images`, in the order of their prompts; says how they are paired.
 
     Raises:
-        ValueError: if there are too few, or if they were drawn for other prompts.
+        ValueError: if there are too few, if they were drawn for other prompts, if it is open which prompt one belongs
+            to, or if one is damaged.
     """
     files = list_images(Path(args.images))
     if args.num_images and args.num_images > len(files):
         raise ValueError(f"{args.images} holds {len(files)} pictures, not {args.num_images}; lower --num_images.")
-    drawn_for = read_record(Path(args.images).parent).get("prompts_sha256")
+    drawn_for = read_record(beside(Path(args.images))).get("prompts_sha256")
     if prompts and drawn_for not in (None, digest_of_texts(prompts)):
         raise ValueError(
             f"The pictures in {args.images} were drawn for other prompts than {args.prompts}; give theirs."
         )
-    return files[: args.num_images]
+    files = pair(files, prompts, args.num_images)
+    useless = damaged(files)
+    if useless:
+        raise ValueError(f"{len(useless)} of {len(files)} pictures are damaged: {min(useless.values())}")
+    others = changed(files)
+    if others:
+        raise ValueError(f"The picture {others[0]} was changed since it was drawn; remove it and draw it again.")
+    if prompts:
+        print(as_paired(files, prompts))
+    return files
 
 
 def drawn_images(args: argparse.Namespace, prompts: Sequence[str], state: PartialState) -> list[Path]:

@@ -15,14 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..tiny.classifier import load_classifier
+from ..tiny.classifier import FEATURE_DIM, load_classifier
 from ..tiny.handwriting import IMAGE_SIZE
 from .digests import digest_of_tensors
 from .image_files import read_batches
 
 EXTRA = "pip install 'rdm-diffusers[eval]'"
 INCEPTION_SIZE = 299
-INCEPTION_LAYER = "2048"
+INCEPTION_FEATURES = 2048
+INCEPTION_LAYER = str(INCEPTION_FEATURES)
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Features:
 
     Args:
         name: one of `FEATURES`.
+        dimensions: D.
         extract: pictures `[B, 3, H, W]`, uint8, on any device -> features `[B, D]`, float32. No gradients.
         resize: how pictures come to the network's size, in words.
         weights_sha256: of the weights' names and numbers.
     """
 
     name: str
+    dimensions: int
     extract: Callable[[Tensor], Tensor]
     resize: str
     weights_sha256: str
@@ -83,7 +86,7 @@ def _tiny(weights: str | None, device: torch.device) -> Features:
             )
         return network.features(images.float() / 255)
 
-    return Features("tiny", extract, "none", digest_of_tensors(network.state_dict()))
+    return Features("tiny", FEATURE_DIM, extract, "none", digest_of_tensors(network.state_dict()))
 
 
 def _inception(weights: str | None, device: torch.device) -> Features:
@@ -102,7 +105,7 @@ def _inception(weights: str | None, device: torch.device) -> Features:
         raise _unloadable(weights, error) from error
     network = network.to(device)
     return Features(
-        "inception", lambda images: network(images)[0],
+        "inception", INCEPTION_FEATURES, lambda images: network(images)[0],
         f"bilinear to {INCEPTION_SIZE} without antialiasing, as TensorFlow 1 (torch-fidelity)",
         digest_of_tensors(network.state_dict()),
     )  # fmt: skip
@@ -127,7 +130,7 @@ def _clean(weights: str | None, device: torch.device) -> Features:
         return network(torch.stack([resize_clean(image) for image in images.cpu()]).to(device))
 
     resize = f"bicubic to {INCEPTION_SIZE} with antialiasing, not rounded (Pillow, as clean-fid)"
-    return Features("inception-clean", extract, resize, digest_of_tensors(network.state_dict()))
+    return Features("inception-clean", INCEPTION_FEATURES, extract, resize, digest_of_tensors(network.state_dict()))
 
 
 def resize_clean(image: Tensor) -> Tensor:
@@ -140,7 +143,8 @@ def resize_clean(image: Tensor) -> Tensor:
 def _read_tensors(path: str) -> Mapping[str, Tensor]:
     """The tensors of a safetensors file, or of a `.pth` that holds nothing but tensors: none of its code is run."""
     try:
-        return load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        found = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        return {name: tensor for name, tensor in dict(found).items() if isinstance(tensor, Tensor)}
     except Exception as error:  # torch.load has many
         raise _unloadable(path, error) from error
 

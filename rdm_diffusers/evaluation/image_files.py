@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,16 @@ from tqdm import tqdm
 from .pictures import to_pil
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 READ_AT_ONCE = 32  # always as many, so that no setting of the sampler's moves what is measured
 
 
@@ -47,13 +61,31 @@ def read_image(path: Path) -> Tensor:
     """A picture `[3, H, W]`, uint8.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read, or if it was changed so that a check sum in it shows.
     """
     try:
-        with Image.open(path) as picture:
+        content = path.read_bytes()
+        with Image.open(BytesIO(content)) as picture:
+            picture.verify()  # a PNG's check sums, which are not looked at when it is decoded
+        with Image.open(BytesIO(content)) as picture:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
+    except BROKEN as error:
         raise ValueError(f"The picture {path} cannot be read ({error}); remove it and start again.") from error
+
+
+def damaged(files: Sequence[Path]) -> dict[Path, str]:
+    """Those of the pictures that `read_image` refuses, and its sentence."""
+
+    def complaint(path: Path) -> str | None:
+        try:
+            read_image(path)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        said = dict(zip(files, pool.map(complaint, files), strict=True))
+    return {path: sentence for path, sentence in said.items() if sentence is not None}
 
 
 def read_batches(files: Sequence[Path], shown: str | None = None, at_once: int = READ_AT_ONCE) -> Iterator[Tensor]:

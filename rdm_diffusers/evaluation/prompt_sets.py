@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
+from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
 from ..tiny.captions import CAPTIONS
 
@@ -39,7 +40,7 @@ def load_prompt_set(name: str) -> list[str]:
             f"The prompts {known} could not be had ({str(error).splitlines()[0]}); connect to the network, or give "
             f"--prompts {known}=FOLDER with a copy of the dataset, or a file with one prompt a line."
         ) from error
-    return _some(prompts, name)
+    return prompts
 
 
 def prompts_for(prompts: Sequence[str], indices: Sequence[int]) -> list[str]:
@@ -48,25 +49,34 @@ def prompts_for(prompts: Sequence[str], indices: Sequence[int]) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"--prompts {path} is neither a file nor one of {', '.join(PROMPT_SETS)}; give a text file with one prompt "
             "a line."
         )
-    return _some([line.strip() for line in path.read_text(encoding="utf-8").splitlines()], str(path))
-
-
-def _some(prompts: Sequence[object], name: str) -> list[str]:
-    texts = [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
-    if not texts:
-        raise ValueError(f"--prompts {name} holds no prompts; write one a line.")
-    return texts
+    if path.suffix.lower() in DATA_FILES:
+        raise ValueError(f"--prompts {path} is a table; write its captions into a text file, one a line.")
+    return read_prompts(path, "--prompts")
 
 
 def _hpdv2(folder: str | None) -> list[str]:
     """The benchmark prompts of HPSv2 (arXiv 2306.09341), the four styles in turn, so that any first N are balanced."""
-    styles = [json.loads(_hpdv2_file(style, folder).read_text(encoding="utf-8")) for style in HPDV2_STYLES]
-    return list(chain.from_iterable(zip(*styles, strict=False)))
+    styles = [_read_list(_hpdv2_file(style, folder)) for style in HPDV2_STYLES]
+    if len({len(style) for style in styles}) != 1:
+        raise ValueError(f"its four styles have {', '.join(str(len(style)) for style in styles)} prompts, not as many")
+    return list(chain.from_iterable(zip(*styles, strict=True)))
+
+
+def _read_list(path: Path) -> list[str]:
+    """A JSON list of prompts."""
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    texts = isinstance(prompts, list) and all(isinstance(text, str) and text.strip() for text in prompts)
+    if not texts or not prompts:
+        raise ValueError(f"{path} is no list of prompts")
+    return prompts
 
 
 def _hpdv2_file(style: str, folder: str | None) -> Path:
@@ -84,15 +94,11 @@ def _hpdv2_file(style: str, folder: str | None) -> Path:
 
 
 def _column(dataset: str, column: str) -> Callable[[str | None], list[str]]:
-    """A reader of one column of a Hub dataset, or of a local copy of it."""
+    """A reader of one column of a Hub dataset, or of a local copy of it; of a row's several captions, of the first."""
 
     def read(folder: str | None) -> list[str]:
-        from datasets import load_dataset
-
-        loaded = load_dataset(folder or dataset, split=SPLIT)
-        if column not in loaded.column_names:
-            raise ValueError(f"it has no column {column}, only {', '.join(loaded.column_names)}")
-        return list(loaded.select_columns(column)[column])
+        rows = read_captions(folder or dataset, column, SPLIT, flags=("the dataset", "the column"))
+        return [captions[0] for captions in rows]
 
     return read
 

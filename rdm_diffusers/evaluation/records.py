@@ -7,28 +7,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .sealing import unsealed, write_whole
+
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 NOTE = "All numbers are of the picture files, 8 bits a channel, so that drawn and given pictures are measured alike."
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes `evaluation.json` and `evaluation.md`."""
-    (folder / JSON_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    (folder / TABLE_FILE).write_text(as_markdown(record))
+    """Writes `evaluation.md` and, last of all, `evaluation.json`, each as a whole."""
+    write_whole(folder / TABLE_FILE, as_markdown(record))
+    write_whole(folder / JSON_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """An `evaluation.json`, or that of a folder.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or if it was changed since it was written.
     """
     path = path / JSON_FILE if path.is_dir() else path
     try:
-        record = json.loads(path.read_text())
-        if not {"settings", "metrics", "subject"} <= record.keys():
+        record = unsealed(path.read_text(encoding="utf-8"))
+        if not all(isinstance(record.get(part), dict) for part in ("settings", "metrics", "subject")):
             raise ValueError("it has no settings, metrics and subject")
-    except (OSError, ValueError, AttributeError) as error:
+        for value, error, _ in rows_of(record["metrics"]).values():
+            number(value), number(error)
+        if not {"kind", "name"} <= record["subject"].keys():
+            raise ValueError("its subject has no name")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no JSON of rdm-evaluate ({error}); give its {JSON_FILE}.") from error
     return record
 

@@ -20,6 +20,7 @@ from ..tiny.reference import load_quality
 from .metrics import Metrics, measure
 from .pictures import labelled_rows, to_pil
 from .samplers import Sampler, solvers_of, teacher_sampler
+from .sealing import write_whole
 
 TEACHER_STEPS = 50
 READING = ("max_sequence_length", "height", "width", "use_resolution_binning")
@@ -146,7 +147,7 @@ def write_metrics(path: Path, metrics: dict[str, Metrics], arguments: dict, prom
     record["seed"] = arguments.get("seed")
     record["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     record["machine"] = machine()
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
 def machine() -> str:

@@ -52,10 +52,13 @@ def _add_teacher(add) -> None:
     add("--pretrained_vae_model_name_or_path", help="another autoencoder than the teacher's: a folder or a Hub id")
     add("--revision", help="the teacher's Hub revision")
     add("--variant", help="the teacher's weight variant, for example fp16")
-    add("--prompts_file", help="text file with one prompt a line")
-    add("--dataset_name", help="dataset whose captions are the prompts; its images are not used")
+    add("--prompts_file", help="text file with one prompt a line, in UTF-8")
+    add("--dataset_name", help="dataset whose captions are the prompts, its images are not used: a Hub id, a folder "
+        "(of data files, or by save_to_disk), or one csv, json, jsonl, parquet, arrow or txt file")
     add("--dataset_config_name", help="the dataset's configuration")
-    add("--caption_column", default="text", help="the dataset's column of captions")
+    add("--dataset_split", "--dataset_split_name", "--dataset_train_split", default="train",
+        help="the dataset's split, or a slice of one, for example validation or train[:1000]")
+    add("--caption_column", default="text", help="the dataset's column of captions; all of a row with several")
     add("--max_train_samples", help="use only so many prompts")
     add("--cache_dir", help="where prompt embeddings are cached; by default beside the datasets' cache")
     add("--max_sequence_length", help="tokens of a T5 text encoder; the stock pipeline's number by default")

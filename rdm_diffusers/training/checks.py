@@ -31,6 +31,10 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
+# Where the prompts come from is free, too, where their digest says that they are the same.
+PROMPTS, PROMPTS_DIGEST = {
+    "prompts_file", "dataset_name", "dataset_config_name", "dataset_split", "caption_column", "max_train_samples",
+}, "prompts_sha256"  # fmt: skip
 FOLDERS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")  # where they are no names
 
 
@@ -162,11 +166,13 @@ def check_resumable(args: argparse.Namespace, saved: dict) -> None:
     """Refuses to resume with arguments that would make another run of it.
 
     Raises:
-        ValueError: naming the flags that differ.
+        ValueError: naming the flags that differ, or saying that the prompts do.
     """
-    now, saved = json.loads(json.dumps(vars(args))), with_full_names(saved)
+    now, saved = json.loads(json.dumps(vars(args))), {"dataset_split": "train", **with_full_names(saved)}
     free = FREE_ON_RESUME - (set() if args.lr_scheduler.startswith("constant") else {"max_train_steps"})
+    free |= PROMPTS if {PROMPTS_DIGEST} <= now.keys() & saved.keys() else {PROMPTS_DIGEST}  # version 0.1.0 had none
     changed = [name for name in saved if name not in free and now.get(name) != saved[name]]
     if changed:
-        flags = ", ".join(f"--{name} (was {saved[name]}, is {now.get(name)})" for name in changed)
+        told = {name: f"--{name} (was {saved[name]}, is {now.get(name)})" for name in changed}
+        flags = ", ".join((told | {PROMPTS_DIGEST: "other prompts"})[name] for name in changed)
         raise ValueError(f"The checkpoint was made with other arguments: {flags}; set them back or start a new run.")

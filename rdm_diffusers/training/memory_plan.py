@@ -23,9 +23,9 @@ from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks,
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS
 from . import memory_model as model
+from .embeddings import embed_prompts
 from .finish import PICTURES_AT_ONCE
 from .launch import is_sharded_launch
-from .prompts import embed_prompts
 from .setup import CONTRAST_STEPS, DTYPES, lora_config, prompt_options
 
 GIB = 2**30

@@ -1,63 +1,66 @@
-"""Prompts: where they come from, their embeddings (encoded once, cached on disk), and which group gets which."""
+"""Prompts: where they come from, and which group gets which."""
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
-import datasets
-import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Array2D, Dataset, Features, Sequence as Row, Value
-from torch import Tensor
+from datasets import Dataset
 
 from ..distillation import Draws
+from ..evaluation.digests import digest_of_texts
 from ..families import Conditioning, Teacher
+from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
 from ..tiny.captions import CAPTIONS
+from .embeddings import embed_prompts, fingerprint_of
 from .placement import visiting
 
+OF_DATASETS = {"dataset_config_name": None, "dataset_split": "train", "caption_column": "text"}  # and their defaults
 
-def load_prompts(args) -> list[str]:
+
+def load_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts that the arguments name; for the tiny teacher its own 240 captions by default.
 
+    Of a dataset whose rows have several captions, all are prompts, row after row. `args.prompts_sha256` becomes their
+    digest, by which a resumed run knows them.
+
     Raises:
-        ValueError: if the file is missing or empty, the column is missing, or a real teacher has no prompts.
+        ValueError: one sentence, if they cannot be read, if a flag has no effect, or if a real teacher has no prompts.
     """
+    _check_source(args)
     if args.prompts_file is not None:
-        prompts = _read_lines(Path(args.prompts_file))
+        prompts = read_prompts(Path(args.prompts_file), "--prompts_file")
     elif args.dataset_name is not None:
-        prompts = _read_column(args.dataset_name, args.dataset_config_name, args.caption_column)
+        rows = read_captions(args.dataset_name, args.caption_column, args.dataset_split, args.dataset_config_name)
+        prompts = list(chain.from_iterable(rows))
     elif is_tiny(args.pretrained_model_name_or_path):
         prompts = list(CAPTIONS)
     else:
         raise ValueError("No prompts: give --prompts_file, or --dataset_name with --caption_column.")
-    return prompts[: args.max_train_samples]
-
-
-def _read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"--prompts_file {path} does not exist; give a text file with one prompt a line.")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts_file {path} holds no prompts; write one a line.")
+    prompts = prompts[: args.max_train_samples]
+    args.prompts_sha256 = digest_of_texts(prompts)
     return prompts
 
 
-def _read_column(name: str, config: str | None, column: str) -> list[str]:
-    dataset = datasets.load_dataset(name, config, split="train")
-    if column not in dataset.column_names:
+def _check_source(args: argparse.Namespace) -> None:
+    """Refuses flags that would have no effect, and files that belong to another flag."""
+    if args.prompts_file is not None and args.dataset_name is not None:
+        raise ValueError("--prompts_file and --dataset_name both name the prompts; leave one of them out.")
+    idle = [f"--{name}" for name, usual in OF_DATASETS.items() if getattr(args, name) != usual]
+    if idle and args.dataset_name is None:
+        raise ValueError(f"{', '.join(idle)} would have no effect without --dataset_name; leave out, or add that.")
+    if args.prompts_file is not None and Path(args.prompts_file).suffix.lower() in DATA_FILES:
         raise ValueError(
-            f"--caption_column {column} is not in {name}; its columns are {', '.join(dataset.column_names)}."
+            f"--prompts_file {args.prompts_file} is a table, not a text file with one prompt a line; give it with "
+            "--dataset_name and --caption_column."
         )
-    prompts = [text for text in dataset[column] if isinstance(text, str) and text.strip()]
-    if not prompts:
-        raise ValueError(f"The column {column} of {name} holds no prompts.")
-    return prompts
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:
@@ -87,7 +90,7 @@ class Texts:
 def read_texts(teacher: Teacher, prompts: list[str], args, accelerator: Accelerator) -> Texts:
     """Has the text encoders visit the device to read everything; prompts that an earlier run read are found cached."""
     shown = spread(args.validation_prompt or prompts, args.num_validation_images)
-    fingerprint = _fingerprint(teacher, prompts)
+    fingerprint = fingerprint_of(teacher, prompts)
     with visiting(teacher.text_encoders, accelerator.device):
         with accelerator.local_main_process_first():
             embeddings = embed_prompts(teacher, prompts, args.cache_dir, fingerprint)
@@ -134,64 +137,3 @@ class PromptGroups:
         rows = self.embeddings[list(indices)]
         conditioning = Conditioning({name: torch.stack(list(column)) for name, column in rows.items()})
         return conditioning.to(self.draws.device, self.dtype)
-
-
-def embed_prompts(
-    teacher: Teacher, prompts: Sequence[str], cache_dir: str | None, fingerprint: str, batch_size: int = 8
-) -> Dataset:
-    """Encodes the prompts with the teacher's text encoders, or reads what an earlier run cached.
-
-    Args:
-        teacher: the teacher.
-        prompts: N prompts.
-        cache_dir: where the cache lives; by default beside the datasets' own.
-        fingerprint: the cache's key.
-        batch_size: prompts encoded at once.
-
-    Returns:
-        A memory-mapped dataset of N rows with a column for each tensor of the family's conditioning.
-    """
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "rdm_embeddings"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
-        conditioning = teacher.encode_prompts(batch["prompt"])
-        return {name: _storable(tensor).cpu().numpy() for name, tensor in conditioning.tensors.items()}
-
-    example = teacher.encode_prompts(prompts[:1])
-    features = Features({name: _feature(_storable(tensor)[0]) for name, tensor in example.tensors.items()})
-    datasets.disable_progress_bars()
-    return (
-        Dataset.from_dict({"prompt": list(prompts)})
-        .map(
-            encode,
-            batched=True,
-            batch_size=batch_size,
-            remove_columns=["prompt"],
-            features=features,
-            new_fingerprint=fingerprint,
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        )
-        .with_format("torch")
-    )
-
-
-def _storable(tensor: Tensor) -> Tensor:
-    """bfloat16, which the cache's format lacks, widened to float32."""
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-
-
-def _feature(row: Tensor):
-    dtype = str(row.dtype).removeprefix("torch.")
-    if row.ndim == 2:
-        return Array2D(shape=tuple(row.shape), dtype=dtype)
-    return Row(Value(dtype), length=len(row))
-
-
-def _fingerprint(teacher: Teacher, prompts: Sequence[str]) -> str:
-    """Of the prompts, how they are read, and the text encoders' weights, so that no cached embedding can be stale."""
-    digest = hashlib.sha256(repr((list(prompts), teacher.options)).encode())
-    for encoder in teacher.text_encoders:
-        for parameter in encoder.parameters():
-            digest.update(repr((str(parameter.dtype), parameter.double().sum().item())).encode())
-    return digest.hexdigest()[:32]

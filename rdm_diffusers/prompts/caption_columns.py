@@ -1,0 +1,132 @@
+"""Prompts from the captions of a dataset: on the Hub, in a folder, or in a file."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .text_files import cleaned, read_prompts, warn_of_long
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DATA_FILES: dict[str, tuple[str, dict[str, str]]] = {  # ending -> the builder of `datasets` that reads it
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+TEXT_FILE, TEXT_COLUMN = ".txt", "text"
+SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # what `save_to_disk` leaves in a folder
+TEXTS = ("string", "large_string", "string_view", "null")
+FLAGS = ("--dataset_name", "--caption_column")
+
+
+def read_captions(
+    place: str, column: str, split: str = "train", config: str | None = None, flags: tuple[str, str] = FLAGS
+) -> list[list[str]]:
+    """The captions of each row that has one, in the dataset's order.
+
+    Args:
+        place: a Hub id; a folder of data files, or one that `save_to_disk` wrote; or a data file.
+        column: holds a text, or a list of texts that all describe one picture.
+        split: of the dataset, or a slice of one, as `datasets` writes it: `train[:1000]`.
+        config: its configuration.
+        flags: what named the dataset and the column, for the messages.
+
+    Returns:
+        For each row at least one caption; of rows without, a warning says how many there are.
+
+    Raises:
+        ValueError: one sentence, if it cannot be read, or if the column is missing, is no text, or is empty.
+    """
+    source = f"{flags[0]} {place}"
+    is_text = Path(place).is_file() and Path(place).suffix.lower() == TEXT_FILE and split == "train"
+    dataset = _read_text(Path(place), flags[0]) if is_text else _load(place, split, config, source)
+    if column not in dataset.column_names:
+        raise ValueError(f"{flags[1]} {column} is not in {place}; its columns are {', '.join(dataset.column_names)}.")
+    kind = _kind(dataset.features[column])
+    if kind not in TEXTS and kind != "Json":
+        raise ValueError(f"{flags[1]} {column} of {place} holds {kind}, not text; choose another.")
+    try:
+        values = dataset.select_columns([column])[:][column]
+    except Exception as error:  # as above
+        raise ValueError(f"{source} is damaged ({_reason(error)}); download or write it again.") from error
+    rows = [list(_texts(value, f"{flags[1]} {column} of {place}", i)) for i, value in enumerate(values)]
+    found = [row for row in rows if row]
+    if not found:
+        raise ValueError(f"The column {column} of {place} holds no prompts.")
+    if len(found) < len(rows):
+        count = f"{len(rows) - len(found)} of {len(rows)}"
+        warnings.warn(f"{count} rows of {place} have no text in {column}; they are left out.", stacklevel=2)
+    warn_of_long([text for row in found for text in row], source)
+    return found
+
+
+def _read_text(path: Path, flag: str) -> Dataset:
+    """A text file's lines, which `datasets` would cut and clean otherwise."""
+    import datasets
+
+    return datasets.Dataset.from_dict({TEXT_COLUMN: read_prompts(path, flag)})
+
+
+def _load(place: str, split: str, config: str | None, source: str) -> Dataset:
+    import datasets
+
+    path = Path(place)
+    try:
+        if path.is_file():
+            return _load_file(path, split)
+        if any(all((path / name).is_file() for name in names) for names in SAVED):
+            return _pick(datasets.load_from_disk(place), split)
+        return datasets.load_dataset(place, config, split=split)
+    except Exception as error:  # the libraries below it have dozens
+        raise ValueError(f"{source} cannot be read ({_reason(error)}); check its name, files and split.") from error
+
+
+def _load_file(path: Path, split: str) -> Dataset:
+    import datasets
+
+    if path.suffix.lower() not in DATA_FILES:
+        raise ValueError(f"a file has to end in {', '.join([*DATA_FILES, TEXT_FILE])}, and has the split train alone")
+    builder, options = DATA_FILES[path.suffix.lower()]
+    return datasets.load_dataset(builder, data_files={"train": str(path)}, split=split, **options)
+
+
+def _pick(saved: Any, split: str) -> Dataset:
+    """One split of what `save_to_disk` wrote; a dataset that was saved alone is the split that it was."""
+    if isinstance(saved, dict):
+        if split not in saved:
+            raise ValueError(f"it has no split {split}, only {', '.join(saved)}")
+        return saved[split]
+    if split not in ("train", str(saved.split)):
+        raise ValueError(f"it has no split {split}, it is {saved.split or 'one alone'}")
+    return saved
+
+
+def _kind(feature: Any) -> str:
+    """What a column, or the lists in it, hold: a dtype, or a class of `datasets`."""
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+    return str(getattr(inner, "dtype", None) or type(inner).__name__)
+
+
+def _texts(value: Any, source: str, row: int) -> Iterator[str]:
+    """The captions of one row; blank ones and None are none."""
+    for text in value if isinstance(value, list) else [value]:
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{source} holds {type(text).__name__}, not text, in row {row + 1}; choose another.")
+        if text is not None and cleaned(text):
+            yield cleaned(text)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error came from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
