@@ -20,7 +20,7 @@ OPTIONAL = (
 )  # fmt: skip
 FLOORS = (
     {"bounds", "parsing", "prediction", "frechet", "prompts", "tiny", "rewards"},
-    {"schedulers", "families", "sharding"},
+    {"schedulers", "families", "sharding", "adapters"},
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},
     {"training"},

@@ -51,8 +51,8 @@ def test_a_teacher_that_lacks_tensors_is_refused_by_their_names(part: str, teach
     gone = sorted(load_file(weights_of(teacher, part)))[3:8]
     change(teacher, part, lambda tensors: [tensors.pop(name) for name in gone])
     assert refusal(teacher) == (
-        f"The teacher TEACHER cannot be loaded: its {part} lacks {', '.join(gone[:3])} and 2 others; save or download it "
-        "again."
+        f"The teacher TEACHER cannot be loaded: its {part} lacks {', '.join(gone[:3])} and 2 others; save or "
+        "download it again."
     )
 
 

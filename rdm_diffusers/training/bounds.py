@@ -55,6 +55,7 @@ BOUNDS: dict[str, Bound] = {
     "prompts_file":                      PATH,
     "dataset_name":                      Text("a folder or a Hub id"),
     "dataset_config_name":               Text("the name of a configuration"),
+    "dataset_split":                     Text("a split, or a slice of one, for example train[:1000]"),
     "caption_column":                    Text("the name of a column"),
     "max_train_samples":                 COUNT,
     "cache_dir":                         PATH,
