@@ -44,9 +44,8 @@ def numbers(state: TrainState) -> dict[str, Any]:
         for role, each in state.optimizers.items()
     }
     averages = [] if state.ema is None else list(state.ema.shadow_params)
-    return deepcopy(
-        {"update": state.update, **roles, "ema": averages, "means": state.statistics.state, "health": state.monitor.state}
-    )
+    rest = {"ema": averages, "means": state.statistics.state, "health": state.monitor.state}
+    return deepcopy({"update": state.update, **roles, **rest})
 
 
 @cache
@@ -114,7 +113,7 @@ def _two(folder: Path) -> None:
         save_checkpoint(folder / "run", make_state(update), {"seed": 0})
 
 
-def _other(folder: Path) -> None:
+def _with_another(folder: Path) -> None:
     _two(folder)
     save_checkpoint(folder / "another", make_state(7), {"seed": 1})
     (folder / "another" / "checkpoint-7").rename(folder / "another" / "checkpoint-3")
@@ -132,6 +131,6 @@ KILLS = [
     saving(3, keep=1),
 ]  # fmt: skip
 DAMAGE = [
-    _reading("latest checkpoint", "latest", _other, rounds=3),
-    _reading("checkpoint by name", "checkpoint-3", _other, rounds=2),
+    _reading("latest checkpoint", "latest", _with_another, rounds=3),
+    _reading("checkpoint by name", "checkpoint-3", _with_another, rounds=2),
 ]

@@ -16,6 +16,7 @@ from fault_trials import DEBRIS, INTACT, LOST, SILENT, Verdict
 import train_rdm_lora
 from rdm_diffusers.evaluation import command as evaluation
 from rdm_diffusers.tiny.captions import CAPTIONS
+from rdm_diffusers.training.checkpoints import find_checkpoint
 
 PROMPTS = CAPTIONS[7::60]
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -26,8 +27,9 @@ def train(folder: Path, *more: str, updates: int = 2) -> dict[str, Any]:
     words = [
         "--pretrained_model_name_or_path", "tiny", "--output_dir", str(folder / "run"), "--max_train_steps",
         str(updates), "--checkpointing_steps", "1", "--train_batch_size", "4", "--group_size", "4", "--rank", "2",
-        "--num_student_steps", "2", "--num_validation_images", "1", "--num_eval_images", "0", "--monitor_images", "0",
-        "--validation_steps", "1000", "--report_to", "none", "--cache_dir", str(folder / "cache"), *more,
+        "--num_student_steps", "2", "--steps_per_rollout", "1", "--num_validation_images", "1", "--num_eval_images",
+        "0", "--monitor_images", "0", "--validation_steps", "1000", "--report_to", "none",
+        "--cache_dir", str(folder / "cache"), *more,
     ]  # fmt: skip
     train_rdm_lora.main(words)
     return content(folder / "run" / WEIGHTS)
@@ -69,8 +71,8 @@ def _carry_on(folder: Path, more: list[str]) -> Verdict:
 
 
 RUN = KillScene(
-    "a whole run", lambda folder: (_write_prompts(folder), _straight()) and None,
-    lambda folder: train(folder, *_prompts(folder)), lambda folder: _carry_on(folder, _prompts(folder)), most=30,
+    "a whole run", _write_prompts, lambda folder: train(folder, *_prompts(folder)),
+    lambda folder: _carry_on(folder, _prompts(folder)), _straight, most=30,
 )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
 
 
 @cache
-def _references() -> Path:
+def references() -> Path:
     """Statistics and pictures, as an evaluation wrote them."""
     folder = Path(mkdtemp(prefix="faults-references-"))
     evaluation.main(
@@ -115,8 +117,8 @@ def _references() -> Path:
 
 def _before_evaluating(folder: Path) -> None:
     _write_prompts(folder)
-    shutil.copy(_references() / "reference_teacher.safetensors", folder)
-    shutil.copytree(_references() / "images", folder / "reference_data")
+    shutil.copy(references() / "reference_teacher.safetensors", folder)
+    shutil.copytree(references() / "images", folder / "reference_data")
 
 
 def _unmeasured(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -158,15 +160,58 @@ def _compared(folder: Path) -> str:
     return evaluation.compare(record, record)
 
 
+def _go_back(folder: Path) -> dict[str, Any]:
+    """From the first of three checkpoints the run is gone through again, with another learning rate."""
+    other = ["--learning_rate", "3e-3", "--resume_from_checkpoint", "checkpoint-1"]
+    return train(folder, *_prompts(folder), *other, updates=3)
+
+
+def _three_updates(folder: Path) -> None:
+    _write_prompts(folder)
+    train(folder, *_prompts(folder), updates=3)
+
+
+@cache
+def _branches() -> dict[str, Any]:
+    """The students in the checkpoints of the run as it was, of the one gone through again, and that one's end."""
+    folder = Path(mkdtemp(prefix="faults-back-"))
+    _three_updates(folder)
+    before = _students(folder)
+    end = _go_back(folder)
+    files = [folder / "run" / f"checkpoint-{update}" / "student.safetensors" for update in (2, 3)]
+    return {"before": before, "again": list(map(content, files)), "end": end}
+
+
+def _students(folder: Path) -> list[Any]:
+    """Of all checkpoints, wherever they were put aside."""
+    return [content(path) for path in sorted((folder / "run").rglob("student.safetensors"))]
+
+
+def _among(tensors: Any, others: list[Any]) -> bool:
+    return any(equal(tensors, other) for other in others)
+
+
+def _judge_going_back(folder: Path) -> Verdict:
+    """No checkpoint of the way that was left is gone; the latest is on the new way, once one of that is written."""
+    there, branches = _students(folder), _branches()
+    gone = sum(not _among(student, there) for student in branches["before"])
+    if gone:
+        return Verdict(LOST, f"{gone} of the three earlier checkpoints are gone")
+    latest = content(find_checkpoint(folder / "run", "latest") / "student.safetensors")
+    if any(_among(student, there) for student in branches["again"]) and not _among(latest, branches["again"]):
+        return Verdict(SILENT, "the latest checkpoint is one of the way that was left")
+    if not equal(_go_back(folder), branches["end"]):
+        return Verdict(SILENT, "the run ended otherwise than an undisturbed one")
+    latest = content(find_checkpoint(folder / "run", "latest") / "student.safetensors")
+    return Verdict(INTACT if equal(latest, branches["again"][-1]) else SILENT, "the latest checkpoint after the end")
+
+
 KILLS = [
     RUN,
+    KillScene("a run that goes back", _three_updates, _go_back, _judge_going_back, _branches, most=12),
+    KillScene("an evaluation", _before_evaluating, evaluate, _judge_evaluation, _evaluated, most=50),
     KillScene(
-        "an evaluation", lambda folder: (_before_evaluating(folder), _evaluated()) and None, evaluate,
-        _judge_evaluation, most=50,
-    ),
-    KillScene(
-        "an evaluation of pictures that are there", lambda folder: (_after_evaluating(folder), _evaluated()) and None,
-        evaluate, _judge_evaluation, most=20,
+        "an evaluation of pictures that are there", _after_evaluating, evaluate, _judge_evaluation, _evaluated, most=20
     ),
 ]  # fmt: skip
 DAMAGE = [

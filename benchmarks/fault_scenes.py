@@ -1,4 +1,4 @@
-"""What a scene of the fault campaign is, and how folders are compared: by what they hold, read by other means than ours."""
+"""What a scene of the fault campaign is, and how folders are compared: by what they hold, read without our code."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class KillScene:
         prepare: fills an empty folder with what is there before.
         act: the work, in that folder.
         judge: looks at the folder after a kill, carries on, and says what became of it all.
+        reference: makes what the judge compares with, once, before any trial.
         most: how many of its moments are tried unless more trials are asked for, where a trial takes seconds.
     """
 
@@ -32,6 +33,7 @@ class KillScene:
     prepare: Callable[[Path], None]
     act: Callable[[Path], Any]
     judge: Callable[[Path], Verdict]
+    reference: Callable[[], Any] = lambda: None
     most: int | None = None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from fault_runs import references
 from fault_scenes import DamageScene, KillScene, contents, equal, hidden, same_result
 from fault_trials import DEBRIS, INTACT, LOST, SILENT, Verdict
 
@@ -26,11 +26,12 @@ OLD, NEW = "checkpoint-1", "checkpoint-2"
 
 @cache
 def trained(kind: str) -> Path:
-    """The folder of a run of two updates of the tiny teacher, made once: its student, and a checkpoint of each update."""
+    """The folder of a run of two updates of the tiny teacher, made once, with a checkpoint of each."""
     folder = Path(mkdtemp(prefix=f"faults-{kind}-")) / "run"
     words = [
         "--pretrained_model_name_or_path", "tiny", "--output_dir", str(folder), "--max_train_steps", "2",
         "--checkpointing_steps", "1", "--train_batch_size", "4", "--group_size", "4", "--num_student_steps", "2",
+        "--steps_per_rollout", "1",
         "--max_train_samples", "4", "--num_validation_images", "1", "--num_eval_images", "0", "--monitor_images", "0",
         "--validation_steps", "1000", "--report_to", "none", *(["--rank", "2"] if kind == "lora" else []),
     ]  # fmt: skip
@@ -57,7 +58,6 @@ def over_an_older(kind: str, older: bool = True) -> KillScene:
     """A student is exported where an older one is; killed, the folder holds the one or the other."""
 
     def prepare(folder: Path) -> None:
-        exported(kind, OLD), exported(kind, NEW)
         if older:
             export(kind, OLD, folder)
 
@@ -68,8 +68,12 @@ def over_an_older(kind: str, older: bool = True) -> KillScene:
         export(kind, NEW, folder)
         return _as_wanted(folder, exported(kind, NEW))
 
+    def reference() -> None:
+        for checkpoint in (OLD, NEW):
+            exported(kind, checkpoint)
+
     name = f"{kind} student " + ("over an older one" if older else "into a new folder")
-    return KillScene(name, prepare, partial(export, kind, NEW), judge)
+    return KillScene(name, prepare, partial(export, kind, NEW), judge, reference)
 
 
 def _one_of(student: Path, whole: Sequence[dict[str, Any]]) -> Verdict:
@@ -96,7 +100,7 @@ def _as_wanted(folder: Path, wanted: dict[str, Any], student: str = "student") -
 
 
 def rdm_export(kind: str, form: str) -> KillScene:
-    """`rdm-export` of a checkpoint into a new folder; killed, there is no student, and the command can be given again."""
+    """`rdm-export` of a checkpoint into a new folder; killed, there is no student, and the command works again."""
 
     def act(folder: Path, target: str = "student") -> None:
         source = str(trained(kind) / NEW)
@@ -118,21 +122,12 @@ def rdm_export(kind: str, form: str) -> KillScene:
         (student / "README.md").unlink(missing_ok=True)
         return _as_wanted(folder, wanted())
 
-    return KillScene(f"rdm-export {form} of a {kind} checkpoint", lambda folder: wanted() and None, act, judge)
+    return KillScene(f"rdm-export {form} of a {kind} checkpoint", lambda folder: None, act, judge, wanted)
 
 
 def _without_card(found: dict[str, Any]) -> dict[str, Any]:
     """The card names its folder."""
     return {name: value for name, value in found.items() if name != "README.md"}
-
-
-EVALUATION = {
-    "subject": {"kind": "student", "name": "tiny-student"},
-    "settings": {"num_images": 4, "features": None, "reference": {}, "rewards": {}, "prompts": None},
-    "metrics": {"num_images": 4, "rewards": {"r": {"mean": 0.5, "standard_error": 0.1, "invalid": 0.0}}, "nfe": 2,
-                "images_per_second": 3.0},
-    "notes": ["a note"],
-}  # fmt: skip
 
 
 def _card_of(folder: Path, name: str, *more: str) -> None:
@@ -144,8 +139,6 @@ def card(older: bool, edited: bool = False) -> KillScene:
 
     def prepare(folder: Path) -> None:
         export("lora", NEW, folder)
-        (folder / "measured").mkdir()
-        (folder / "measured" / "evaluation.json").write_text(json.dumps(EVALUATION))
         if older:
             _card_of(folder, "me/older")
         if edited:
@@ -153,7 +146,7 @@ def card(older: bool, edited: bool = False) -> KillScene:
             path.write_text(path.read_text() + "Ours.\n")
 
     def act(folder: Path) -> None:
-        _card_of(folder, "me/newer", "--evaluation", str(folder / "measured"))
+        _card_of(folder, "me/newer", "--evaluation", str(references()))
 
     @cache
     def texts(done: bool) -> dict[str, Any]:
@@ -171,16 +164,15 @@ def card(older: bool, edited: bool = False) -> KillScene:
         return _as_wanted(folder, texts(True))
 
     kind = "over an edited one" if edited else "over an older one" if older else "for the first time"
-    return KillScene(f"card {kind}", lambda folder: (prepare(folder), texts(True), texts(False)) and None, act, judge)
+    return KillScene(f"card {kind}", prepare, act, judge, lambda: [texts(done) for done in (True, False)])
 
 
 def _two_students(folder: Path) -> None:
     export("lora", NEW, folder)
     (folder / "another").mkdir()
     export("lora", OLD, folder / "another")
-    (folder / "another" / "student" / "rdm_config.json").write_text(
-        (folder / "student" / "rdm_config.json").read_text().replace('"num_inference_steps": 2', '"num_inference_steps": 1')
-    )
+    config = folder / "another" / "student" / "rdm_config.json"
+    config.write_text(config.read_text().replace('"num_inference_steps": 2', '"num_inference_steps": 1'))
 
 
 def _drawn(folder: Path) -> dict[str, Any]:
@@ -207,7 +199,7 @@ def _card_text(folder: Path) -> str:
 def _measured_student(folder: Path) -> None:
     export("lora", NEW, folder)
     shutil.copy(trained("lora") / "metrics.json", folder / "student")
-    (folder / "student" / "evaluation.json").write_text(json.dumps(EVALUATION))
+    shutil.copy(references() / "evaluation.json", folder / "student")
 
 
 def _reading(name: str, read: Callable[[Path], Any], rounds: int) -> DamageScene:
@@ -216,7 +208,7 @@ def _reading(name: str, read: Callable[[Path], Any], rounds: int) -> DamageScene
 
 
 KILLS = [
-    over_an_older("lora"), over_an_older("lora", older=False), over_an_older("full"), over_an_older("full", older=False),
+    *(over_an_older(kind, older) for kind in ("lora", "full") for older in (True, False)),
     rdm_export("lora", "lora"), rdm_export("lora", "comfyui"), rdm_export("lora", "full"), rdm_export("full", "full"),
     card(older=False), card(older=True), card(older=True, edited=True),
 ]  # fmt: skip

@@ -51,8 +51,8 @@ class Moment:
 class Operations:
     """Counts a process's changes of files under `folder`, and kills it at one of them.
 
-    Python's own audit events are counted, and safetensors' writing, which has none. Hooks cannot be taken off, so this is
-    for processes that end with their trial.
+    Python's own audit events are counted, and safetensors' writing, which has none. Hooks cannot be taken off, so this
+    is for processes that end with their trial.
     """
 
     def __init__(self, folder: Path, moment: Moment | None = None):
@@ -121,13 +121,13 @@ def kill(folder: Path, act: Callable[[Path], Any], moment: Moment) -> bool:
         Operations(folder, moment)
         act(folder)
 
-    with suppress(Killed):
+    with suppress(KilledError):
         in_child(killed)
         return False
     return True
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The child was killed by a signal."""
 
 
@@ -135,7 +135,7 @@ def in_child(call: Callable[[], Any]) -> Any:
     """What `call` returns, as JSON, out of a fork of this process; its output goes nowhere.
 
     Raises:
-        Killed: if a signal ended it.
+        KilledError: if a signal ended it.
         RuntimeError: if it raised.
     """
     with tempfile.TemporaryFile("w+") as answer:
@@ -144,7 +144,7 @@ def in_child(call: Callable[[], Any]) -> Any:
             _answer(call, answer)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
-            raise Killed(f"by signal {os.WTERMSIG(status)}")
+            raise KilledError(f"by signal {os.WTERMSIG(status)}")
         answer.seek(0)
         reply = json.loads(answer.read())
     if "error" in reply:
@@ -170,7 +170,7 @@ def judged(judge: Callable[[], Verdict]) -> Verdict:
     """A verdict that is reached in a process of its own, which may hang or end."""
     try:
         return Verdict(**in_child(lambda: asdict(judge())))
-    except Killed as error:
+    except KilledError as error:
         return Verdict(LOST, f"the process that looked was ended {error}")
     except RuntimeError as error:
         return Verdict(LOST, f"carrying on failed with {error}")
@@ -188,7 +188,7 @@ def watched(read: Callable[[], Any], same: Callable[[Any], bool], names: list[st
         try:
             result = read()
         except (Exception, SystemExit) as error:
-            return _raised(error)
+            return _raised(error, names)
     said = [message for message in heard if any(name in message for name in names)]
     if said:
         return Verdict(NOTICED, said[0])
@@ -214,13 +214,13 @@ def _heard() -> Iterator[list[str]]:
                 logger.removeHandler(handler)
 
 
-def _raised(error: BaseException) -> Verdict:
-    """A sentence of ours, if it was our code that raised it and a command would print it as one line."""
-    where = [os.path.normpath(frame.filename) for frame in traceback.extract_tb(error.__traceback__)][-1]
-    ours = f"{os.sep}{PACKAGE}{os.sep}" in where or os.path.basename(where).startswith("train_rdm")
+def _raised(error: BaseException, names: list[str]) -> Verdict:
+    """One line that a command prints: our code's own, or a library's that names what is damaged."""
+    where = os.path.normpath(traceback.extract_tb(error.__traceback__)[-1].filename)
     message = str(error)
+    ours = f"{os.sep}{PACKAGE}{os.sep}" in where or os.path.basename(where).startswith("train_rdm")
     if isinstance(error, SystemExit):
-        ours = message not in ("", "0", "1", "None")  # argparse's own, after its sentence on stderr, is 2
+        ours = message not in ("0", "1", "None")  # argparse's own, after its sentence on stderr, is 2
     listed = isinstance(error, SystemExit | ValueError | OSError | ImportError)
-    sentence = ours and listed and "Traceback" not in message and len(message.splitlines()) <= 3
+    sentence = listed and (ours or any(name in message for name in names)) and len(message.splitlines()) <= 3
     return Verdict(NOTICED if sentence else TRACEBACK, f"{type(error).__name__}: {message[:300]}")

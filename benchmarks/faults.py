@@ -9,12 +9,9 @@ undisturbed run. An interrupted campaign goes on where it stopped.
 
 from __future__ import annotations
 
-import os
-
-os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -26,20 +23,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
-sys.path.insert(0, str(Path(__file__).parent))
-
-import torch
-
-torch.set_num_threads(1)  # forks of a process with a pool of threads would wait for it for ever
-
+import datasets
 import fault_checkpoints
 import fault_runs
 import fault_students
+import torch
 from fault_damage import DAMAGES
 from fault_scenes import DamageScene, KillScene
 from fault_trials import BAD, GOOD, Moment, Verdict, judged, kill, moments, watched
 
+QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOMS = (fault_checkpoints, fault_students, fault_runs)
 SCENES: dict[str, KillScene | DamageScene] = {
     scene.name: scene for room in ROOMS for scene in (*room.KILLS, *room.DAMAGE)
@@ -54,17 +47,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--work_dir", type=Path, required=True, help="finished trials are kept here")
     parser.add_argument("--output", type=Path, help="where else than results/faults.json the result goes")
     args = parser.parse_args(argv)
+    os.environ |= QUIET
+    torch.set_num_threads(1)  # forks of a process with a pool of threads would wait for it for ever
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="faults-") as place:
-        tempfile.tempdir, before = place, tempfile.tempdir
-        os.environ.setdefault("HF_DATASETS_CACHE", str(Path(place, "datasets")))
-        try:
-            trials = run_all(args)
-        finally:
-            tempfile.tempdir = before
+    tempfile.tempdir, before = workspace().name, tempfile.tempdir
+    try:
+        trials = run_all(args)
+    finally:
+        tempfile.tempdir = before
     record = {"seed": args.seed, "summary": summary(trials), "trials": trials}
     write(record, args.output)
     return record
+
+
+@cache
+def workspace() -> tempfile.TemporaryDirectory:
+    """Where all that is temporary lies, until the process ends."""
+    place = tempfile.TemporaryDirectory(prefix="faults-")
+    datasets.config.HF_DATASETS_CACHE = Path(place.name, "datasets")
+    return place
 
 
 def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -131,8 +132,13 @@ def other_of(scene: DamageScene, folder: Path, file: Path) -> Path | None:
 @cache
 def prepared(name: str) -> Path:
     """A scene's folder as it is before any fault."""
-    folder = Path(tempfile.mkdtemp(prefix="prepared-"))
-    SCENES[name].prepare(folder)
+    scene, place = SCENES[name], empty_place()
+    place.mkdir()
+    scene.prepare(place)
+    folder = Path(tempfile.mkdtemp(prefix="prepared-"), "folder")
+    place.rename(folder)
+    if isinstance(scene, KillScene):
+        scene.reference()
     return folder
 
 
@@ -148,10 +154,16 @@ def undamaged(name: str) -> Any:
 
 
 def copy_of(name: str) -> Path:
-    """A copy of a scene's folder, always in the same place, which is written into what some files hold."""
+    """A copy of a scene's folder."""
+    pristine, place = prepared(name), empty_place()
+    shutil.copytree(pristine, place)
+    return place
+
+
+def empty_place() -> Path:
+    """Always the same, because some files hold its name; it does not exist yet."""
     place = Path(tempfile.gettempdir(), "trial")
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(prepared(name), place)
     return place
 
 
