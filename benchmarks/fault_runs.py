@@ -26,10 +26,10 @@ def train(folder: Path, *more: str, updates: int = 2) -> dict[str, Any]:
     """A run of a few updates into `folder/run`; the student's weights. A flag may be given again."""
     words = [
         "--pretrained_model_name_or_path", "tiny", "--output_dir", str(folder / "run"), "--max_train_steps",
-        str(updates), "--checkpointing_steps", "1", "--train_batch_size", "4", "--group_size", "4", "--rank", "2",
+        str(updates), "--checkpointing_steps", "1", "--train_batch_size", "8", "--group_size", "2", "--rank", "2",
         "--num_student_steps", "2", "--steps_per_rollout", "1", "--num_validation_images", "1", "--num_eval_images",
         "0", "--monitor_images", "0", "--validation_steps", "1000", "--report_to", "none",
-        "--cache_dir", str(folder / "cache"), *more,
+        "--lr_scheduler", "constant", "--cache_dir", str(folder / "cache"), *more,
     ]  # fmt: skip
     train_rdm_lora.main(words)
     return content(folder / "run" / WEIGHTS)
@@ -220,8 +220,12 @@ DAMAGE = [
     _damaged_run("the cached embeddings of a resumed run", _prompts, "cache/rdm_embeddings/*"),
     DamageScene(
         "an evaluation that goes on", _after_evaluating,
-        ["prompts.txt", "reference_teacher.safetensors", "reference_data/000001.png", "measured/images/000003.png",
-         "measured/*.json", "measured/*.jsonl", "measured/evaluation.md"], evaluate, _same_metrics,
+        ["prompts.txt", "reference_teacher.safetensors", "measured/images/000003.png", "measured/*.json",
+         "measured/*.jsonl", "measured/evaluation.md"], evaluate, _same_metrics, rounds=2,
+    ),
+    DamageScene(  # of pictures that a user gives, nobody but the user knows how many there are
+        "an evaluation against pictures", _after_evaluating, ["reference_data/000001.png"], evaluate, _same_metrics,
+        kinds=("flipped", "cut", "emptied", "zeroed"),
     ),
     DamageScene(
         "evaluations that are compared", _after_evaluating, ["measured/evaluation.json"], _compared, same_result,

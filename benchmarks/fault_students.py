@@ -22,6 +22,7 @@ from rdm_diffusers.training.exporting import export_checkpoint, read_run
 
 SCRIPTS = {"lora": train_rdm_lora, "full": train_rdm_full}
 OLD, NEW = "checkpoint-1", "checkpoint-2"
+MOST = 24  # kills of an export, each of which loads and writes a pipeline twice
 
 
 @cache
@@ -73,7 +74,7 @@ def over_an_older(kind: str, older: bool = True) -> KillScene:
             exported(kind, checkpoint)
 
     name = f"{kind} student " + ("over an older one" if older else "into a new folder")
-    return KillScene(name, prepare, partial(export, kind, NEW), judge, reference)
+    return KillScene(name, prepare, partial(export, kind, NEW), judge, reference, MOST)
 
 
 def _one_of(student: Path, whole: Sequence[dict[str, Any]]) -> Verdict:
@@ -122,7 +123,7 @@ def rdm_export(kind: str, form: str) -> KillScene:
         (student / "README.md").unlink(missing_ok=True)
         return _as_wanted(folder, wanted())
 
-    return KillScene(f"rdm-export {form} of a {kind} checkpoint", lambda folder: None, act, judge, wanted)
+    return KillScene(f"rdm-export {form} of a {kind} checkpoint", lambda folder: None, act, judge, wanted, MOST)
 
 
 def _without_card(found: dict[str, Any]) -> dict[str, Any]:
