@@ -182,7 +182,8 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
         done = DAMAGES[trial["kind"]](place / file, Random(f"{trial['seed']}/{trial['id']}"), other)
         verdict = judged(lambda: _watched(scene, place, file, expected))
     shutil.rmtree(place)
-    return {"done": done, "outcome": verdict.outcome, "found": verdict.found.replace(str(place), "FOLDER")}
+    found = verdict.found.replace(str(place), "FOLDER").replace(workspace().name, "WORK")
+    return {"done": done, "outcome": verdict.outcome, "found": found}
 
 
 def _watched(scene: DamageScene, place: Path, file: Path, expected: Any) -> Verdict:
