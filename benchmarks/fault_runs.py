@@ -198,7 +198,8 @@ def _judge_going_back(folder: Path) -> Verdict:
     if gone:
         return Verdict(LOST, f"{gone} of the three earlier checkpoints are gone")
     latest = content(find_checkpoint(folder / "run", "latest") / "student.safetensors")
-    if any(_among(student, there) for student in branches["again"]) and not _among(latest, branches["again"]):
+    written = [content(path) for path in (folder / "run").glob("checkpoint-*/student.safetensors")]
+    if any(_among(student, written) for student in branches["again"]) and not _among(latest, branches["again"]):
         return Verdict(SILENT, "the latest checkpoint is one of the way that was left")
     if not equal(_go_back(folder), branches["end"]):
         return Verdict(SILENT, "the run ended otherwise than an undisturbed one")
