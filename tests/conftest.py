@@ -6,6 +6,7 @@ The processor is tested, whatever else the machine has; set CUDA_VISIBLE_DEVICES
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test starts from the same global random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """The whole test in float64; for claims that hold but for rounding."""
+    from parts_float64 import in_float64
+
+    with in_float64():
+        yield
 
 
 @pytest.fixture(scope="session")

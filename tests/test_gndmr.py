@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from parts_float64 import ROUNDING
 from torch import Tensor
 
 from rdm_diffusers.distillation import (
@@ -152,12 +153,13 @@ def test_the_group_form_gives_nothing_for_a_group_of_one_or_rewards_that_are_all
 
 
 @pytest.mark.parametrize("form", ["differentiable", "group", "perturbation"])
+@pytest.mark.usefixtures("float64")
 def test_micro_batches_of_pictures_change_nothing(form: str) -> None:
     kind = Linear if form == "differentiable" else BlackBox
     reward, x0 = kind(weights()), torch.randn(SHAPE)
     whole, pieces = ask(form, reward, x0), ask(form, reward, x0, micro=3)
-    assert torch.allclose(pieces.gradient, whole.gradient, atol=1e-4)
-    assert torch.allclose(pieces.values, whole.values, atol=1e-4)
+    assert torch.allclose(pieces.gradient, whole.gradient, atol=ROUNDING)
+    assert torch.allclose(pieces.values, whole.values, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("form", ["differentiable", "group", "perturbation"])

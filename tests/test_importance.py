@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from parts import make_conditioning
+from parts_float64 import ROUNDING
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -46,6 +47,7 @@ def old_and_new(gain: float, count: int = 6, shape: tuple = (4, 8, 8), **options
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
+@pytest.mark.usefixtures("float64")
 def test_a_revisit_keeps_the_states_and_predicts_and_steps_anew(prediction_type: str) -> None:
     then, now = old_and_new(0.6, prediction_type=prediction_type)
     scheduler, conditioning = four_steps(prediction_type=prediction_type), make_conditioning(1).expand(6)
@@ -53,16 +55,17 @@ def test_a_revisit_keeps_the_states_and_predicts_and_steps_anew(prediction_type:
         assert torch.equal(getattr(now, name), getattr(then, name))
     for k, t in enumerate(then.t):
         x0 = student(then.x_t[k], t.expand(6), conditioning, gain=0.6)
-        assert torch.allclose(now.x0[k], x0, atol=1e-6)
+        assert torch.allclose(now.x0[k], x0, atol=ROUNDING)
         mean, _ = scheduler.transition(x0, then.x_t[k], t, scheduler.previous_timestep(t))
-        assert torch.allclose(now.mean[k], mean, atol=1e-6)
+        assert torch.allclose(now.mean[k], mean, atol=ROUNDING)
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_revisit_does_not_depend_on_its_micro_batches() -> None:
     then, now = old_and_new(0.6)
     pieces = revisit(partial(student, gain=0.6), four_steps(), then, make_conditioning(1).expand(6), 4)
-    assert torch.allclose(pieces.x0, now.x0, atol=1e-6)
-    assert torch.allclose(pieces.mean, now.mean, atol=1e-6)
+    assert torch.allclose(pieces.x0, now.x0, atol=ROUNDING)
+    assert torch.allclose(pieces.mean, now.mean, atol=ROUNDING)
 
 
 def test_the_ratios_of_a_student_that_did_not_change_are_one() -> None:

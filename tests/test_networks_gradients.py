@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from parts import make_conditioning, make_shared, relative_error
+from parts_float64 import ROUNDING
 from torch import Tensor
 
 from rdm_diffusers.networks import ADAPTERS, FAKE_SCORE, ROLES, STUDENT, SharedBase
@@ -61,12 +62,13 @@ def test_with_checkpointing_the_wrong_adapter_in_backward_gives_silently_wrong_g
 
 @pytest.mark.parametrize("role", TRAINED)
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"fold": True}])
+@pytest.mark.usefixtures("float64")
 def test_backward_is_exact_whatever_the_other_roles_did_in_between(role: str, options: dict) -> None:
     networks = make_shared(**options)
     x0, direction = predict_and_forget(networks, role)
     with networks.acting_as(FAKE_SCORE if role == STUDENT else STUDENT):
         networks.backward(role, x0, direction)
-    assert relative_error(gradients(networks, role), reference_gradients(role)) < 1e-4
+    assert relative_error(gradients(networks, role), reference_gradients(role)) < ROUNDING
 
 
 @pytest.mark.parametrize("role", TRAINED)
@@ -80,15 +82,17 @@ def test_backward_touches_only_the_roles_own_parameters(role: str) -> None:
     assert all(gradient.abs().max() > 0 for gradient in gradients(networks, role))
 
 
+@pytest.mark.usefixtures("float64")
 def test_gradient_checkpointing_on_is_off() -> None:
     plain, checkpointed = make_shared(), make_shared(checkpointing=True)
     for networks in (plain, checkpointed):
         networks.backward(STUDENT, *predict_and_forget(networks, STUDENT))
     assert checkpointed.denoiser.is_gradient_checkpointing
-    assert relative_error(gradients(checkpointed, STUDENT), gradients(plain, STUDENT)) < 1e-5
+    assert relative_error(gradients(checkpointed, STUDENT), gradients(plain, STUDENT)) < ROUNDING
 
 
 @pytest.mark.parametrize("role", TRAINED)
+@pytest.mark.usefixtures("float64")
 def test_folded_adapters_are_layered_adapters_in_outputs_and_gradients(role: str) -> None:
     layered, folded = make_shared(), make_shared(fold=True)
     outputs = []
@@ -96,8 +100,8 @@ def test_folded_adapters_are_layered_adapters_in_outputs_and_gradients(role: str
         x0, direction = predict_and_forget(networks, role)
         networks.backward(role, x0, direction)
         outputs.append(x0.detach())
-    assert relative_error(outputs[1], outputs[0]) < 1e-4
-    assert relative_error(gradients(folded, role), gradients(layered, role)) < 1e-4
+    assert relative_error(outputs[1], outputs[0]) < ROUNDING
+    assert relative_error(gradients(folded, role), gradients(layered, role)) < ROUNDING
 
 
 def test_folding_and_checkpointing_together_are_refused() -> None:

@@ -51,6 +51,7 @@ def test_every_tiny_reward_gives_one_finite_number_per_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TINY_REWARDS)
+@pytest.mark.usefixtures("float64")
 def test_a_reward_of_one_image_does_not_depend_on_the_others(name: str) -> None:
     images, reward = noisy_images(), reward_of(name)
     alone = torch.cat([evaluate(reward, images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from parts import make_conditioning
+from parts_float64 import ROUNDING
 from torch import Tensor
 
 from rdm_diffusers.distillation import Draws, Samples, Trajectory, executed_index, executed_samples, rollout
@@ -38,18 +39,19 @@ def executed(trajectory: Trajectory, steps: list[list[int]], conditioning: Condi
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
+@pytest.mark.usefixtures("float64")
 def test_a_rollout_at_eta_one_predicts_and_renoises(prediction_type: str) -> None:
     scheduler, noise, conditioning = four_steps(prediction_type=prediction_type), noises(), make_conditioning(BATCH)
     trajectory = rollout(known, scheduler, noise, conditioning)
     x_t = noise[0]
     for k, t in enumerate(scheduler.timesteps):
         x0 = known(x_t, t.expand(BATCH), conditioning)
-        assert torch.allclose(trajectory.x_t[k], x_t, atol=1e-5)
-        assert torch.allclose(trajectory.x0[k], x0, atol=1e-5)
+        assert torch.allclose(trajectory.x_t[k], x_t, atol=ROUNDING)
+        assert torch.allclose(trajectory.x0[k], x0, atol=ROUNDING)
         assert trajectory.t[k] == t
         if k < STEPS - 1:
             x_t = scheduler.schedule.add_noise(x0, noise[k + 1], scheduler.timesteps[k + 1].expand(BATCH))
-            assert torch.allclose(trajectory.next[k], x_t, atol=1e-5)
+            assert torch.allclose(trajectory.next[k], x_t, atol=ROUNDING)
     assert torch.equal(trajectory.next[-1], trajectory.x0[-1])
     assert trajectory.std[-1] == 0
 
@@ -70,13 +72,14 @@ def test_a_deterministic_rollout_needs_no_noise_but_the_first() -> None:
     assert torch.equal(full.next, other.next)
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_rollout_does_not_depend_on_its_micro_batches_and_may_stop_early() -> None:
     scheduler, noise, conditioning = four_steps(), noises(), make_conditioning(BATCH)
     whole = rollout(known, scheduler, noise, conditioning)
     pieces = rollout(known, scheduler, noise, conditioning, num_steps=2, micro_batch_size=4)
     assert pieces.x0.shape == (2, BATCH, 4, 8, 8)
-    assert torch.allclose(pieces.x0, whole.x0[:2], atol=1e-6)
-    assert torch.allclose(pieces.next, whole.next[:2], atol=1e-6)
+    assert torch.allclose(pieces.x0, whole.x0[:2], atol=ROUNDING)
+    assert torch.allclose(pieces.next, whole.next[:2], atol=ROUNDING)
 
 
 def test_a_rollout_holds_no_gradients() -> None:

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from parts import make_run, make_unet, relative_error, run_arguments, train_run
 from parts_families import make_pipeline
+from parts_float64 import ROUNDING
 
 from rdm_diffusers.families import FAMILIES, PromptOptions
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
@@ -69,6 +70,7 @@ def test_a_run_needs_its_text_encoders_no_more_once_its_prompts_are_read(student
 
 
 @pytest.mark.usefixtures("torchs_attention_afterwards")
+@pytest.mark.usefixtures("float64")
 def test_an_attention_backend_is_used_by_a_transformer_that_heeds_it() -> None:
     pipeline, family = make_pipeline("FluxPipeline"), FAMILIES["FluxPipeline"]
     shape, transformer = family.latent_shape(pipeline, 32), pipeline.transformer
@@ -80,7 +82,7 @@ def test_an_attention_backend_is_used_by_a_transformer_that_heeds_it() -> None:
         other = family.denoise(transformer, *call)
     chosen = {m.processor._attention_backend for m in transformer.modules() if hasattr(m, "processor")}
     assert chosen == {AttentionBackendName._NATIVE_MATH}
-    assert relative_error(other, plain) < 1e-5
+    assert relative_error(other, plain) < ROUNDING
 
 
 @pytest.mark.usefixtures("torchs_attention_afterwards")
