@@ -19,6 +19,7 @@ from diffusers.utils import logging
 from ..families import FAMILIES, INDEX, LORA_FILE, coming_from_hub, load_options, load_vae, pipeline_config, rebuilt
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
+from .lora_file import check_lora_of
 from .student_config import StudentConfig, is_student
 
 logger = logging.get_logger(__name__)
@@ -120,6 +121,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             raise ValueError(f"{student} is a student of a {config.pipeline_class}, and the pipeline is a {kind}.")
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
+            check_lora_of(str(student), FAMILIES[config.pipeline_class].denoiser_name, **hub)
             shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
         return shared._as(config)
 
@@ -136,6 +138,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             # Resolved, because a student's folder may be called as an embedded teacher is.
             folder = str(Path(name).resolve()) if Path(name).is_dir() else name
             return cls._load_stock("student", folder, hub, kwargs)
+        check_lora_of(name, FAMILIES[student.pipeline_class].denoiser_name, **hub)
         base, base_hub = str(student.base_model_name_or_path), {**hub, "revision": student.revision}
         options: dict[str, Any] = {"variant": student.variant, **kwargs}
         if student.vae is not None and "vae" not in kwargs:
