@@ -16,13 +16,13 @@ NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", 
 Kinds = type | tuple[type, ...]
 
 
-def read_object(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_object(path: Path, remedy: str, finite: bool = True) -> dict[str, Any]:
     """A file of one JSON object.
 
     Args:
         path: of the file.
         remedy: what to do where it cannot be used, for the end of the error's sentence.
-        max_bytes: a larger file is not read.
+        finite: as in `parse_object`.
 
     Raises:
         ValueError: one sentence, if it is missing, no regular file, or as `parse_object`.
@@ -30,19 +30,23 @@ def read_object(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> dict[str
     try:
         if not path.is_file():
             raise ValueError("it is missing, or no file")
-        if path.stat().st_size > max_bytes:
-            raise ValueError(f"it has more than {max_bytes} bytes")
-        return parse_object(path.read_bytes())
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        return parse_object(path.read_bytes(), finite)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged ({described(error)}); {remedy}.") from error
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
+def parse_object(text: str | bytes, finite: bool = True) -> dict[str, Any]:
     """A JSON object.
 
+    Args:
+        text: the JSON.
+        finite: whether all numbers must be; diffusers' schedulers have an infinite setting.
+
     Raises:
-        ValueError: if it is no JSON, no object, nested more than `MAX_DEPTH` deep, or holds a number that is not finite
-            or beyond all use, or text that no file can hold.
+        ValueError: if it is no JSON, no object, nested more than `MAX_DEPTH` deep, or holds a number beyond all use, or
+            text that no file can hold.
     """
     try:
         parsed = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
@@ -51,7 +55,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"it holds {kind_of(parsed)} instead of an object")
     for value in _values(parsed):
-        if isinstance(value, float) and not math.isfinite(value):
+        if finite and isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"it holds {value}, which is not finite")
         if isinstance(value, int) and abs(value) > MAX_WHOLE:
             raise ValueError("it holds a whole number of more than 64 bits")
@@ -93,13 +97,17 @@ def check_kinds(entries: Mapping[str, Any], kinds: Mapping[str, Kinds], inside: 
 
 
 def is_kind(value: Any, kind: Kinds) -> bool:
-    """As isinstance, but `true` is no number, and a whole number is a number."""
+    """As isinstance, but `true` is no number, a whole number is a number, and what is not finite is none."""
     allowed = kind if isinstance(kind, tuple) else (kind,)
+    if type(value) is float and not math.isfinite(value):
+        return False
     return type(value) in allowed or (type(value) is int and float in allowed)
 
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
+    if type(value) is float and not math.isfinite(value):
+        return str(value)
     return NAMES.get(type(value), type(value).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Symbolic links in folders that others may have made: none that leaves its folder is read, copied or written through."""
+"""Symbolic links in folders that others may have made: those that leave their folder are not followed."""
 
 from __future__ import annotations
 

@@ -173,9 +173,7 @@ def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) 
 
 def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOperationAdd]:
     """What goes up, links by what they stand for; the card with the repository's name."""
-    sources: dict[str, Path | bytes] = {
-        file.relative_to(folder).as_posix(): real_path(folder, file) for file in files
-    }
+    sources: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): real_path(folder, file) for file in files}
     if CARD in sources:
         card = (folder / CARD).read_text("utf-8", "surrogateescape")
         sources[CARD] = card_for(card, repo_id).encode("utf-8", "surrogateescape")

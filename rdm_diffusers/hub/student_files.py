@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..families import CARD, FAMILIES, INDEX, LORA_FILE, STUDENT_CONFIG, family_of
+from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, family_of
 from ..json_files import described, read_object
 from ..links import real_path
 from ..pipelines import StudentConfig, is_student
@@ -133,7 +133,7 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
         ValueError: if it is damaged, or names no scheduler of diffusers.
     """
     path = folder / SCHEDULER
-    config = read_object(path, REMEDY)
+    config = read_object(path, REMEDY, finite=False)
     try:
         check_scheduler(config)
         found = getattr(diffusers, config.get("_class_name", ""), None)

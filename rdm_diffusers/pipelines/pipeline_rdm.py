@@ -138,7 +138,6 @@ class RdmDistillationPipeline(DiffusionPipeline):
             # Resolved, because a student's folder may be called as an embedded teacher is.
             folder = str(Path(name).resolve()) if Path(name).is_dir() else name
             return cls._load_stock("student", folder, hub, kwargs)
-        check_lora_of(name, FAMILIES[student.pipeline_class].denoiser_name, **hub)
         base, base_hub = str(student.base_model_name_or_path), {**hub, "revision": student.revision}
         options: dict[str, Any] = {"variant": student.variant, **kwargs}
         if student.vae is not None and "vae" not in kwargs:
@@ -146,6 +145,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             config = pipeline_config(base, **base_hub)
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         pipeline = cls._load_stock("teacher", base, base_hub, options)
+        check_lora_of(name, FAMILIES[student.pipeline_class].denoiser_name, **hub)
         with coming_from_hub("student", name, hub.get("revision")):
             pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
         return pipeline

@@ -1,4 +1,4 @@
-"""What a student's configuration may hold, so that a damaged or hostile one is one sentence before anything is loaded."""
+"""What a student's configuration may hold: a damaged or hostile one is one sentence, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ CALL_KINDS: dict[str, Kinds] = {
 MAX_TRAIN_TIMESTEPS = 100_000
 # The lowest and the highest number of each name. A picture of 8,192 pixels a side is beyond every teacher there is.
 RANGES: dict[str, tuple[float, float]] = {
-    "format_version": (1, math.inf), "num_inference_steps": (1, 1000), "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS), "eta": (0, 1),
+    "format_version": (1, math.inf), "num_inference_steps": (1, 1000), "eta": (0, 1),
+    "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
     "beta_start": (0, 1), "beta_end": (0, 1), "shift": (1e-3, 1e3), "steps_offset": (0, 1000),
     "guidance_scale": (0, 1000), "true_cfg_scale": (0, 1000), "height": (8, 8192), "width": (8, 8192),
     "max_sequence_length": (1, 8192),

@@ -96,7 +96,7 @@ class StudentConfig:
             raise ValueError(
                 f"{name_or_path} has no {STUDENT_CONFIG}, so it is not a student of ours; load it with stock diffusers."
             )
-        entries = read_object(path, REMEDY)
+        entries = read_object(path, REMEDY, finite=False)
         _check_release(name_or_path, entries)
         try:
             check_student_entries(entries)
