@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..credentials import without_secrets
 from ..rewards import WeightedReward, load_reward
 from .arguments import make_compare_parser, parse_args
 from .digests import SAMPLED, digest_of_files, digest_of_tensors, digest_of_texts
@@ -202,7 +203,11 @@ def as_record(
         "metrics": metrics,
         "notes": [NOTE, *dict.fromkeys(one["warning"] for one in distances if one["warning"])],
         "context": {
-            "arguments": {key: value for key, value in vars(args).items() if "token" not in key},
+            "arguments": {
+                key: without_secrets(value) if isinstance(value, str) else value
+                for key, value in vars(args).items()
+                if "token" not in key
+            },
             "references": {name: reference.source for name, reference in measures.references.items()},
             "processes": state.num_processes,
             "machine": machine(),

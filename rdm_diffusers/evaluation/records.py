@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..json_files import parse_object
+
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 NOTE = "All numbers are of the picture files, 8 bits a channel, so that drawn and given pictures are measured alike."
 
@@ -25,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     path = path / JSON_FILE if path.is_dir() else path
     try:
-        record = json.loads(path.read_text())
+        record = parse_object(path.read_bytes())
         if not {"settings", "metrics", "subject"} <= record.keys():
             raise ValueError("it has no settings, metrics and subject")
     except (OSError, ValueError, AttributeError) as error:

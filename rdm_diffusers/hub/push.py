@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
+from ..credentials import without_secrets
 from ..families import CARD, INDEX
 from ..links import real_path
 from .student_files import check_secrets, check_student, components_of, is_hub_id, is_students, student_files
@@ -76,7 +77,7 @@ def push_student(
         commit = api.create_commit(
             repo_id,
             [*_operations(folder, files, repo_id), *_removals(api, repo_id, revision, folder, files)],
-            commit_message=commit_message or COMMIT_MESSAGE,
+            commit_message=without_secrets(commit_message or COMMIT_MESSAGE),
             revision=revision,
         )
         if tag is not None:

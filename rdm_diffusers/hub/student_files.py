@@ -13,6 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from .. import credentials
+from ..credentials import has_secret
 from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, family_of
 from ..json_files import described, read_object
 from ..links import real_path
@@ -27,7 +29,8 @@ PATTERNS = (
     "comfyui/*.safetensors", "scheduler/*.json", INDEX,
 )  # fmt: skip
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+TOKEN = re.compile(credentials.TOKEN.pattern.encode())
+OWN_TEXTS = (CARD, STUDENT_CONFIG, "metrics.json", "evaluation.json")  # tokenizers know of all kinds of addresses
 
 
 def student_files(folder: Path) -> list[Path]:
@@ -191,6 +194,8 @@ def check_secrets(files: list[Path], token: str | None) -> None:
         text = _text_of(file)
         if TOKEN.search(text) or (token and token.encode() in text):
             raise ValueError(f"{file} holds what looks like an access token of the Hub; take it out before you push.")
+        if file.name in OWN_TEXTS and has_secret(text.decode("utf-8", "replace")):
+            raise ValueError(f"{file} holds an address with what looks like a password; take it out before you push.")
 
 
 def _text_of(file: Path) -> bytes:

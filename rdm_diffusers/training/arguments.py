@@ -26,6 +26,7 @@ from ..tiny.reference import REFERENCES
 from .checks import check_arguments, with_full_names
 from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
 from .record import command_line
+from .secrecy import refuse_secrets
 
 TOKEN_SAFE_TRACKERS = ("tensorboard", "none")  # the others keep the command line
 ALGORITHMS = ("dmd", "gndm", "gndmr")
@@ -228,6 +229,7 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parses and checks; wrong arguments end the program with one sentence, before any long work."""
     parser = build_parser(description, student)
+    refuse_secrets(parser, argv)
     name = parser.parse_known_args(argv)[0].pretrained_model_name_or_path
     if is_tiny(name):
         own = TINY_LORA_DEFAULTS if student == "lora" else TINY_FULL_DEFAULTS
