@@ -11,7 +11,8 @@ from yaml import YAMLError
 from ..families import CARD, fetch
 from ..tiny import is_tiny
 
-MAX_CHARACTERS = 2**17  # of a card's beginning
+MAX_CHARACTERS = 2**16  # of a card's beginning
+MAX_BRACKETS = 500  # in its metadata; PyYAML takes a time that grows with the square of their number
 LICENSE_TAGS = ("license", "license_name", "license_link")
 
 
@@ -48,14 +49,16 @@ def _metadata(card: Path) -> dict[str, Any]:
     """What stands between the two lines `---` at the top of a card.
 
     Raises:
-        ValueError, OSError, YAMLError, RecursionError: if it cannot be read, is large, or refers to parts of itself,
-            which a few lines can multiply until no memory holds them.
+        ValueError, OSError, YAMLError, RecursionError: if it cannot be read, is large or deep, or refers to parts of
+            itself, which a few lines can multiply until no memory holds them.
     """
     with open(card, encoding="utf-8") as file:
         lines = file.read(MAX_CHARACTERS).splitlines()
     if lines[:1] != ["---"] or "---" not in lines[1:]:
         raise ValueError("it has no metadata")
     head = "\n".join(lines[1 : lines.index("---", 1)])
+    if head.count("[") + head.count("{") > MAX_BRACKETS:
+        raise ValueError("its metadata are nested deep")
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head)):
         raise ValueError("its metadata refer to themselves")
     data = yaml.safe_load(head)
