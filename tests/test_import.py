@@ -19,7 +19,7 @@ OPTIONAL = (
     "xformers",
 )  # fmt: skip
 FLOORS = (
-    {"prediction", "frechet", "tiny", "rewards"},
+    {"prediction", "frechet", "tiny", "rewards", "credentials", "json_files", "links"},
     {"schedulers", "families", "sharding"},
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},
