@@ -32,16 +32,17 @@ def card_with(facts: CardFacts, evil: str) -> ModelCard:
     arguments = {**facts.student.arguments, "algorithm": evil, "reward": [evil], "lr_scheduler": evil, "seed": evil}
     training = {**facts.student.training, "command": evil, "arguments": arguments}
     licence = {"license": "other", "license_name": evil, "license_link": evil, "tags": ["evil"]}
+    path = evil.split("https")[0].replace("/", ":")  # of a file or a folder
     student = replace(
-        facts.student, base_model_name_or_path=f"/home/me/{evil.replace('/', ':')}", version=evil, revision=evil,
-        variant=evil, license=licence, training=training,
+        facts.student, base_model_name_or_path=f"/home/me/{path}", version=evil, revision=evil, variant=evil,
+        license=licence, training=training,
     )  # fmt: skip
     metrics = {**facts.metrics, "machine": evil, "prompts": [evil] * 8}
     evaluation = {
         "settings": {"features": {"name": evil}, evil: evil}, "metrics": {evil: 1.5},
         "context": {"arguments": {"prompts": evil}},
     }  # fmt: skip
-    changed = {"prompts": [evil] * 8, "comfyui": f"comfyui/{evil}.safetensors", "metrics": metrics}
+    changed = {"prompts": [evil] * 8, "comfyui": f"comfyui/{path}.safetensors", "metrics": metrics}
     return render(replace(facts, name=evil, student=student, evaluation=evaluation, **changed))
 
 
@@ -50,9 +51,7 @@ def test_nothing_that_is_foreign_becomes_markup_code_or_metadata(facts: CardFact
     for pattern in (r"^ {0,3}`{3,}", r"^#", r"^---", r"^\|", r"^!\["):
         count = [len(re.findall(pattern, str(card), re.MULTILINE)) for card in (harmless, evil)]
         assert count[0] == count[1], pattern
-    assert len(str(harmless).splitlines()) == len([line for line in evil.text.splitlines()]) + (
-        len(str(harmless).splitlines()) - len(harmless.text.splitlines())
-    )
+    assert len(harmless.text.splitlines()) == len(evil.text.splitlines())
     outside = re.sub(r"```.*?^```$|`[^`\n]+`", "", evil.text, flags=re.DOTALL | re.MULTILINE)
     for marked in ("<script", "</details", "![i]", "hunter2", "token=abc", "\x1b", "\u202e", "\u2028"):
         assert marked not in outside

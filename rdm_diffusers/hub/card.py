@@ -115,7 +115,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         optional |= {"base_model": student.teacher, "base_model_relation": relation}
     measured = eval_results(facts.metrics, facts.evaluation)
     if measured:
-        optional |= {"model_name": plain(Path(facts.name).resolve().name), "eval_results": measured}
+        optional |= {"model_name": Path(plain(facts.name)).resolve().name, "eval_results": measured}
     prompts = [plain(prompt) for prompt in facts.prompts]
     shown = [{"text": text, "output": {"url": url}} for text, url in zip(prompts, facts.pictures, strict=False)]
     widget = shown or [{"text": prompts[0]}]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..families import STUDENT_CONFIG, fetch
-from ..json_files import described, is_kind, read_object
+from ..json_files import described, read_object
 from .student_checks import check_student_entries
 
 REMEDY = "download or export the student again"
@@ -109,7 +109,7 @@ class StudentConfig:
 def _check_release(name: str, entries: Mapping[str, Any]) -> None:
     """Refuses what a newer release made, before anything else of it is looked at, as that may have changed."""
     made = entries.get("format_version")
-    if is_kind(made, int) and made > FORMAT_VERSION:
+    if type(made) is int and made > FORMAT_VERSION:
         raise ValueError(
             f"{name} was made by rdm-diffusers {entries.get('version')}, which is newer than this "
             f"{package_version()}; upgrade with `pip install --upgrade rdm-diffusers`."
