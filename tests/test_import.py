@@ -19,7 +19,7 @@ OPTIONAL = (
     "xformers",
 )  # fmt: skip
 FLOORS = (
-    {"bounds", "parsing", "prediction", "frechet", "prompts", "tiny", "rewards"},
+    {"bounds", "parsing", "prediction", "frechet", "prompts", "tiny", "rewards", "credentials", "json_files", "links"},
     {"schedulers", "families", "sharding", "adapters"},
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rdm_diffusers.rewards import Reward, WeightedReward, evaluate, load_reward
+from rdm_diffusers.rewards.base import RewardError
 from rdm_diffusers.rewards.user_file import NamedReward
 from rdm_diffusers.tiny.captions import CAPTIONS
 
@@ -235,3 +236,46 @@ def test_a_class_whose_instances_cannot_be_called(complaint, user_file) -> None:
     assert complaint(f"{path}:Mute") == (
         f"Instances of Mute in {path} cannot be called; give it __call__(self, images, prompts)."
     )
+
+
+def test_files_whose_names_differ_in_signs_alone_are_two_files(tmp_path: Path) -> None:
+    names = ("a-b.py", "a_b.py", "a b.py", "a.b.py")
+    for i, name in enumerate(names):
+        (tmp_path / name).write_text(f"def score(images, prompts):\n    return [{i}] * len(prompts)\n")
+    rewards = [reward_of(f"{tmp_path / name}:score") for name in names]
+    assert [float(evaluate(reward, noisy_images(), PROMPTS)[0]) for reward in rewards] == [0, 1, 2, 3]
+
+
+def test_a_file_imports_its_neighbours_by_a_dot_and_never_those_of_another_folder(tmp_path: Path) -> None:
+    for value, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helper.py").write_text(f"VALUE = {value}\n")
+        (tmp_path / folder / "mine.py").write_text(
+            "from .helper import VALUE\n\ndef score(images, prompts):\n    return [VALUE] * len(prompts)\n"
+        )
+    rewards = [reward_of(f"{tmp_path / folder / 'mine.py'}:score") for folder in "ab"]
+    assert [float(evaluate(reward, noisy_images(), PROMPTS)[0]) for reward in rewards] == [0, 1]
+
+
+LEAVES = ("sys.exit(0)", "raise SystemExit", "raise BaseException('gone')", "raise GeneratorExit")
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+def test_a_reward_that_ends_the_program_is_an_error_with_its_name(user_file, leave: str) -> None:
+    path = user_file(f"import sys\n\ndef score(images, prompts):\n    {leave}\n")
+    with pytest.raises(RewardError, match=rf"^The reward score raised .* at {path}:4 \(.*\); mend it\."):
+        evaluate(reward_of(f"{path}:score"), noisy_images(), PROMPTS)
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+def test_a_file_or_a_class_that_ends_the_program_is_an_error_with_its_name(complaint, user_file, leave: str) -> None:
+    path = user_file(f"import sys\n\nclass Leaves:\n    def __init__(self):\n        {leave}\n", "class.py")
+    assert complaint(f"{path}:Leaves").startswith(f"The class Leaves in {path} could not be made without arguments (")
+    path = user_file(f"import sys\n{leave}\n", "file.py")
+    assert complaint(f"{path}:score").startswith(f"The reward file {path} fails when it is imported (")
+
+
+def test_ctrl_c_ends_a_run_while_a_reward_is_asked(user_file) -> None:
+    path = user_file("def score(images, prompts):\n    raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(reward_of(f"{path}:score"), noisy_images(), PROMPTS)

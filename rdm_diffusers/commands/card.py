@@ -11,7 +11,8 @@ from typing import Any
 from ..bounds import FREE_TEXT, PATH, Bound
 from ..evaluation.records import JSON_FILE, read_json
 from ..families import CARD
-from ..hub import write_card
+from ..hub import student_files, write_card
+from ..links import write_inside
 from ..parsing import Parser
 from ..pipelines import is_student
 from ..training.record import without_folders
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{folder} holds no student; give the output folder of a training or of rdm-export.")
     if args.evaluation:
         evaluation = for_others(read_json(Path(args.evaluation)))
-        (folder / JSON_FILE).write_text(json.dumps(evaluation, indent=2) + "\n")
+        student_files(folder)  # first, as links may lead to what is no student's
+        write_inside(folder, JSON_FILE, json.dumps(evaluation, indent=2) + "\n")
     card = write_card(folder, args.name, args.overwrite)
     edited = card.name != CARD
     print(f"Wrote {card}{f', as {CARD} was edited; replace that with --overwrite' if edited else ''}.")

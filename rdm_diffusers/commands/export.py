@@ -7,7 +7,6 @@ in its place at the end, so that an export that fails leaves nothing behind.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,10 @@ from ..hub import (
     check_comfyui,
     check_complete,
     comfyui_name,
+    copy_files,
     copy_lora,
     read_lora,
+    student_files,
     write_card,
     write_comfyui,
     write_full,
@@ -38,7 +39,7 @@ from ..training.checkpoints import PREFIX, RECORD, list_checkpoints
 from ..training.exporting import chosen_weights, export_checkpoint, read_run
 
 FORMATS = ("lora", "full", "comfyui")
-FINDINGS = ("samples.png", "pictures", "metrics.json", "evaluation.json")  # what a student's card shows
+FINDINGS = ("samples.png", "pictures/*.png", "metrics.json", "evaluation.json")  # what a student's card shows
 READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "samples.png", "pictures/*.png"]  # never pickles
 NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*"]
 ERRORS = (ValueError, ImportError, OSError)
@@ -155,6 +156,7 @@ def _student(args: argparse.Namespace) -> Source:
             folder = Path(
                 snapshot_download(name, revision=args.revision, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT)
             )
+    student_files(folder)  # first, as links may lead to what is no student's
     if student.is_lora:
         read_lora(folder)
     check_complete(folder)
@@ -186,11 +188,7 @@ def export(source: Source, folder: Path, bench: Path, args: argparse.Namespace) 
 def add_card(source: Source, folder: Path, args: argparse.Namespace) -> None:
     """Writes the card, with what was found of a finished student, as long as its numbers stay what they were."""
     if source.run is None and args.dtype == "float32":
-        for found in FINDINGS:
-            if (source.folder / found).is_dir():
-                shutil.copytree(source.folder / found, folder / found)
-            elif (source.folder / found).exists():
-                shutil.copy(source.folder / found, folder)
+        copy_files(source.folder, folder, FINDINGS)
     write_card(folder, args.output_dir)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..credentials import without_secrets
 from ..rewards import WeightedReward, load_reward
 from .arguments import COMPARE_BOUNDS, make_compare_parser, parse_args
 from .batches import images_per_second
@@ -233,7 +234,11 @@ def as_record(
         "metrics": metrics,
         "notes": [NOTE, *dict.fromkeys(one["warning"] for one in distances if one["warning"])],
         "context": {
-            "arguments": {key: value for key, value in vars(args).items() if "token" not in key},
+            "arguments": {
+                key: without_secrets(value) if isinstance(value, str) else value
+                for key, value in vars(args).items()
+                if "token" not in key
+            },
             "references": {name: reference.source for name, reference in measures.references.items()},
             "processes": state.num_processes,
             "machine": machine(),

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..json_files import parse_object
+
 SEAL = "sha256"
 
 
@@ -23,12 +25,7 @@ def unsealed(text: str) -> dict[str, Any]:
     Raises:
         ValueError: if it is no JSON of a record, or if it was changed.
     """
-    try:
-        record = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(record, dict):
-        raise ValueError("it is no record")
+    record = parse_object(text)
     seal = record.pop(SEAL, None)
     if seal is not None and seal != _digest(record):
         raise ValueError("it was changed since it was written")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,17 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
+from ..json_files import read_object
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
 from .base import INDEX, Conditioning, Family, PromptOptions
 from .hub_files import coming_from_hub, fetch, repository_files
 from .quantization import quantized_loading
-from .registry import family_of
+from .registry import FAMILIES, family_of
 from .suitability import check_folder, check_no_student, check_teacher
 from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, refuse
 
+INDEX_REMEDY = "save or download it again"
 DEFAULT_OPTIONS = PromptOptions()
 
 
@@ -110,12 +111,22 @@ def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:
     """
     folder = Path(resolve_teacher(name_or_path))
     check_folder(name_or_path, folder)
-    if not folder.is_dir():
-        return json.loads(fetch("teacher", name_or_path, INDEX, **hub_options).read_text())
-    try:
-        return json.loads((folder / INDEX).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder}/{INDEX} is damaged; save or download the teacher again.") from error
+    path = folder / INDEX if folder.is_dir() else fetch("teacher", name_or_path, INDEX, **hub_options)
+    config = read_object(path, INDEX_REMEDY, finite=False)
+    if not _names_classes(config):
+        raise ValueError(f"{path} is damaged (it does not name classes); {INDEX_REMEDY}.")
+    return config
+
+
+def _names_classes(config: dict[str, Any]) -> bool:
+    """Whether a `model_index.json` names the pipeline's class, and with theirs the components that are needed."""
+    entries = {name: entry for name, entry in config.items() if isinstance(entry, list) and len(entry) == 2}
+    classes = {name: entry[1] for name, entry in entries.items() if isinstance(entry[0], str)}
+    class_name = config.get("_class_name")
+    family = FAMILIES.get(class_name) if isinstance(class_name, str) else None
+    needed = {family.denoiser_name, "vae"} if family else set()
+    named = [class_name, *entries, *classes.values()]
+    return needed <= classes.keys() and all(isinstance(name, str) and name.isidentifier() for name in named)
 
 
 def absent_components(config: dict[str, Any]) -> dict[str, None]:
@@ -124,7 +135,7 @@ def absent_components(config: dict[str, Any]) -> dict[str, None]:
     `from_pretrained` does without them only if it is told so, unless the class calls them optional.
     """
     optional = family_of(config).pipeline_class._optional_components
-    entries = {name: entry for name, entry in config.items() if isinstance(entry, list | tuple)}
+    entries = {name: entry for name, entry in config.items() if isinstance(entry, list | tuple) and len(entry) == 2}
     return {name: None for name, entry in entries.items() if entry[0] is None and name not in optional}
 
 

@@ -4,7 +4,7 @@ from .card import write_card
 from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
 from .export import WritingError, copy_lora, export_full, export_lora, write_full, writing
 from .push import PushError, check_push, known_tags, push_student, retry_command, unfinished
-from .student_files import check_base, check_complete, check_student, is_hub_id, student_files
+from .student_files import check_base, check_complete, check_student, copy_files, is_hub_id, student_files
 
 __all__ = [
     "PushError",
@@ -15,6 +15,7 @@ __all__ = [
     "check_push",
     "check_student",
     "comfyui_name",
+    "copy_files",
     "copy_lora",
     "export_full",
     "export_lora",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from string import Formatter
@@ -11,11 +10,16 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment
 
 from ..families import CARD
+from ..links import write_inside
 from .card_facts import CardFacts, facts_of
 from .card_metrics import eval_results, results
 from .comfyui import comfyui_node, comfyui_sampler
+from .licenses import LICENSE_TAGS
+from .markdown import Markdown, code, escaped, fenced, plain, quoted
+from .student_files import student_files
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 NEW_CARD = "README.new.md"
@@ -49,13 +53,14 @@ def write_card(folder: Path, name: str | None = None, overwrite: bool = False) -
         The file: `README.md`, or beside one that somebody has edited `README.new.md`.
 
     Raises:
-        ValueError: if the folder holds no student, or its teacher's configuration cannot be had.
+        ValueError: if the folder holds no student, a damaged one, or links that leave it, or if its teacher's
+            configuration cannot be had.
     """
+    student_files(folder)  # first, as links may lead to what is no student's
     text = str(render(facts_of(folder, name or str(folder))))
     card = folder / CARD
-    path = card if overwrite or not card.exists() or is_untouched(card.read_text("utf-8")) else folder / NEW_CARD
-    path.write_text(f"{text}{MARK.format(digest_of(text))}", "utf-8")
-    return path
+    fresh = overwrite or not card.exists() or is_untouched(card.read_text("utf-8", "replace"))
+    return write_inside(folder, CARD if fresh else NEW_CARD, f"{text}{MARK.format(digest_of(text))}")
 
 
 def is_untouched(card: str) -> bool:
@@ -75,41 +80,45 @@ def render(facts: CardFacts) -> ModelCard:
     absent = [f"{name}=None" for name in facts.absent]
     call = {"num_inference_steps": student.num_inference_steps, **student.call_arguments}
     classes = [student.pipeline_class, *([scheduler_class] if student.is_lora else []), facts.vae_class]
-    return ModelCard.from_template(
-        card_data(facts),
-        template_path=str(TEMPLATE),
+    template = Environment(finalize=escaped).from_string(TEMPLATE.read_text("utf-8"))
+    content = template.render(
+        card_data=Markdown(card_data(facts).to_yaml()),
         facts=facts,
         student=student,
+        command=fenced(student.training["command"], "bash") if student.training.get("command") else None,
         teacher_link=_teacher_link(facts),
         license_name=student.license.get("license_name") or student.license.get("license"),
         name=quoted(facts.name),
         prompt=quoted(facts.prompts[0]),
         scheduler_class=scheduler_class,
-        imports=", ".join(sorted(filter(None, classes))),
-        base_arguments=", ".join([*_base_arguments(facts), *absent, FLOAT32]),
-        full_arguments=", ".join(["student", *absent, FLOAT32]),
-        call_arguments=", ".join(f"{name}={value}" for name, value in call.items()),
-        comfyui_link=quote(facts.comfyui or ""),
+        imports=Markdown(", ".join(sorted(filter(None, classes)))),
+        base_arguments=Markdown(", ".join([*_base_arguments(facts), *absent, FLOAT32])),
+        full_arguments=Markdown(", ".join(["student", *absent, FLOAT32])),
+        call_arguments=Markdown(", ".join(f"{name}={value}" for name, value in call.items())),
+        comfyui_file=code(facts.comfyui),
+        comfyui_link=Markdown(quote(facts.comfyui or "")),
         comfyui_sampler=comfyui_sampler(student),
-        comfyui_node=comfyui_node(student),
+        comfyui_node=Markdown(comfyui_node(student) or ""),
         results=results(facts.metrics, facts.evaluation),
         hyperparameters=hyperparameters(facts),
     )
+    return ModelCard(content)
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
     """The metadata that the Hub reads."""
     student = facts.student
     tags = ["diffusers", *(["lora"] if student.is_lora else []), "text-to-image", "distillation", "few-step", "rdm"]
-    optional: dict[str, Any] = dict(student.license)
+    optional: dict[str, Any] = {tag: plain(student.license[tag]) for tag in LICENSE_TAGS if tag in student.license}
     if not facts.is_local:
         relation = "adapter" if student.is_lora else "finetune"
         optional |= {"base_model": student.teacher, "base_model_relation": relation}
     measured = eval_results(facts.metrics, facts.evaluation)
     if measured:
-        optional |= {"model_name": Path(facts.name).resolve().name, "eval_results": measured}
-    shown = [{"text": text, "output": {"url": url}} for text, url in zip(facts.prompts, facts.pictures, strict=False)]
-    widget = shown or [{"text": facts.prompts[0]}]
+        optional |= {"model_name": Path(plain(facts.name)).resolve().name, "eval_results": measured}
+    prompts = [plain(prompt) for prompt in facts.prompts]
+    shown = [{"text": text, "output": {"url": url}} for text, url in zip(prompts, facts.pictures, strict=False)]
+    widget = shown or [{"text": prompts[0]}]
     return ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, widget=widget, **optional)
 
 
@@ -148,12 +157,7 @@ def _base_arguments(facts: CardFacts) -> list[str]:
     return [base, *(f"{name}={quoted(value)}" for name, value in options.items() if value), *vae]
 
 
-def quoted(text: str | None) -> str:
-    """A Python string."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _teacher_link(facts: CardFacts) -> str:
+def _teacher_link(facts: CardFacts) -> Markdown:
     if facts.is_local:
-        return f"{'the embedded teacher ' if facts.is_embedded else ''}`{facts.teacher}`"
-    return f"[{facts.teacher}](https://huggingface.co/{facts.teacher})"
+        return Markdown(f"{'the embedded teacher ' if facts.is_embedded else ''}{code(facts.teacher)}")
+    return Markdown(f"[{escaped(facts.teacher)}](https://huggingface.co/{facts.teacher})")

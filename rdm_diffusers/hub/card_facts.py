@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..families import FAMILIES, LORA_FILE, absent_components, family_of, pipeline_config
+from ..json_files import described
 from ..pipelines import StudentConfig
+from ..pipelines.lora_file import REMEDY
 from ..tiny import is_tiny
-from .card_metrics import EVALUATION_FILE, METRICS_FILE, read_if_there
-from .student_files import is_hub_id
+from .card_metrics import read_evaluation, read_metrics
+from .student_files import is_hub_id, read_scheduler
 
 PROMPT = "a photograph of an astronaut riding a horse"  # where nothing says what the teacher draws
 TINY_PROMPT = "a red seven on a blue background"
@@ -74,12 +75,12 @@ def facts_of(folder: Path, name: str) -> CardFacts:
     student = StudentConfig.load(str(folder))
     family_of({"_class_name": student.pipeline_class})
     source = str(student.base_model_name_or_path) if student.is_lora else str(folder.resolve())
-    config, metrics = pipeline_config(source, revision=student.revision), read_if_there(folder / METRICS_FILE)
+    config, metrics = pipeline_config(source, revision=student.revision), read_metrics(folder)
     embedded = is_tiny(student.teacher or "")
     return CardFacts(
         name=name,
         student=student,
-        scheduler=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        scheduler=read_scheduler(folder),
         absent=list(absent_components(config)),
         vae_class=config["vae"][1] if student.vae else None,
         prompts=(metrics or {}).get("prompts") or [TINY_PROMPT if embedded else PROMPT],
@@ -88,7 +89,7 @@ def facts_of(folder: Path, name: str) -> CardFacts:
         weights_dtype=_dtype_of(folder, student),
         samples=(folder / "samples.png").exists(),
         metrics=metrics,
-        evaluation=read_if_there(folder / EVALUATION_FILE),
+        evaluation=read_evaluation(folder),
     )
 
 
@@ -100,6 +101,9 @@ def _dtype_of(folder: Path, student: StudentConfig) -> str | None:
     """The precision of a student's weights; None where they are not there."""
     where = LORA_FILE if student.is_lora else f"{FAMILIES[student.pipeline_class].denoiser_name}/*.safetensors"
     for path in folder.glob(where):
-        with safe_open(path, "pt") as file:
-            return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")
+        try:
+            with safe_open(path, "pt") as file:
+                return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")
+        except (OSError, SafetensorError, StopIteration) as error:
+            raise ValueError(f"{path} is damaged ({described(error)}); {REMEDY}.") from error
     return None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation.records import JSON_FILE as EVALUATION_FILE, flattened, number, rows_of, table
+from ..evaluation.records import JSON_FILE as EVALUATION_FILE, flattened, number, rows_of
+from ..json_files import described, is_kind, read_object
+from .markdown import Markdown, cells, escaped, plain
 
 METRICS_FILE = "metrics.json"
+REMEDY = "mend or remove it"
 COLUMNS = {
     "nfe": "network calls",
     "fd_to_teacher": "Fréchet distance to the teacher",
@@ -21,7 +24,7 @@ COLUMNS = {
     "num_images": "pictures",
 }
 COSTS = {"num_images", "nfe", "images_per_second"}  # of an evaluation, and no measures of quality
-ROWS = {"teacher": "teacher", "teacher_few_step": "teacher at few steps", "student": "**student**"}
+ROWS = {"teacher": "teacher", "teacher_few_step": "teacher at few steps", "student": Markdown("**student**")}
 TASK: dict[str, Any] = {"task_type": "text-to-image", "task_name": "Text to image"}
 CAPTIONS: dict[str, Any] = {
     "dataset_type": "rdm-tiny-captions",
@@ -29,16 +32,46 @@ CAPTIONS: dict[str, Any] = {
 }
 
 
-def read_if_there(path: Path) -> dict[str, Any] | None:
-    """A JSON file; None where there is none.
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    """A student's `metrics.json`; None where there is none.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, or does not hold what a card takes from it.
     """
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return None
+    metrics = read_object(path, REMEDY)
+    with _usable(path):
+        prompts = metrics.get("prompts") or []
+        if not is_kind(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("its prompts are no list of texts")
+        results(metrics, None), eval_results(metrics, None)
+    return metrics
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """A student's `evaluation.json`; None where there is none.
+
+    Raises:
+        ValueError: if it is damaged, or does not hold what a card takes from it.
+    """
+    path = folder / EVALUATION_FILE
+    if not path.exists():
+        return None
+    evaluation = read_object(path, REMEDY)
+    with _usable(path):
+        results(None, evaluation), eval_results(None, evaluation)
+    return evaluation
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """What a card takes from a file is taken once inside, so that wrong entries are found before there is a card."""
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); mend or remove it.") from error
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is damaged ({described(error)}); {REMEDY}.") from error
 
 
 def eval_results(metrics: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[EvalResult]:
@@ -64,11 +97,16 @@ def _results_of_metrics(student: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _results_of_evaluation(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    prompts = _prompts(evaluation)
-    told = {name: value for name, value in flattened(evaluation["settings"]) if isinstance(value, int | str)}
+    prompts = plain(_prompts(evaluation))
+    settings = flattened(evaluation["settings"])
+    told = {
+        plain(name): plain(value) if isinstance(value, str) else value
+        for name, value in settings
+        if isinstance(value, int | str)
+    }
     return [
         EvalResult(
-            metric_type=name, metric_value=round(value, 4), metric_args=told,
+            metric_type=plain(name), metric_value=round(value, 4), metric_args=told,
             dataset_type=prompts, dataset_name=f"Prompts: {prompts}", **TASK,
         )
         for name, (value, _, _) in rows_of(evaluation["metrics"]).items()
@@ -76,10 +114,10 @@ def _results_of_evaluation(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     ]  # fmt: skip
 
 
-def results(metrics: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> str:
+def results(metrics: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> Markdown:
     """The same as markdown, with the settings; empty if nothing was measured."""
     parts = [_table_of_metrics(metrics)] if metrics else []
-    return "\n\n".join([*parts, *([_table_of_evaluation(evaluation)] if evaluation else [])])
+    return Markdown("\n\n".join([*parts, *([_table_of_evaluation(evaluation)] if evaluation else [])]))
 
 
 def _table_of_metrics(metrics: Mapping[str, Any]) -> str:
@@ -88,19 +126,19 @@ def _table_of_metrics(metrics: Mapping[str, Any]) -> str:
     lines = [[label, *(number(row[name]) for name in columns)] for label, row in rows.items()]
     scale = metrics["arguments"]["sample_guidance_scale"]
     teacher, few = metrics["teacher"]["sampler"], metrics["teacher_few_step"]["sampler"]
-    told = f"The teacher at guidance {scale} by {teacher}, at few steps by {few}."
+    told = f"The teacher at guidance {escaped(scale)} by {escaped(teacher)}, at few steps by {escaped(few)}."
     if metrics["student"]["num_images"]:
         told += " Distances, the lower the better, in the features of a small classifier."
-    told += f" Seconds on {metrics['machine']}. All settings: `{METRICS_FILE}`."
-    return "\n".join([*table(["", *(COLUMNS[name] for name in columns)], lines), "", told])
+    told += f" Seconds on {escaped(metrics['machine'])}. All settings: `{METRICS_FILE}`."
+    return f"{cells(['', *(COLUMNS[name] for name in columns)], lines)}\n\n{told}"
 
 
 def _table_of_evaluation(evaluation: Mapping[str, Any]) -> str:
     measured = rows_of(evaluation["metrics"]).items()
     lines = [[name, number(value), interval] for name, (value, _, interval) in measured]
     features = (evaluation["settings"]["features"] or {}).get("name", "none")
-    told = f"By `rdm-evaluate`: prompts {_prompts(evaluation)}, features {features}."
-    return "\n".join([*table(["", "value", "95% interval"], lines), "", f"{told} All settings: `{EVALUATION_FILE}`."])
+    told = f"By `rdm-evaluate`: prompts {escaped(_prompts(evaluation))}, features {escaped(features)}."
+    return f"{cells(['', 'value', '95% interval'], lines)}\n\n{told} All settings: `{EVALUATION_FILE}`."
 
 
 def _prompts(evaluation: Mapping[str, Any]) -> str:

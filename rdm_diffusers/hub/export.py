@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..schedulers import RdmScheduler
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
 from .licenses import license_of
+from .student_files import copy_files
 
 COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
 
@@ -116,8 +116,7 @@ def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
     weights, header = read_lora(source)
     with writing(folder):
         save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / LORA_FILE, header)
-        shutil.copytree(source / "scheduler", folder / "scheduler")
-        shutil.copy(source / STUDENT_CONFIG, folder)
+        copy_files(source, folder, ("scheduler/*.json", STUDENT_CONFIG))
         _add_comfyui(folder, StudentConfig.load(str(source)).pipeline_class)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard
+import yaml
 from yaml import YAMLError
 
 from ..families import CARD, fetch
 from ..tiny import is_tiny
 
+MAX_CHARACTERS = 2**16  # of a card's beginning
+MAX_BRACKETS = 500  # in its metadata; PyYAML takes a time that grows with the square of their number
 LICENSE_TAGS = ("license", "license_name", "license_link")
 
 
@@ -28,13 +31,35 @@ def license_of(name_or_path: str, revision: str | None = None) -> dict[str, str]
     folder = Path(name_or_path)
     try:
         path = folder / CARD if folder.is_dir() else fetch("teacher", name_or_path, CARD, revision=revision)
-        data = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, TypeError, OSError, YAMLError):
+        data = _metadata(path)
+    except (ValueError, OSError, YAMLError, RecursionError):
         return {}
     tags = {tag: data[tag] for tag in LICENSE_TAGS if isinstance(data.get(tag), str)}
     link = tags.get("license_link", "")
-    if link and "://" not in link:  # a file beside the card
+    if "://" in link and not link.startswith(("https://", "http://")):
+        del tags["license_link"]
+    elif link and "://" not in link:  # a file beside the card
         del tags["license_link"]
         if not folder.is_dir():
             tags["license_link"] = f"https://huggingface.co/{name_or_path}/blob/main/{link}"
     return tags
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """What stands between the two lines `---` at the top of a card.
+
+    Raises:
+        ValueError, OSError, YAMLError, RecursionError: if it cannot be read, is large or deep, or refers to parts of
+            itself, which a few lines can multiply until no memory holds them.
+    """
+    with open(card, encoding="utf-8") as file:
+        lines = file.read(MAX_CHARACTERS).splitlines()
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        raise ValueError("it has no metadata")
+    head = "\n".join(lines[1 : lines.index("---", 1)])
+    if head.count("[") + head.count("{") > MAX_BRACKETS:
+        raise ValueError("its metadata are nested deep")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head)):
+        raise ValueError("its metadata refer to themselves")
+    data = yaml.safe_load(head)
+    return data if isinstance(data, dict) else {}

@@ -12,7 +12,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
+from ..credentials import without_secrets
 from ..families import CARD, INDEX
+from ..links import real_path
 from .student_files import check_secrets, check_student, components_of, is_hub_id, is_students, student_files
 
 COMMIT_MESSAGE = "Student of rdm_diffusers"
@@ -75,7 +77,7 @@ def push_student(
         commit = api.create_commit(
             repo_id,
             [*_operations(folder, files, repo_id), *_removals(api, repo_id, revision, folder, files)],
-            commit_message=commit_message or COMMIT_MESSAGE,
+            commit_message=without_secrets(commit_message or COMMIT_MESSAGE),
             revision=revision,
         )
         if tag is not None:
@@ -171,9 +173,11 @@ def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) 
 
 
 def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOperationAdd]:
-    sources: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in files}
+    """What goes up, links by what they stand for; the card with the repository's name."""
+    sources: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): real_path(folder, file) for file in files}
     if CARD in sources:
-        sources[CARD] = card_for((folder / CARD).read_text("utf-8"), repo_id).encode()
+        card = (folder / CARD).read_text("utf-8", "surrogateescape")
+        sources[CARD] = card_for(card, repo_id).encode("utf-8", "surrogateescape")
     return [CommitOperationAdd(path, source) for path, source in sources.items()]
 
 

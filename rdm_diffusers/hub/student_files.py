@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import diffusers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG
+from .. import credentials
+from ..credentials import has_secret
+from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, family_of
+from ..json_files import described, read_object
+from ..links import real_path
 from ..pipelines import StudentConfig, is_student
+from ..pipelines.lora_file import REMEDY, check_lora_file
+from ..pipelines.student_checks import check_scheduler
 from ..tiny import is_tiny
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -21,7 +29,8 @@ PATTERNS = (
     "comfyui/*.safetensors", "scheduler/*.json", INDEX,
 )  # fmt: skip
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+TOKEN = re.compile(credentials.TOKEN.pattern.encode())
+OWN_TEXTS = (CARD, STUDENT_CONFIG, "metrics.json", "evaluation.json")  # tokenizers know of all kinds of addresses
 
 
 def student_files(folder: Path) -> list[Path]:
@@ -29,10 +38,35 @@ def student_files(folder: Path) -> list[Path]:
 
     Args:
         folder: the student's: a LoRA, or a whole pipeline with the components that its `model_index.json` names.
+
+    Raises:
+        ValueError: if one of them is a link out of the folder, whether it leads to anything or not.
     """
+    real_path(folder, folder / INDEX)
     components = components_of(folder / INDEX)
-    files = [file for depth in ("*", "*/*") for file in folder.glob(depth) if file.is_file()]
-    return sorted(file for file in files if is_students(file.relative_to(folder).as_posix(), components))
+    found = [path for depth in ("*", "*/*") for path in folder.glob(depth)]
+    named = [path for path in found if is_students(path.relative_to(folder).as_posix(), components)]
+    for path in named:
+        real_path(folder, path)
+    return sorted(path for path in named if path.is_file())
+
+
+def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copies a student's files, what links stand for included.
+
+    Args:
+        source: the student's folder.
+        folder: another one.
+        patterns: of the names that are copied, as in `PATTERNS`.
+
+    Raises:
+        ValueError: as `student_files`.
+    """
+    for file in student_files(source):
+        name = file.relative_to(source)
+        if any(len(name.parts) == pattern.count("/") + 1 and name.match(pattern) for pattern in patterns):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(real_path(source, file), folder / name)
 
 
 def is_students(name: str, components: Collection[str]) -> bool:
@@ -49,11 +83,15 @@ def is_students(name: str, components: Collection[str]) -> bool:
 
 
 def components_of(index: Path) -> list[str]:
-    """The folders of the components that a `model_index.json` names; none without that file, as in a LoRA's folder."""
+    """The folders of the components that a `model_index.json` names; none without that file, as in a LoRA's folder.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     if not index.is_file():
         return []
-    entries = json.loads(index.read_text()).items()
-    return [name for name, entry in entries if isinstance(entry, list) and entry[0] and name.isidentifier()]
+    entries = read_object(index, REMEDY).items()
+    return [name for name, entry in entries if isinstance(entry, list) and any(entry[:1]) and name.isidentifier()]
 
 
 def check_student(folder: Path) -> StudentConfig:
@@ -64,6 +102,7 @@ def check_student(folder: Path) -> StudentConfig:
     """
     if not is_student(folder) or not any((folder / name).is_file() for name in (LORA_FILE, INDEX)):
         raise ValueError(f"{folder} holds no student; give the --output_dir of a finished training run.")
+    student_files(folder)  # first, as links may lead to what is no student's
     student = StudentConfig.load(str(folder))
     check_base(student.base_model_name_or_path, student.vae)
     check_complete(folder)
@@ -71,10 +110,10 @@ def check_student(folder: Path) -> StudentConfig:
 
 
 def check_complete(folder: Path) -> None:
-    """Refuses a student of which a file or a component is missing or cut off.
+    """Refuses a student of which a file or a component is missing, cut off, or not what a student's is.
 
     Raises:
-        ValueError: naming it.
+        ValueError, ImportError: naming it; as `student_files` and `check_lora_file`.
     """
     files = student_files(folder)
     there = {*files, *(file.parent for file in files)}
@@ -84,6 +123,28 @@ def check_complete(folder: Path) -> None:
     for file in files:
         if file.suffix == ".safetensors":
             _check_opens(file)
+    read_scheduler(folder)
+    student = StudentConfig.load(str(folder))
+    if student.is_lora:
+        check_lora_file(folder / LORA_FILE, family_of({"_class_name": student.pipeline_class}).denoiser_name)
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The configuration of a student's stock scheduler.
+
+    Raises:
+        ValueError: if it is damaged, or names no scheduler of diffusers.
+    """
+    path = folder / SCHEDULER
+    config = read_object(path, REMEDY, finite=False)
+    try:
+        check_scheduler(config)
+        found = getattr(diffusers, config.get("_class_name", ""), None)
+        if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+            raise ValueError("it names no scheduler of diffusers")
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({described(error)}); {REMEDY}.") from error
+    return config
 
 
 def _check_opens(weights: Path) -> None:
@@ -133,6 +194,8 @@ def check_secrets(files: list[Path], token: str | None) -> None:
         text = _text_of(file)
         if TOKEN.search(text) or (token and token.encode() in text):
             raise ValueError(f"{file} holds what looks like an access token of the Hub; take it out before you push.")
+        if file.name in OWN_TEXTS and has_secret(text.decode("utf-8", "replace")):
+            raise ValueError(f"{file} holds an address with what looks like a password; take it out before you push.")
 
 
 def _text_of(file: Path) -> bytes:

@@ -30,6 +30,7 @@ from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from .auto_pipelines import register
 from .bases import check_base
+from .lora_file import check_lora_of
 from .saving import forget_origins, stock_parts
 from .student_config import StudentConfig, is_student
 
@@ -148,6 +149,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             check_base(config, "the pipeline", pipeline.scheduler)
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
+            check_lora_of(str(student), FAMILIES[config.pipeline_class].denoiser_name, **hub)
             shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
         return shared._as(config)
 
@@ -172,6 +174,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         pipeline = cls._load_stock("teacher", base, base_hub, options)
+        check_lora_of(name, FAMILIES[student.pipeline_class].denoiser_name, **hub)
         with coming_from_hub("student", name, hub.get("revision")):
             pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
         return pipeline

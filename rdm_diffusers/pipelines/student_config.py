@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..families import STUDENT_CONFIG, check_no_checkpoint, fetch
+from ..json_files import described, read_object
+from .student_checks import check_student_entries
 
+REMEDY = "download or export the student again"
 FORMAT_VERSION = 1  # raised when older releases would sample a student wrongly, not when something is added
 
 
@@ -93,15 +97,21 @@ class StudentConfig:
             raise ValueError(
                 f"{name_or_path} has no {STUDENT_CONFIG}, so it is not a student of ours; load it with stock diffusers."
             )
+        entries = read_object(path, REMEDY, finite=False)
+        _check_release(name_or_path, entries)
         try:
-            entries = dict(json.loads(path.read_text()))
+            check_student_entries(entries)
             known = {each.name for each in fields(cls)}  # a newer release may tell more
-            student = cls(**{name: value for name, value in entries.items() if name in known})
+            return cls(**{name: value for name, value in entries.items() if name in known})
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); download or export the student again.") from error
-        if student.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"{name_or_path} was made by rdm-diffusers {student.version}, which is newer than this "
-                f"{package_version()}; upgrade with `pip install --upgrade rdm-diffusers`."
-            )
-        return student
+            raise ValueError(f"{path} is damaged ({described(error)}); {REMEDY}.") from error
+
+
+def _check_release(name: str, entries: Mapping[str, Any]) -> None:
+    """Refuses what a newer release made, before anything else of it is looked at, as that may have changed."""
+    made = entries.get("format_version")
+    if type(made) is int and made > FORMAT_VERSION:
+        raise ValueError(
+            f"{name} was made by rdm-diffusers {entries.get('version')}, which is newer than this "
+            f"{package_version()}; upgrade with `pip install --upgrade rdm-diffusers`."
+        )

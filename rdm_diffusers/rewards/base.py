@@ -76,7 +76,9 @@ def evaluate(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 def _ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Any:
     try:
         return reward(images, prompts)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too, which would end the run as if it were done
         *_, place = traceback.extract_tb(error.__traceback__)
         raise RewardError(
             f"The reward {reward.name} raised {type(error).__name__} at {place.filename}:{place.lineno} ({error}); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 import sys
@@ -56,7 +57,9 @@ def load_from_file(path: str, attribute: str, device: torch.device | str) -> Rew
         raise ValueError(
             f"Instances of {attribute} in {path} cannot be called; give it __call__(self, images, prompts)."
         )
-    return NamedReward(function, getattr(function, "name", attribute), bool(getattr(function, "differentiable", False)))
+    name = getattr(function, "name", attribute)
+    differentiable = bool(getattr(function, "differentiable", False))
+    return NamedReward(function, name if isinstance(name, str) else attribute, differentiable)
 
 
 def instantiated(found: Any, name: str) -> Any:
@@ -69,7 +72,9 @@ def instantiated(found: Any, name: str) -> Any:
         return found
     try:
         return found()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too, which would end the run as if it were done
         raise ValueError(
             f"The class {name} could not be made without arguments ({reason(error)}); mend it, or name an instance."
         ) from error
@@ -89,7 +94,7 @@ def _execute(path: Path) -> ModuleType:
     """The file as a module, executed when it is first asked for."""
     if not path.is_file():
         raise ValueError(f"The reward file {path} does not exist; give the path of a Python file.")
-    name = "rdm_reward_file_" + re.sub(r"\W", "_", str(path.resolve()))
+    name = _module_name(path.resolve())
     if name in sys.modules:
         return sys.modules[name]
     spec = spec_from_file_location(name, path)
@@ -97,10 +102,23 @@ def _execute(path: Path) -> ModuleType:
     sys.modules[name] = module = module_from_spec(spec)  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too, which would end the run as if it were done
         del sys.modules[name]
         raise ValueError(f"The reward file {path} fails when it is imported ({reason(error)}); mend it.") from error
     return module
+
+
+def _module_name(path: Path) -> str:
+    """A name for each file alone, in a package for each folder, so that `from .beside import` finds what lies there."""
+    package, file = (hashlib.sha256(str(each).encode()).hexdigest()[:16] for each in (path.parent, path))
+    name = f"rdm_rewards_{package}"
+    if name not in sys.modules:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [str(path.parent)]
+    stem = re.sub(r"\W", "_", path.stem)
+    return f"{name}.{stem}_{file}"
 
 
 def _callables(module: ModuleType) -> list[str]:

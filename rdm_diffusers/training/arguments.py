@@ -21,6 +21,7 @@ from .checks import check_arguments, with_full_names
 from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
 from .presets import ALGORITHM_PRESETS, PRESETS, TINY_DEFAULTS, TINY_FULL_DEFAULTS, TINY_LORA_DEFAULTS
 from .record import command_line
+from .secrecy import refuse_secrets
 
 TOKEN_SAFE_TRACKERS = ("tensorboard", "none")  # the others keep the command line
 ALGORITHMS = ("dmd", "gndm", "gndmr")
@@ -195,6 +196,7 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parses and checks; wrong arguments end the program with one sentence, before any long work."""
     parser = build_parser(description, student)
+    refuse_secrets(parser, argv)
     given = parser.parse_known_args(argv)[0]
     name = given.pretrained_model_name_or_path
     if is_tiny(name):

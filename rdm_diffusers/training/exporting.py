@@ -15,6 +15,7 @@ from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks,
 from .arguments import build_parser
 from .checkpoints import damage, read_arguments, updates_of
 from .record import training_record
+from .saved_arguments import check_saved
 from .setup import load, lora_config, make_scheduler
 
 AVERAGED = "ema"
@@ -26,6 +27,7 @@ def read_run(checkpoint: Path) -> argparse.Namespace:
     Raises:
         ValueError: if the checkpoint is damaged.
     """
+    check_saved(checkpoint)
     problem = damage(checkpoint)
     if problem:
         raise ValueError(f"{checkpoint} is damaged ({problem}); export an earlier checkpoint.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 
 import psutil
 import torch
@@ -13,7 +12,8 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import ProjectConfiguration
 
-ACCELERATE = r"accelerate launch$|accelerate-launch$|accelerate.commands.launch(\.py)?$"  # the ways to call it
+from .secrecy import launch_words
+
 HOW_TO_LAUNCH = "launch with torchrun --nproc_per_node N, or with accelerate launch --multi_gpu --num_processes N"
 
 
@@ -80,10 +80,10 @@ def _asked_of_accelerate(parent: psutil.Process | None) -> int:
         words = parent.cmdline() if parent is not None else []
     except psutil.Error:
         return 1
-    starts = [i + 1 for i, word in enumerate(words) if re.search(ACCELERATE, " ".join(words[max(i - 1, 0) : i + 1]))]
-    if not starts:
+    given = launch_words(words)
+    if given is None:
         return 1
-    asked = launch_command_parser().parse_known_args(words[starts[0] :])[0]
+    asked = launch_command_parser().parse_known_args(given)[0]
     file = asked.config_file or default_config_file
     configured = load_config_from_file(file).num_processes if os.path.isfile(file) else 1
     return int(asked.num_processes or configured)

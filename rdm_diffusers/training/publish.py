@@ -23,6 +23,7 @@ from ..hub import (
     unfinished,
     write_card,
 )
+from ..links import real_path
 from .checkpoints import list_checkpoints
 from .exporting import export_checkpoint, read_run
 
@@ -121,7 +122,8 @@ def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> N
     with TemporaryDirectory(prefix=".export-", dir=run) as aside:
         student = Path(aside) / run.resolve().name  # which the file for ComfyUI is named after
         student.mkdir()
-        export_checkpoint(checkpoint, read_run(checkpoint), student)
+        source = real_path(run, checkpoint)
+        export_checkpoint(source, read_run(source), student)
         write_card(student, repo_id)
         push_student(student, repo_id, commit_message=checkpoint.name, tag=checkpoint.name, **where)
 

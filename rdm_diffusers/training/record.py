@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..credentials import without_secrets
+
 TEACHER = "pretrained_model_name_or_path"
 PATHS = {
     TEACHER, "pretrained_vae_model_name_or_path", "prompts_file", "dataset_name", "output_dir", "logging_dir",
@@ -36,7 +38,7 @@ def command_line(script: str, words: Sequence[str]) -> str:
             shown += [f"{flag}={value}"] if equals else [flag, value]
         else:
             shown.append(word)
-    return shlex.join(["accelerate", "launch", script, *shown])
+    return without_secrets(shlex.join(["accelerate", "launch", script, *shown]))
 
 
 def without_folders(value: Any) -> Any:
@@ -53,6 +55,13 @@ def without_folders(value: Any) -> Any:
     return f"{name}{equals}{os.path.basename(os.path.normpath(path))}" if tells else value
 
 
+def _cleaned(value: Any) -> Any:
+    """A value without passwords and tokens, which older releases recorded."""
+    if isinstance(value, list):
+        return [_cleaned(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
 def training_record(args: argparse.Namespace | Mapping[str, Any], **known: Any) -> dict[str, Any]:
     """`StudentConfig.training`: the `command`, all `arguments`, and what else is known.
 
@@ -63,8 +72,9 @@ def training_record(args: argparse.Namespace | Mapping[str, Any], **known: Any) 
     """
     given = dict(args if isinstance(args, Mapping) else vars(args))
     command = given.pop("command", None)
+    given = {name: _cleaned(value) for name, value in given.items() if "token" not in name.split("_")}
     arguments = {name: without_folders(value) if name in PATHS else value for name, value in given.items()}
     if arguments[TEACHER] != given[TEACHER]:  # it may be called as an embedded one is
         arguments[TEACHER] += " (a local folder)"
     usual = {"updates": given["max_train_steps"], "averaged": given.get("use_ema")}
-    return {"command": command, "arguments": arguments, **usual, **known}
+    return {"command": command and without_secrets(command), "arguments": arguments, **usual, **known}

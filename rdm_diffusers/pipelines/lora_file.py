@@ -1,0 +1,123 @@
+"""The file of a LoRA student, looked through before diffusers and peft build layers after what its header says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
+
+from ..families import LORA_FILE, fetch
+from ..json_files import Kinds, check_kinds, described, parse_object
+
+REMEDY = "download or export the student again"
+MAX_HEADER = 2**20  # bytes of the adapter's description
+# peft and diffusers take names for regular expressions; a name of this kind says little as one, and ends.
+NAME = re.compile(r"[A-Za-z0-9_.]{1,400}")
+MATRIX = re.compile(r"lora_([AB])(\.bias|\.weight)")
+TEXT = (str, type(None))
+KINDS: dict[str, Kinds] = {  # what students' adapters differ in
+    "r": int, "lora_alpha": float, "target_modules": list, "lora_dropout": float, "base_model_name_or_path": TEXT,
+    "revision": TEXT, "peft_version": TEXT, "task_type": TEXT, "inference_mode": bool,
+}  # fmt: skip
+RANGES: dict[str, tuple[float, float]] = {"r": (1, 16_384), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 1)}
+
+
+def check_lora_of(name: str, component: str, **hub_options: Any) -> None:
+    """As `check_lora_file`, for the LoRA of a student's folder or Hub repository.
+
+    Args:
+        name: the folder, or the Hub id.
+        component: as in `check_lora_file`.
+        hub_options: as of `hf_hub_download`.
+
+    Raises:
+        ValueError, ImportError: as `check_lora_file`, or if it cannot be had from the Hub.
+    """
+    folder = Path(name)
+    path = folder / LORA_FILE if folder.is_dir() else fetch("student", name, LORA_FILE, **hub_options)
+    check_lora_file(path, component)
+
+
+def check_lora_file(path: Path, component: str) -> None:
+    """Refuses a file that is no LoRA student's, or that would have peft do anything but add such a LoRA.
+
+    Only the header is read: no tensors.
+
+    Args:
+        path: of `pytorch_lora_weights.safetensors`.
+        component: the pipeline's that the LoRA belongs to, `unet` or `transformer`.
+
+    Raises:
+        ValueError: one sentence on what is wrong and what to do.
+        ImportError: if a newer peft wrote it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+        adapter = {} if header is None else _parsed(header, component)
+        check_adapter(adapter)
+        _check_tensors(shapes, component, adapter.get("r"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged ({described(error)}); {REMEDY}.") from error
+
+
+def _parsed(header: str, component: str) -> dict[str, Any]:
+    """The description of the component's adapter."""
+    if len(header) > MAX_HEADER:
+        raise ValueError(f"its adapter's description has more than {MAX_HEADER} characters")
+    entries, prefix = parse_object(header), f"{component}."
+    for name in entries:
+        if not name.startswith(prefix):
+            raise ValueError(f"it describes {name[:80]!r}, which is not the {component}'s")
+    return {name.removeprefix(prefix): value for name, value in entries.items()}
+
+
+def check_adapter(adapter: Mapping[str, Any]) -> None:
+    """Refuses a description of an adapter that a student's is never: with patterns, extra layers, or other methods.
+
+    Args:
+        adapter: the entries of a `LoraConfig`.
+
+    Raises:
+        ValueError: naming the first entry that is wrong.
+        ImportError: if a newer peft wrote it.
+    """
+    from peft import LoraConfig  # slow to import
+
+    usual = LoraConfig().to_dict()
+    for name in adapter.keys() - usual.keys():
+        raise ImportError(
+            f"The LoRA names {name[:80]!r}, which this peft does not know; upgrade with `pip install --upgrade peft`."
+        )
+    check_kinds(adapter, KINDS, "its adapter's ")
+    for name, (low, high) in RANGES.items():
+        if name in adapter and not low <= adapter[name] <= high:
+            raise ValueError(f"its adapter's {name} is {adapter[name]}, and should be from {low:g} to {high:g}")
+    for module in adapter.get("target_modules", []):
+        if not isinstance(module, str) or not NAME.fullmatch(module):
+            raise ValueError(f"its adapter's target_modules hold {str(module)[:80]!r}, which is no module's name")
+    for name, value in adapter.items():
+        if name not in KINDS and not (_is_nothing(value) or value == usual[name]):
+            raise ValueError(f"its adapter's {name} is {str(value)[:80]!r}, and no student's is")
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or value in ([], {}, "", "gaussian")
+
+
+def _check_tensors(shapes: Mapping[str, list[int]], component: str, rank: int | None) -> None:
+    """Every tensor is a matrix of a LoRA of the component, of the rank that is described."""
+    if not shapes:
+        raise ValueError("it holds no tensors")
+    for name, shape in shapes.items():
+        matrix = MATRIX.search(name)
+        if not NAME.fullmatch(name) or not name.startswith(f"{component}.") or matrix is None:
+            raise ValueError(f"it holds {name[:80]!r}, which is no matrix of a LoRA of the {component}")
+        side = 0 if matrix[1] == "A" else 1
+        if rank is not None and len(shape) > side and matrix[2] == ".weight" and shape[side] != rank:
+            raise ValueError(f"{name[:80]} is of rank {shape[side]}, and its adapter of {rank}")
