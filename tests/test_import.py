@@ -19,7 +19,7 @@ OPTIONAL = (
     "xformers",
 )  # fmt: skip
 FLOORS = (
-    {"prediction", "frechet", "tiny", "rewards"},
+    {"errors", "folders", "frechet", "prediction", "program", "rewards", "tiny"},
     {"schedulers", "families", "sharding"},
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},

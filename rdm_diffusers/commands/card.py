@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.records import JSON_FILE, read_json
 from ..families import CARD
-from ..hub import write_card
+from ..hub import finish_exports, write_card
 from ..pipelines import is_student
+from ..program import run_program
 from ..training.record import without_folders
-
-ERRORS = (ValueError, OSError)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: if the folder holds no student, or the evaluation or another file of it cannot be read.
     """
     args = make_parser().parse_args(argv)
+    finish_exports(args.folder)
     if not is_student(args.folder):
         raise ValueError(f"{args.folder} holds no student; give the output folder of a training or of rdm-export.")
     if args.evaluation:
@@ -55,8 +54,5 @@ def for_others(evaluation: Any) -> Any:
 
 
 def run() -> None:
-    """The console script: `main`, its errors as one line."""
-    try:
-        main()
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
+    """The console script: `main`, with its errors as one line."""
+    run_program(main)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..families import use_token
+from ..hub import finish_exports
+from ..program import run_program
 from ..training.publish import push_run
-
-ERRORS = (ValueError, OSError)  # of which PushError is one
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,14 +43,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     """
     args = vars(make_parser().parse_args(argv))
     use_token(args.pop("token"))
+    finish_exports(args["folder"])
     address = push_run(**args)
     print(f"The student is at {address}")
     return address
 
 
 def run() -> None:
-    """The console script: `main`, its errors as one line."""
-    try:
-        main()
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
+    """The console script: `main`, with its errors as one line."""
+    run_program(main)

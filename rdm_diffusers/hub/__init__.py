@@ -2,11 +2,13 @@
 
 from .card import write_card
 from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
-from .export import WritingError, copy_lora, export_full, export_lora, write_full, writing
+from .export import copy_lora, export_full, export_lora, write_full
+from .placing import FINDINGS, WritingError, finish_exports, writing
 from .push import PushError, check_push, known_tags, push_student, retry_command, unfinished
 from .student_files import check_base, check_complete, check_student, is_hub_id, student_files
 
 __all__ = [
+    "FINDINGS",
     "PushError",
     "WritingError",
     "check_base",
@@ -18,6 +20,7 @@ __all__ = [
     "copy_lora",
     "export_full",
     "export_lora",
+    "finish_exports",
     "has_comfyui",
     "is_hub_id",
     "known_tags",

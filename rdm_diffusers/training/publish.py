@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import Accelerator
 
+from ..folders import aside
 from ..hub import (
     check_base,
     check_push,
@@ -23,10 +24,9 @@ from ..hub import (
     unfinished,
     write_card,
 )
-from .checkpoints import list_checkpoints
+from ..program import status_of
+from .checkpoint_files import list_checkpoints
 from .exporting import export_checkpoint, read_run
-
-INTERRUPTED = 130  # 128 and the number of the signal
 
 
 def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -103,7 +103,7 @@ def retryable(repo_id: str, retry: str) -> Iterator[None]:
     except KeyboardInterrupt:
         begin, end = unfinished(repo_id, retry)
         print(f"\n{begin} (interrupted){end}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(status_of(signal.SIGINT)) from None
 
 
 def _push_checkpoints(folder: Path, repo_id: str, where: dict[str, Any]) -> None:
@@ -118,8 +118,8 @@ def _push_checkpoints(folder: Path, repo_id: str, where: dict[str, Any]) -> None
 
 def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> None:
     run = checkpoint.parent
-    with TemporaryDirectory(prefix=".export-", dir=run) as aside:
-        student = Path(aside) / run.resolve().name  # which the file for ComfyUI is named after
+    with aside(run) as hidden:
+        student = hidden / run.resolve().name  # which the file for ComfyUI is named after
         student.mkdir()
         export_checkpoint(checkpoint, read_run(checkpoint), student)
         write_card(student, repo_id)

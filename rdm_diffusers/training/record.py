@@ -53,18 +53,26 @@ def without_folders(value: Any) -> Any:
     return f"{name}{equals}{os.path.basename(os.path.normpath(path))}" if tells else value
 
 
-def training_record(args: argparse.Namespace | Mapping[str, Any], **known: Any) -> dict[str, Any]:
-    """`StudentConfig.training`: the `command`, all `arguments`, and what else is known.
+def training_record(
+    args: argparse.Namespace | Mapping[str, Any], updates: int, averaged: bool | None = None
+) -> dict[str, Any]:
+    """`StudentConfig.training`: the `command`, all `arguments`, and what was done.
 
     Args:
         args: the run's.
-        known: `updates`, the number of those that were done, by default all of the run's; `averaged`, whether the
-            weights are the moving average, by default as the run says.
+        updates: how many were done, whatever the arguments say.
+        averaged: whether the weights are the moving average; as the run says if None.
     """
     given = dict(args if isinstance(args, Mapping) else vars(args))
-    command = given.pop("command", None)
-    arguments = {name: without_folders(value) if name in PATHS else value for name, value in given.items()}
+    averaged = given.get("use_ema") if averaged is None else averaged
+    known = {"command": given.get("command"), "arguments": shown_arguments(given)}
+    return {**known, "updates": updates, "averaged": averaged}
+
+
+def shown_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's arguments without this machine's folders, and without the command."""
+    shown = {name: value for name, value in given.items() if name != "command"}
+    arguments = {name: without_folders(value) if name in PATHS else value for name, value in shown.items()}
     if arguments[TEACHER] != given[TEACHER]:  # it may be called as an embedded one is
         arguments[TEACHER] += " (a local folder)"
-    usual = {"updates": given["max_train_steps"], "averaged": given.get("use_ema")}
-    return {"command": command, "arguments": arguments, **usual, **known}
+    return arguments
