@@ -14,12 +14,19 @@ from pathlib import Path
 
 ASIDE, LOCK = ".rdm-export-", ".lock"
 _held: set[int] = set()  # descriptors of locks
-# A child that outlives its killed parent would go on holding the lock.
-os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])
 
 
 class HeldError(ValueError):
     """A living process holds the lock; the message says which, as far as it is known."""
+
+
+def _let_go() -> None:
+    """In a forked child, which would go on holding the lock of a parent that was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from rdm_diffusers.folders import locked
 from rdm_diffusers.training import finish, launch, loop
 from rdm_diffusers.training.checkpoints import damage, find_checkpoint
 from rdm_diffusers.training.launch import check_trackers
+from rdm_diffusers.training.run_folder import alone_in
+from rdm_diffusers.training.setup import end_trackers
 
 
 @pytest.fixture
@@ -107,32 +110,21 @@ def test_the_lock_is_gone_with_the_run_and_a_dry_run_needs_none(argv, tmp_path: 
         train_rdm_lora.main(argv(dry_run=True))
         with pytest.raises(ValueError, match="in use by another run"):
             train_rdm_lora.main(argv())
-    train_rdm_lora.main(argv())
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_where_there_are_no_locks_a_run_says_so_and_goes_on(argv, tmp_path: Path, monkeypatch) -> None:
+def test_where_there_are_no_locks_a_run_says_so_and_goes_on(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("rdm_diffusers.folders._take", lambda path: None)
-    with pytest.warns(UserWarning, match="has no locks, so nobody would notice a second run in this folder"):
-        train_rdm_lora.main(argv())
-    assert (tmp_path / "run" / "rdm_config.json").exists()
+    accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    with pytest.warns(UserWarning, match="has no locks, so nobody would notice a second run in this folder"), \
+            alone_in(tmp_path, SimpleNamespace(dry_run=False), accelerator):  # fmt: skip
+        pass
 
 
-ENDS = {
-    "out_of_memory": torch.OutOfMemoryError("CUDA out of memory."),
-    "closed_pipe": BrokenPipeError(32, "Broken pipe"),
-    "bug": KeyError("colour"),
-}
-
-
-@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("script", [train_rdm_lora, train_rdm_full], ids=["lora", "full"])
-def test_pictures_that_fail_take_neither_card_nor_push(end: str, script, argv, tmp_path, monkeypatch, capsys) -> None:
-    if script is train_rdm_full and end != "out_of_memory":
-        pytest.skip("the same code")
-
+def test_pictures_that_fail_take_neither_card_nor_push(script, argv, tmp_path: Path, monkeypatch) -> None:
     def fail(*args: object) -> None:
-        raise ENDS[end]
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
     pushed: list[Path] = []
     monkeypatch.setattr(finish, "save_samples", fail)
@@ -141,7 +133,13 @@ def test_pictures_that_fail_take_neither_card_nor_push(end: str, script, argv, t
         script.main(argv(**({} if script is train_rdm_lora else {"rank": None})))
     assert pushed == [tmp_path / "run"]
     assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "rdm_config.json").exists()
-    assert ("Traceback" in capsys.readouterr().err) == (end == "bug")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("bad"), KeyError("colour")], ids=repr)
+def test_no_error_in_what_is_extra_ends_a_run_and_a_bug_shows_its_traceback(error: Exception, capsys) -> None:
+    with pytest.warns(UserWarning, match=r"The student is safe, but this failed \(.*\)\."), finish.extra("this failed"):
+        raise error
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, KeyError)
 
 
 def test_numbers_that_fail_keep_the_pictures(prompts_file: Path, tmp_path: Path, monkeypatch) -> None:
@@ -162,17 +160,18 @@ def test_a_card_that_cannot_be_written_does_not_take_the_push(argv, tmp_path: Pa
     assert pushed == [tmp_path / "run"]
 
 
-def test_a_tracker_that_fails_on_the_way_or_at_the_end_does_not_end_the_run(argv, tmp_path, monkeypatch) -> None:
+def test_a_tracker_that_fails_on_the_way_or_at_the_end_does_not_end_the_run(argv, monkeypatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no server")
 
-    monkeypatch.setattr("accelerate.Accelerator.log", fail)
-    monkeypatch.setattr("accelerate.Accelerator.end_training", fail)
+    it = make_run(argv(max_train_steps=10))
+    monkeypatch.setattr(it.accelerator, "log", fail)
+    monkeypatch.setattr(it.accelerator, "end_training", fail)
     with pytest.warns(UserWarning) as warned:
-        train_rdm_lora.main(argv(max_train_steps=10))
+        assert train_run(it) == 0
+        end_trackers(it.accelerator)
     said = " ".join(str(warning.message) for warning in warned)
     assert "The trackers took no numbers (no server)" in said and "The trackers could not be closed (no server)" in said
-    assert (tmp_path / "run" / "rdm_config.json").exists()
 
 
 def test_a_tracker_that_is_not_installed_or_not_known_is_refused_before_the_run(argv, monkeypatch) -> None:
