@@ -45,8 +45,11 @@ def status_of(number: int) -> int:
 
 
 def end_on_signals() -> None:
-    """Lets SIGTERM and SIGHUP end the program as `sys.exit` does, so that nothing half made is left behind."""
-    if threading.current_thread() is not threading.main_thread():
+    """Lets SIGTERM and SIGHUP end the program as `sys.exit` does, so that nothing half made is left behind.
+
+    Not one process of several: while it waits for the others it would not hear a handler of Python's.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.environ.get("WORLD_SIZE", "1") != "1":
         return
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # with nohup, SIGHUP is ignored and shall be

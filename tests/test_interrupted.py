@@ -174,6 +174,14 @@ def test_a_tracker_that_fails_on_the_way_or_at_the_end_does_not_end_the_run(argv
     assert "The trackers took no numbers (no server)" in said and "The trackers could not be closed (no server)" in said
 
 
+def test_a_validation_picture_that_cannot_be_written_does_not_end_the_run(argv, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "validation").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match=r"The picture of update 1 could not be shown \(.*\); the run goes on"):
+        train_rdm_lora.main(argv(validation_steps=1))
+    assert (tmp_path / "run" / "rdm_config.json").exists()
+
+
 def test_a_tracker_that_is_not_installed_or_not_known_is_refused_before_the_run(argv, monkeypatch) -> None:
     monkeypatch.setattr(launch, "get_available_trackers", lambda: ["tensorboard"])
     for name in ("none", "tensorboard", "all"):

@@ -88,9 +88,14 @@ def _folders(folder: Path) -> list[Path]:
     return [found[number] for number in sorted(found, key=lambda number: number or 0)]
 
 
+def name_of(checkpoint: Path) -> str:
+    """A checkpoint's name, wherever a kill left it."""
+    return checkpoint.name.removesuffix(REPLACED)
+
+
 def _number(path: Path) -> int | None:
     """The update in a checkpoint's name."""
-    number = path.name.removeprefix(PREFIX).removesuffix(REPLACED)
+    number = name_of(path).removeprefix(PREFIX)
     return int(number) if number.isdecimal() else None
 
 
@@ -139,7 +144,7 @@ def put_in_place(partial: Path, target: Path) -> None:
 def tidy(folder: Path) -> None:
     """Puts back what a killed run had moved to replace it, and removes what it left half written or half removed."""
     for replaced in folder.glob(f"{PREFIX}*{REPLACED}"):
-        target = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        target = replaced.with_name(name_of(replaced))
         if target.exists():
             remove(replaced)
         else:

@@ -25,7 +25,7 @@ from ..hub import (
     write_card,
 )
 from ..program import status_of
-from .checkpoint_files import list_checkpoints
+from .checkpoint_files import list_checkpoints, name_of
 from .exporting import export_checkpoint, read_run
 
 
@@ -108,22 +108,22 @@ def retryable(repo_id: str, retry: str) -> Iterator[None]:
 
 def _push_checkpoints(folder: Path, repo_id: str, where: dict[str, Any]) -> None:
     checkpoints, known = list_checkpoints(folder), known_tags(repo_id, **where)
-    left = [checkpoint.name for checkpoint in checkpoints if checkpoint.name in known]
+    left = [name for name in map(name_of, checkpoints) if name in known]
     if left:
         print(f"{repo_id} has tags of these names already, perhaps another run's; not pushed: {', '.join(left)}.")
     for checkpoint in checkpoints:
-        if checkpoint.name not in known:
+        if name_of(checkpoint) not in known:
             _push_checkpoint(checkpoint, repo_id, where)
 
 
 def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> None:
-    run = checkpoint.parent
+    run, name = checkpoint.parent, name_of(checkpoint)
     with aside(run) as hidden:
         student = hidden / run.resolve().name  # which the file for ComfyUI is named after
         student.mkdir()
         export_checkpoint(checkpoint, read_run(checkpoint), student)
         write_card(student, repo_id)
-        push_student(student, repo_id, commit_message=checkpoint.name, tag=checkpoint.name, **where)
+        push_student(student, repo_id, commit_message=name, tag=name, **where)
 
 
 def repository(args: argparse.Namespace) -> str:
