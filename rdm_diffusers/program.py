@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 from .errors import MEMORY_ADVICE, explain
 
@@ -25,8 +25,11 @@ def run_program(main: Callable[[], object], memory_advice: str = MEMORY_ADVICE) 
         main: the program, without arguments.
         memory_advice: as in `explain`.
     """
-    keep_streams()
-    end_on_signals()
+    with lasting_streams(), ending_on_signals():
+        _run(main, memory_advice)
+
+
+def _run(main: Callable[[], object], memory_advice: str) -> None:
     try:
         main()
     except KeyboardInterrupt:
@@ -44,24 +47,40 @@ def status_of(number: int) -> int:
     return 128 + number
 
 
-def end_on_signals() -> None:
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP end the program as `sys.exit` does, so that nothing half made is left behind.
 
     Not one process of several: while it waits for the others it would not hear a handler of Python's.
     """
-    if threading.current_thread() is not threading.main_thread() or os.environ.get("WORLD_SIZE", "1") != "1":
-        return
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # with nohup, SIGHUP is ignored and shall be
-            signal.signal(number, lambda number, frame: sys.exit(status_of(number)))
+    alone = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if alone and _is_free(number)]
+    for number in handled:
+        signal.signal(number, lambda number, frame: sys.exit(status_of(number)))
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def keep_streams() -> None:
+def _is_free(number: int) -> bool:
+    """Whether a signal has its usual effect; with nohup, SIGHUP is ignored and shall be."""
+    return signal.getsignal(number) is signal.SIG_DFL
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
     """Lets the program outlive who reads its output: a closed pipe, a terminal that is gone, a full disk."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, LastingStream):
-            setattr(sys, name, LastingStream(stream))
+    before = sys.stdout, sys.stderr
+    lasting = [stream and LastingStream(stream) for stream in before]
+    sys.stdout, sys.stderr = cast("tuple[TextIO, TextIO]", tuple(lasting))
+    try:
+        yield
+    finally:
+        for stream in filter(None, lasting):
+            stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 class LastingStream:

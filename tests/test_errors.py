@@ -215,11 +215,10 @@ def test_every_command_ends_by_the_same_rules(program, tmp_path: Path, monkeypat
         command: ["compare", str(tmp_path / "a"), str(tmp_path / "b")],
     }
     monkeypatch.setattr(sys, "argv", ["program", *words[program]])
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # both are wrapped, and must not stay so
-    monkeypatch.setattr(sys, "stderr", sys.stderr)
-    monkeypatch.setattr(signal, "getsignal", lambda number: None)  # so that no handler of ours stays
+    before = sys.stdout, sys.stderr, signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match=r"^error: .*\.$"):
         program.run()
     monkeypatch.setattr(program, "main", fail(KeyError("colour")))
     with pytest.raises(KeyError, match="colour"):
         program.run()
+    assert before == (sys.stdout, sys.stderr, signal.getsignal(signal.SIGTERM))
