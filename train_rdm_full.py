@@ -19,22 +19,29 @@ What it does, and the flags that steer it:
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
 
 from rdm_diffusers.hub import export_full
 from rdm_diffusers.networks import STUDENT
+from rdm_diffusers.program import run_program, status_of
 from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint, read_arguments
+from rdm_diffusers.training.checkpoints import read_arguments
 from rdm_diffusers.training.checks import check_resumable, prepare_output
 from rdm_diffusers.training.external_rewards import load_rewards
 from rdm_diffusers.training.finish import present
-from rdm_diffusers.training.launch import make_accelerator
-from rdm_diffusers.training.loop import RUN_ERRORS, train
+from rdm_diffusers.training.launch import MEMORY_FLAGS, make_accelerator
+from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.prompts import load_prompts, read_texts
 from rdm_diffusers.training.publish import check_hub, publish
 from rdm_diffusers.training.record import training_record
+from rdm_diffusers.training.run_folder import alone_in, checkpoint_to_resume, go_on_from
 from rdm_diffusers.training.setup import (
+    end_trackers,
     load,
     make_distillation,
     make_full_networks,
@@ -50,12 +57,17 @@ def main(argv: list[str] | None = None) -> None:
     # 1. Everything that can be wrong is checked before anything long is done.
     args = parse_args(argv, __doc__, student="full")
     output_dir = prepare_output(args)
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    accelerator = make_accelerator(args)
+    with alone_in(output_dir, args, accelerator):
+        distil(args, output_dir, accelerator)
+
+
+def distil(args: Namespace, output_dir: Path, accelerator: Accelerator) -> None:
+    checkpoint = checkpoint_to_resume(output_dir, args)
     prompts = load_prompts(args)
     if checkpoint:
         check_resumable(args, read_arguments(checkpoint))
     check_with_teacher(args)
-    accelerator = make_accelerator(args)
     check_hub(args, accelerator)
     rewards = load_rewards(args, accelerator.device)
     if args.dry_run:
@@ -72,20 +84,24 @@ def main(argv: list[str] | None = None) -> None:
     state = make_state(networks, accelerator, args)
     state.monitor.teacher_contrast = teacher_contrast(run, teacher, args.monitor_images)
     if checkpoint:
-        load_checkpoint(checkpoint, state)
+        go_on_from(checkpoint, output_dir, state, accelerator)
 
     # 4. Training.
     start_trackers(accelerator, args)
     draw = partial(validate, run=run, state=state, teacher=teacher, texts=texts, args=args, accelerator=accelerator)
-    finished = train(run, state, args, accelerator, draw)
+    interrupted = train(run, state, args, accelerator, draw)
+    if interrupted:
+        end_trackers(accelerator)
+        sys.exit(status_of(interrupted))  # so that nothing that waits for the student goes on
     with averaged_student(run, state):
         weights = networks.student_weights()
-    accelerator.end_training()
-    if not finished or not accelerator.is_main_process:
+    training = training_record(args, state.update)
+    end_trackers(accelerator)
+    if not accelerator.is_main_process:
         return
 
     # 5. The student's files, a folder that stock diffusers loads.
-    config, training = networks.denoisers[STUDENT].config, training_record(args)
+    config = networks.denoisers[STUDENT].config
     export_full(output_dir, teacher, weights, config, run.scheduler, training)
 
     # 6. The student, loaded as anyone would load it, beside its teacher.
@@ -97,7 +113,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RUN_ERRORS as error:
-        sys.exit(f"error: {error}")
+    run_program(main, MEMORY_FLAGS)

@@ -119,7 +119,7 @@ def distil(
 
     finite = True
     try:
-        if not train(run, state, args, accelerator, validate):
+        if train(run, state, args, accelerator, validate):
             raise KeyboardInterrupt
     except RuntimeError as error:  # a diverged run is a result, too
         finite = False

@@ -56,7 +56,7 @@ def waiting_card(name: str) -> str:
         num_inference_steps=args.num_student_steps,
         call_arguments={"guidance_scale": told},
         license=license_tags,
-        training=training_record(args),
+        training=training_record(args, args.max_train_steps),
     )
     scheduler = {**stock.config, "_class_name": type(stock).__name__}
     comfyui = f"comfyui/{name}.safetensors"

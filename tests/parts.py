@@ -186,6 +186,6 @@ def read_state(checkpoint: Path) -> dict[str, Tensor]:
     return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def train_run(it: SimpleNamespace, validate: Callable[[int], None] = lambda update: None) -> bool:
+def train_run(it: SimpleNamespace, validate: Callable[[int], None] = lambda update: None) -> int:
     """The real loop on what `make_run` made."""
     return train(it.run, it.state, it.args, it.accelerator, validate)

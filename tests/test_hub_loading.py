@@ -87,6 +87,7 @@ def of_private_teacher(checkpoint: Path, target: Path) -> Path:
     """A copy of a checkpoint, as if its teacher had been a private one."""
     record = json.loads((shutil.copytree(checkpoint, target) / "state.json").read_text())
     record["arguments"]["pretrained_model_name_or_path"] = "me/private-teacher"
+    del record["digest"]
     (target / "state.json").write_text(json.dumps(record))
     return target
 

@@ -19,7 +19,21 @@ OPTIONAL = (
     "xformers",
 )  # fmt: skip
 FLOORS = (
-    {"bounds", "parsing", "prediction", "frechet", "prompts", "tiny", "rewards", "credentials", "json_files", "links"},
+    {
+        "bounds",
+        "credentials",
+        "errors",
+        "folders",
+        "frechet",
+        "json_files",
+        "links",
+        "parsing",
+        "prediction",
+        "program",
+        "prompts",
+        "rewards",
+        "tiny",
+    },
     {"schedulers", "families", "sharding", "adapters"},
     {"networks", "distillation", "pipelines"},
     {"hub", "evaluation"},

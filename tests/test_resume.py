@@ -76,7 +76,8 @@ def test_a_run_that_reuses_rollouts_resumes_at_their_ends_alone(argv, capsys: py
 
 def test_ctrl_c_waits_for_the_last_update_that_a_rollout_serves(argv) -> None:
     it = make_run(argv("run", max_train_steps=6, reuse_rollouts=3, checkpointing_steps=3, validation_steps=1))
-    assert not train_run(it, lambda update: os.kill(os.getpid(), signal.SIGINT) if update == 1 else None)
+    ended = train_run(it, lambda update: os.kill(os.getpid(), signal.SIGINT) if update == 1 else None)
+    assert ended == signal.SIGINT
     assert it.state.update == 3
 
 
@@ -92,20 +93,19 @@ def test_resuming_changes_nothing_with_8_bit_adam(
     assert any(tensor.dtype == torch.uint8 for tensor in state.values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
-def test_a_signal_saves_a_checkpoint_returns_false_and_can_be_resumed_from(argv, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_saves_a_checkpoint_is_returned_and_can_be_resumed_from(argv, tmp_path: Path, number: int) -> None:
     straight = make_run(argv("straight", max_train_steps=3))
-    assert train_run(straight)
+    assert train_run(straight) == 0
     broken = make_run(argv("broken", max_train_steps=3, validation_steps=2))
     before = signal.getsignal(number)
-    finished = train_run(broken, lambda update: os.kill(os.getpid(), number))
-    assert not finished
+    assert train_run(broken, lambda update: os.kill(os.getpid(), number)) == number
     assert broken.state.update == 2
     assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
     assert signal.getsignal(number) is before
     resumed = make_run(argv("broken", max_train_steps=3, resume_from_checkpoint="latest"))
     load_checkpoint(find_checkpoint(tmp_path / "broken", "latest"), resumed.state)
-    assert train_run(resumed)
+    assert train_run(resumed) == 0
     for role, role_optimizer in straight.state.optimizers.items():
         pairs = zip(role_optimizer.parameters, resumed.state.optimizers[role].parameters, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 from ..bounds import FREE_TEXT, PATH, Bound
 from ..evaluation.records import JSON_FILE, read_json
 from ..families import CARD
-from ..hub import student_files, write_card
+from ..hub import finish_exports, student_files, write_card
 from ..links import write_inside
 from ..parsing import Parser
 from ..pipelines import is_student
+from ..program import run_program
 from ..training.record import without_folders
 
-ERRORS = (ValueError, OSError)
 BOUNDS: dict[str, Bound] = {"folder": PATH, "name": FREE_TEXT, "evaluation": PATH}
 
 
@@ -39,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = make_parser().parse_within(BOUNDS, argv)
     folder = Path(args.folder)
+    finish_exports(folder)
     if not is_student(folder):
         raise ValueError(f"{folder} holds no student; give the output folder of a training or of rdm-export.")
     if args.evaluation:
@@ -60,8 +60,5 @@ def for_others(evaluation: Any) -> Any:
 
 
 def run() -> None:
-    """The console script: `main`, its errors as one line."""
-    try:
-        main()
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
+    """The console script: `main`, with its errors as one line."""
+    run_program(main)

@@ -7,18 +7,17 @@ in its place at the end, so that an export that fails leaves nothing behind.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from huggingface_hub import snapshot_download
 
 from ..bounds import PATH, REVISION, TOKEN, Bound, Text
 from ..evaluation.subjects import DTYPES
 from ..families import coming_from_hub, family_of, pipeline_config, use_token
+from ..folders import aside, sync_tree
 from ..hub import (
     WritingError,
     check_comfyui,
@@ -26,6 +25,7 @@ from ..hub import (
     comfyui_name,
     copy_files,
     copy_lora,
+    finish_exports,
     read_lora,
     student_files,
     write_card,
@@ -35,14 +35,14 @@ from ..hub import (
 )
 from ..parsing import Parser
 from ..pipelines import StudentConfig, is_student
-from ..training.checkpoints import PREFIX, RECORD, list_checkpoints
+from ..program import run_program
+from ..training.checkpoint_files import PREFIX, RECORD, list_checkpoints
 from ..training.exporting import chosen_weights, export_checkpoint, read_run
 
 FORMATS = ("lora", "full", "comfyui")
 FINDINGS = ("samples.png", "pictures/*.png", "metrics.json", "evaluation.json")  # what a student's card shows
 READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "samples.png", "pictures/*.png"]  # never pickles
 NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*"]
-ERRORS = (ValueError, ImportError, OSError)
 BOUNDS: dict[str, Bound] = {
     "source": Text("a folder or a Hub id"), "output_dir": PATH, "revision": REVISION, "token": TOKEN,
 }  # fmt: skip
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose another.")
     use_token(args.token)
     source = find_source(args)
-    with aside(target) as (folder, bench):
+    with in_place_of(target) as (folder, bench):
         export(source, folder, bench, args)
         if args.format != "comfyui":
             add_card(source, folder, args)
@@ -139,6 +139,8 @@ def _checkpoint(folder: Path, use_ema: bool | None) -> Source:
 
 def _student(args: argparse.Namespace) -> Source:
     folder, name = Path(args.source), args.source
+    if folder.is_dir():
+        finish_exports(folder)
     if not folder.is_dir() and folder.parent.is_dir() and folder.parent != Path():
         there = [checkpoint.name for checkpoint in list_checkpoints(folder.parent)]
         what = f"its checkpoints are {', '.join(there)}" if there else "check the name, or call from another folder"
@@ -193,34 +195,32 @@ def add_card(source: Source, folder: Path, args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def aside(target: Path) -> Iterator[tuple[Path, Path]]:
+def in_place_of(target: Path) -> Iterator[tuple[Path, Path]]:
     """Two empty folders beside `target`: one of its name, which takes its place at the end, and one to work in.
 
     Raises:
         OSError: if they cannot be written; nothing is left behind then.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = TemporaryDirectory(prefix=".export-", dir=target.parent)
-    except OSError as error:
-        raise OSError(f"--output_dir {target} cannot be written ({error.strerror}); choose another.") from error
-    try:
-        with partial as name:
-            folder, bench = Path(name, "export", target.name), Path(name, "student")
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            hidden = stack.enter_context(aside(target.parent))
+            folder, bench = hidden / "export" / target.name, hidden / "student"
             folder.mkdir(parents=True)
             bench.mkdir()
+        except OSError as error:
+            raise OSError(f"--output_dir {target} cannot be written ({error.strerror}); choose another.") from error
+        try:
             yield folder, bench
+            sync_tree(folder)
             folder.replace(target)
-    except WritingError as error:
-        cause = error.__cause__
-        raise OSError(
-            f"{target} could not be written ({cause}), and nothing is left of it; free some space and export again."
-        ) from error
+        except WritingError as error:
+            cause = error.__cause__
+            raise OSError(
+                f"{target} could not be written ({cause}), and nothing is left of it; free some space and export again."
+            ) from error
 
 
 def run() -> None:
-    """The console script: `main`, its errors as one line."""
-    try:
-        main()
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
+    """The console script: `main`, with its errors as one line."""
+    run_program(main)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..bounds import FREE_TEXT, PATH, REVISION, TOKEN, Bound, Text, is_git_name
 from ..families import use_token
+from ..hub import finish_exports
 from ..parsing import Parser
+from ..program import run_program
 from ..training.publish import push_run
 
-ERRORS = (ValueError, OSError)  # of which PushError is one
 BOUNDS: dict[str, Bound] = {
     "folder": PATH,
     "repo_id": Text("NAME or USER/NAME"),
@@ -53,14 +53,13 @@ def main(argv: Sequence[str] | None = None) -> str:
     """
     args = vars(make_parser().parse_within(BOUNDS, argv))
     use_token(args.pop("token"))
-    address = push_run(Path(args.pop("folder")), **args)
+    folder = Path(args.pop("folder"))
+    finish_exports(folder)
+    address = push_run(folder, **args)
     print(f"The student is at {address}")
     return address
 
 
 def run() -> None:
-    """The console script: `main`, its errors as one line."""
-    try:
-        main()
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
+    """The console script: `main`, with its errors as one line."""
+    run_program(main)

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 
 from ..credentials import without_secrets
+from ..program import run_program
 from ..rewards import WeightedReward, load_reward
 from .arguments import COMPARE_BOUNDS, make_compare_parser, parse_args
 from .batches import images_per_second
@@ -36,7 +37,7 @@ from .subjects import DRAWING, DTYPES, load_subject, versions
 PATIENCE = timedelta(days=2)  # processes that have drawn their share wait for the slowest
 MEASURING = ("numpy", "pillow", "torch", "torch-fidelity", "clean-fid")
 SHEET = "contact_sheet.png"
-ERRORS = (ValueError, ImportError, OSError)
+MEMORY_ADVICE = "lower --batch_size, or try --offload or --dtype bfloat16"
 
 
 @dataclass(frozen=True)
@@ -257,11 +258,9 @@ def digest_of_reward(spec: str, weighted: WeightedReward) -> str:
 
 
 def run() -> None:
-    """The console script: `main`, its errors as one line."""
+    """The console script: `main`, with its errors as one line."""
     try:
-        main()
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
+        run_program(main, MEMORY_ADVICE)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

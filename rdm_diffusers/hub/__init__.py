@@ -2,7 +2,8 @@
 
 from .card import write_card
 from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
-from .export import WritingError, copy_lora, export_full, export_lora, write_full, writing
+from .export import copy_lora, export_full, export_lora, write_full
+from .placing import WritingError, finish_exports, writing
 from .push import PushError, check_push, known_tags, push_student, retry_command, unfinished
 from .student_files import check_base, check_complete, check_student, copy_files, is_hub_id, student_files
 
@@ -19,6 +20,7 @@ __all__ = [
     "copy_lora",
     "export_full",
     "export_lora",
+    "finish_exports",
     "has_comfyui",
     "is_hub_id",
     "known_tags",

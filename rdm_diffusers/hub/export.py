@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers.training_utils import _collate_lora_metadata
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,29 +16,10 @@ from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..schedulers import RdmScheduler
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
 from .licenses import license_of
+from .placing import replacing, writing
 from .student_files import copy_files
 
 COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
-
-
-class WritingError(OSError):
-    """A student could not be written; the system's own error is its cause."""
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Says in one sentence what to do where a student cannot be written.
-
-    Raises:
-        WritingError: for example on a full disk.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise WritingError(
-            f"The student could not be written to {folder} ({error}); its checkpoints are intact. Free some space and "
-            "resume with --resume_from_checkpoint latest, which trains what is left and writes it again."
-        ) from error
 
 
 def export_lora(
@@ -49,23 +28,26 @@ def export_lora(
     """Writes `pytorch_lora_weights.safetensors`, `scheduler/`, `rdm_config.json`, and a file for ComfyUI if it has one.
 
     Args:
-        folder: an existing folder.
+        folder: an existing folder; an older student in it is replaced, whole or not at all.
         teacher: the teacher that the LoRA belongs to, with its adapters.
         weights: the student's (`Networks.student_weights`).
         scheduler: the student's sampler with its trained grid.
         origin: `revision` and `variant` of the teacher, if any; `training`, as in `StudentConfig`.
+
+    Raises:
+        WritingError: for example on a full disk.
     """
     component = teacher.family.denoiser_name
     layers = {f"{component}_lora_layers": dict(weights)}
     stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, len(scheduler.timesteps), scheduler.config.eta)
     names = {"base_model_name_or_path": full_name(teacher.name), "vae": teacher.vae and full_name(teacher.vae)}
-    with writing(folder):
+    with replacing(folder) as new:
         teacher.family.pipeline_class.save_lora_weights(
-            folder, **layers, **_collate_lora_metadata({component: teacher.denoiser})
+            new, **layers, **_collate_lora_metadata({component: teacher.denoiser})
         )
-        stock.save_pretrained(folder / "scheduler")
-        student_config(teacher, scheduler, **names, **origin).save(folder)
-        _add_comfyui(folder, teacher.family.pipeline_class.__name__, teacher.denoiser.config)
+        stock.save_pretrained(new / "scheduler")
+        student_config(teacher, scheduler, **names, **origin).save(new)
+        _add_comfyui(new, teacher.family.pipeline_class.__name__, teacher.denoiser.config)
 
 
 def _add_comfyui(folder: Path, pipeline_class: str, config: Mapping | None = None) -> None:
@@ -85,12 +67,15 @@ def export_full(
     """Writes a whole stock pipeline: the teacher's, with the student's network and scheduler, and `rdm_config.json`.
 
     Args:
-        folder: an existing folder.
+        folder: an existing folder; an older student in it is replaced, whole or not at all.
         teacher: the teacher, which lends its text encoders and autoencoder.
         weights: the student's (`Networks.student_weights`).
         config: the student network's configuration.
         scheduler: the student's sampler with its trained grid.
         training: as in `StudentConfig`.
+
+    Raises:
+        WritingError: for example on a full disk.
     """
     with torch.device("meta"):
         denoiser = getattr(diffusers, config["_class_name"]).from_config(dict(config))
@@ -98,8 +83,8 @@ def export_full(
     pipeline_class = CLASSES[teacher.family.pipeline_class.__name__]
     pipeline = rebuilt(pipeline_class, teacher.pipeline, **{teacher.family.denoiser_name: denoiser})
     pipeline.student = student_config(teacher, scheduler, base_model_name_or_path=None, training=training or {})
-    with writing(folder):
-        pipeline.save_pretrained(folder)
+    with replacing(folder) as new:
+        pipeline.save_pretrained(new)
 
 
 def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +15,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..distillation import RunningMeans
+from ..folders import sync
 from ..sharding import spread_like, whole
+from .checkpoint_files import (
+    PARTIAL,
+    PREFIX,
+    damage,
+    digest_of_file,
+    find_checkpoint,
+    list_checkpoints,
+    put_in_place,
+    read_arguments,
+    read_record,
+    rotate,
+    tidy,
+    updates_of,
+    write_record,
+)
 from .monitor import Monitor
 from .optimizers import RoleOptimizer, quantised_state
 
-PREFIX, PARTIAL, OLD = "checkpoint-", ".partial-", ".old-"
+__all__ = [
+    "TrainState", "copy_into", "damage", "find_checkpoint", "is_saved", "list_checkpoints", "load_checkpoint",
+    "read_arguments", "save_checkpoint", "updates_of",
+]  # fmt: skip
 QUANTISED = {"codes", "scale", "qmap"}  # the parts of torchao's 8-bit tensors
-RECORD, STATISTICS = "state.json", "statistics"
+STATISTICS = "statistics"
 
 
 @dataclass
@@ -37,6 +53,7 @@ class TrainState:
         update: how many updates are done.
         statistics: the method's running means.
         monitor: the health numbers' memory.
+        saved: the checkpoint that was last written of it, or read into it.
     """
 
     optimizers: dict[str, RoleOptimizer]
@@ -44,6 +61,7 @@ class TrainState:
     update: int = 0
     statistics: RunningMeans = field(default_factory=RunningMeans)
     monitor: Monitor = field(default_factory=Monitor)
+    saved: Path | None = None
 
 
 def save_checkpoint(
@@ -52,13 +70,13 @@ def save_checkpoint(
     """Writes `folder/checkpoint-<update>`, then removes the oldest beyond `keep`.
 
     A file for each role, with its parameters and its optimiser's state, one for the moving average, one for the running
-    means, and `state.json`. It stays invisible until all of it is on the disk.
+    means, and `state.json`. It stays invisible until all of it is on the disk, and so does not harm one of that name.
 
     Args:
         folder: the run's.
         state: what an update changes.
         arguments: the run's, for `read_arguments`.
-        keep: how many checkpoints stay; all by default.
+        keep: how many checkpoints stay, this one in any case; all by default.
         writes: whether this process does. All must call where weights are sharded, to put them together; one writes.
 
     Raises:
@@ -71,35 +89,27 @@ def save_checkpoint(
         return target
     partial = folder / f"{PARTIAL}{target.name}"
     try:
-        _clear(folder)
+        tidy(folder)
         partial.mkdir(parents=True)
         _write(partial, state, arguments)
-        if target.exists():
-            _remove(target)
-        partial.rename(target)
-        _sync(folder)
+        put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"The checkpoint {target} could not be written ({error}); the earlier ones are intact. Free some space and "
             "resume with --resume_from_checkpoint latest."
         ) from error
-    for old in list_checkpoints(folder)[: -keep if keep else 0]:
-        _remove(old)
+    state.saved = target
+    rotate(target, keep)
     return target
 
 
-def _clear(folder: Path) -> None:
-    """Removes what a killed run left half written or half removed."""
-    for left in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{OLD}*")]:
-        shutil.rmtree(left)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Hides a checkpoint before its files go, so that none is ever seen half removed."""
-    aside = checkpoint.with_name(OLD + checkpoint.name)
-    checkpoint.rename(aside)
-    shutil.rmtree(aside)
+def is_saved(folder: Path, state: TrainState, arguments: dict) -> bool:
+    """Whether the folder's checkpoint of this update was written of this very state, or read into it, and is whole."""
+    target = folder / f"{PREFIX}{state.update}"
+    if state.saved is None or state.saved.resolve() != target.resolve() or damage(target) is not None:
+        return False
+    return read_record(target)["arguments"] == json.loads(json.dumps(arguments))
 
 
 def _write(folder: Path, state: TrainState, arguments: dict) -> None:
@@ -107,82 +117,11 @@ def _write(folder: Path, state: TrainState, arguments: dict) -> None:
     for name, tensors, numbers in _parts(state):
         path = folder / f"{name}.safetensors"
         save_file(tensors, path)
-        digests[path.name], scalars[name] = _digest(path), numbers
-        _sync(path)
+        digests[path.name], scalars[name] = digest_of_file(path), numbers
+        sync(path)
     record = {"update": state.update, "digests": digests, "scalars": scalars, "monitor": state.monitor.state}
-    (folder / RECORD).write_text(json.dumps({**record, "arguments": arguments}, indent=1))
-    _sync(folder / RECORD)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; not a user's copies of them like `checkpoint-best`."""
-    numbers = {path: path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*") if (path / RECORD).exists()}
-    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None if they are as they were written."""
-    try:
-        digests = json.loads((checkpoint / RECORD).read_text())["digests"]
-        changed = [name for name, digest in digests.items() if _digest(checkpoint / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"{', '.join(changed)} changed since it was written" if changed else None
-
-
-def find_checkpoint(folder: Path, name: str) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` names: `latest`, a name in `folder`, or a path.
-
-    `latest` passes over damaged ones, with a warning.
-
-    Raises:
-        ValueError: if there is none, or the one that was named is damaged.
-    """
-    if name == "latest":
-        return _newest_whole(folder)
-    for path in (folder / name, Path(name)):
-        if (path / RECORD).exists():
-            problem = damage(path)
-            if problem:
-                raise ValueError(f"{path} is damaged ({problem}); resume from an earlier checkpoint, or from `latest`.")
-            return path
-    raise ValueError(f"--resume_from_checkpoint {name} is no checkpoint; use `latest` or a checkpoint-N folder.")
-
-
-def _newest_whole(folder: Path) -> Path:
-    found = list_checkpoints(folder)
-    for path in reversed(found):
-        problem = damage(path)
-        if problem is None:
-            return path
-        warnings.warn(f"{path} is damaged ({problem}); the checkpoint before it is used.", stacklevel=3)
-    what = "undamaged checkpoint" if found else "checkpoint"
-    raise ValueError(f"There is no {what} in {folder} to resume from; leave --resume_from_checkpoint out.")
-
-
-def read_arguments(checkpoint: Path) -> dict:
-    """The arguments of the run that wrote a checkpoint."""
-    return json.loads((checkpoint / RECORD).read_text())["arguments"]
-
-
-def updates_of(checkpoint: Path) -> int:
-    """How many updates were done when a checkpoint was written."""
-    return json.loads((checkpoint / RECORD).read_text())["update"]
+    write_record(folder, {**record, "arguments": arguments})
+    sync(folder)
 
 
 def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
@@ -191,23 +130,36 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
     Raises:
         ValueError: if the checkpoint's tensors are not those of this run.
     """
-    record = json.loads((checkpoint / RECORD).read_text())
-    scalars = record["scalars"]
     try:
+        record = read_record(checkpoint)
+        scalars = record["scalars"]
         for role, role_optimizer in state.optimizers.items():
             _unpack_role(role_optimizer, load_file(checkpoint / f"{role}.safetensors"), scalars[role])
         if state.ema is not None:
             averages = load_file(checkpoint / "ema.safetensors")
             for i, shadow in enumerate(state.ema.shadow_params):
-                shadow.data.copy_(spread_like(averages[str(i)], shadow))
+                copy_into(shadow, averages[str(i)])
             state.ema.optimization_step = scalars["ema"]["optimization_step"]
+        state.statistics.state = load_file(checkpoint / f"{STATISTICS}.safetensors")
     except (KeyError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(
             f"{checkpoint} does not fit this run ({error}); resume with the run's own arguments."
         ) from error
-    state.statistics.state = load_file(checkpoint / f"{STATISTICS}.safetensors")
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint} is damaged ({error}); resume from an earlier checkpoint.") from error
     state.monitor.state = record["monitor"]
-    state.update = record["update"]
+    state.update, state.saved = record["update"], checkpoint
+
+
+def copy_into(parameter: Tensor, tensor: Tensor) -> None:
+    """Copies a whole tensor into a parameter, or its shards; unlike torch's own it broadcasts nothing.
+
+    Raises:
+        RuntimeError: if the shapes differ.
+    """
+    if tensor.shape != parameter.shape:
+        raise RuntimeError(f"a tensor is {list(tensor.shape)} there, and {list(parameter.shape)} in the network")
+    parameter.data.copy_(spread_like(tensor, parameter))
 
 
 def _parts(state: TrainState, keep_tensors: bool = True) -> Iterator[tuple[str, dict[str, Tensor], dict]]:
@@ -247,8 +199,10 @@ def _flat(entries: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _unpack_role(role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scalars: dict) -> None:
     parameters, optimizer = role_optimizer.parameters, role_optimizer.optimizer
+    if sum(name.startswith("parameter/") for name in tensors) != len(parameters):
+        raise KeyError(f"the role has {len(parameters)} parameters, and another number there")
     for i, parameter in enumerate(parameters):
-        parameter.data.copy_(spread_like(tensors[f"parameter/{i}"], parameter))
+        copy_into(parameter, tensors[f"parameter/{i}"])
     entries: dict[int, dict] = {}
     for key, value in (tensors | scalars).items():
         kind, index, *path = key.split("/")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from ..families import Conditioning, Teacher, load_denoiser
 from ..hub import export_full, export_lora
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from .arguments import build_parser
-from .checkpoints import damage, read_arguments, updates_of
+from .checkpoints import copy_into, damage, read_arguments, updates_of
 from .record import training_record
 from .saved_arguments import check_saved
 from .setup import load, lora_config, make_scheduler
@@ -78,8 +78,8 @@ def export_checkpoint(checkpoint: Path, args: argparse.Namespace, folder: Path, 
     except (SafetensorError, RuntimeError) as error:
         name = args.pretrained_model_name_or_path
         raise ValueError(f"{file} does not fit {name} ({error}); is that still the teacher of the run?") from error
-    known = {"updates": updates_of(checkpoint), "averaged": file.stem == AVERAGED}
-    training = training_record(read_arguments(checkpoint), **known)
+    averaged = file.stem == AVERAGED
+    training = training_record(read_arguments(checkpoint), updates_of(checkpoint), averaged)
     weights, scheduler = networks.student_weights(), make_scheduler(teacher, args.num_student_steps, args.eta)
     if args.student == "lora":
         origin = {"revision": args.revision, "variant": args.variant, "training": training}
@@ -109,11 +109,4 @@ def _fill(parameters: list[nn.Parameter], file: Path) -> None:
         if len(names) != len(parameters):
             raise RuntimeError(f"it holds {len(names)} tensors, the network {len(parameters)}")
         for i, parameter in enumerate(parameters):
-            _copy(tensors.get_tensor(f"{prefix}{i}"), parameter)
-
-
-def _copy(tensor: Tensor, parameter: nn.Parameter) -> None:
-    """Unlike torch's own it broadcasts nothing."""
-    if tensor.shape != parameter.shape:
-        raise RuntimeError(f"a tensor is {list(tensor.shape)} there, and {list(parameter.shape)} in the network")
-    parameter.data.copy_(tensor)
+            copy_into(parameter, tensors.get_tensor(f"{prefix}{i}"))

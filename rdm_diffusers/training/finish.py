@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import free_memory
 
+from ..errors import explain, one_line
 from ..evaluation import as_table, put, save_samples, tiny_metrics, write_metrics
 from ..families import Teacher, load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
 from ..tiny import is_tiny
-from .record import training_record
+from .record import shown_arguments
 from .setup import DTYPES, load
 
 PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch
@@ -22,12 +27,35 @@ PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch
 def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device: torch.device) -> None:
     """Writes `samples.png`, `metrics.json` and the model card, and prints the numbers.
 
+    The student is safe already. What fails here is said in a sentence, and the run goes on to its end.
+
     Args:
         output_dir: holds the student.
         shown: the prompts of the pictures.
         args: the run's arguments.
         device: where to draw; networks that are not at work wait in the machine's memory with `--offload`.
     """
+    with extra(f"the student's pictures and numbers could not be made; {output_dir} holds it without them"):
+        draw(output_dir, shown, args, device)
+    free_memory()
+    with extra(f"the card could not be written; try again with rdm-card {output_dir}"):
+        print(f"\nThe student's card is {write_card(output_dir)}. Load the student with:")
+        print(f"RdmDistillationPipeline.from_pretrained({str(output_dir)!r})")
+
+
+@contextmanager
+def extra(what: str) -> Iterator[None]:
+    """Goes on after any error inside, with a warning; of one that nobody foresaw, the traceback is shown."""
+    try:
+        yield
+    except Exception as error:
+        if explain(error) is None:
+            traceback.print_exc()
+        warnings.warn(f"The student is safe, but {what} ({one_line(error)}).", stacklevel=3)
+
+
+def draw(output_dir: Path, shown: list[str], args: argparse.Namespace, device: torch.device) -> None:
+    """Draws with the student, loaded as anyone would load it, and with its teacher, and measures them."""
     free_memory()  # the training's networks may have waited for it
     teacher = load(args, device)
     stock, student = teacher.pipeline, load_student(output_dir, teacher, args, device)
@@ -35,12 +63,11 @@ def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device
         put(pipeline, device, args.offload)
     at_once, scale = min(args.train_batch_size, PICTURES_AT_ONCE), args.sample_guidance_scale
     metrics = save_samples(output_dir / "samples.png", stock, student, scale, shown, at_once)
+    write_metrics(output_dir / "metrics.json", metrics, shown_arguments(vars(args)), shown)
     if is_tiny(teacher.name) and args.num_eval_images:
         metrics = tiny_metrics(stock, student, scale, args.num_eval_images, teacher.name)
-    write_metrics(output_dir / "metrics.json", metrics, training_record(args)["arguments"], shown)
-    card = write_card(output_dir)
-    print(f"\n{as_table(metrics)}\n\nThe student's card is {card}. Load the student with:")
-    print(f"RdmDistillationPipeline.from_pretrained({str(output_dir)!r})")
+        write_metrics(output_dir / "metrics.json", metrics, shown_arguments(vars(args)), shown)
+    print(f"\n{as_table(metrics)}")
 
 
 def load_student(

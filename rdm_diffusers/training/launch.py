@@ -10,10 +10,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
 
 from .secrecy import launch_words
 
+MEMORY_FLAGS = (
+    "lower --train_batch_size and raise --gradient_accumulation_steps instead, or try --gradient_checkpointing, "
+    "--mixed_precision bf16, --use_8bit_adam or --offload; --dry_run shows what a run needs"
+)
 HOW_TO_LAUNCH = "launch with torchrun --nproc_per_node N, or with accelerate launch --multi_gpu --num_processes N"
 
 
@@ -27,8 +32,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
     Raises:
         ValueError: if the launcher asks for what a run cannot do, or made one process of several.
+        ImportError: if a tracker that shall log is not installed.
     """
     check_launch()
+    check_trackers(args.report_to)
     project = ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
     log_with = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
@@ -45,6 +52,25 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def check_trackers(report_to: str) -> None:
+    """Refuses a tracker that accelerate would leave out without a word.
+
+    Raises:
+        ValueError: if accelerate knows none of this name.
+        ImportError: if its package is missing.
+    """
+    known, installed = [str(one) for one in LoggerType.list()], [str(one) for one in get_available_trackers()]
+    if report_to == "none" or report_to in installed or (report_to == "all" and installed):
+        return
+    if report_to not in known:
+        names = ", ".join([name for name in known if name != "all"] + ["all", "none"])
+        raise ValueError(f"--report_to {report_to} is no tracker that accelerate knows; choose one of {names}.")
+    raise ImportError(
+        f"--report_to {report_to} needs a package that is not installed, so that the run would have no logs: "
+        "pip install 'rdm-diffusers[track]' or the tracker's own, or leave the logs out with --report_to none."
+    )
 
 
 def check_launch() -> None:

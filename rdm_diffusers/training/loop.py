@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import resource
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,13 +16,14 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import one_line
 from ..networks import FAKE_SCORE, STUDENT
-from .checkpoints import TrainState, save_checkpoint
+from .checkpoint_files import PREFIX
+from .checkpoints import TrainState, is_saved, save_checkpoint
+from .interrupts import anywhere, interruptible
 from .monitor import CollapseError
-from .optimizers import NonFiniteError
 from .updates import Distillation, collect, fake_score_update, judge, reuse, student_update
 
-RUN_ERRORS = (ValueError, ImportError, OSError, NonFiniteError, CollapseError)  # each says what to do
 SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
 
 
@@ -34,7 +33,7 @@ def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
     validate: Callable[[int], None],
-) -> bool:
+) -> int:
     """Trains from `state.update` to `args.max_train_steps`.
 
     Args:
@@ -45,12 +44,12 @@ def train(
         validate: called with the number of updates done, every `--validation_steps`.
 
     Returns:
-        True at the end; False if Ctrl-C ended it early, in which case a checkpoint has been written.
+        0 at the end, or the number of the signal that ended it early; a checkpoint has been written then.
     """
     started, first = time.time(), state.update
     bar = tqdm(total=args.max_train_steps, initial=first, desc="distil", disable=not accelerator.is_main_process)
     with interruptible() as interrupted:
-        while state.update < args.max_train_steps and not anywhere(interrupted, accelerator):
+        while state.update < args.max_train_steps and not anywhere(interrupted.number, accelerator):
             seed_all(run, state.update)
             batch = collect(run, state.update // args.reuse_rollouts)
             for visit in range(args.reuse_rollouts):
@@ -72,13 +71,15 @@ def train(
                     validate(state.update)
                 if state.update % args.checkpointing_steps == 0:
                     checkpoint(state, args, accelerator)
-    bar.close()
-    if interrupted.is_set():
-        path = checkpoint(state, args, accelerator)
-        accelerator.print(
-            f"\nInterrupted after {state.update} updates; saved {path}. Continue with --resume_from_checkpoint latest."
-        )
-    return not interrupted.is_set()
+        bar.close()
+        signal_number = anywhere(interrupted.number, accelerator)
+        if signal_number:
+            path = checkpoint(state, args, accelerator)
+            accelerator.print(
+                f"\nInterrupted after {state.update} updates; saved {path}. Continue with --resume_from_checkpoint "
+                "latest."
+            )
+    return signal_number
 
 
 def seed_all(run: Distillation, update: int) -> None:
@@ -133,14 +134,19 @@ def report(
     numbers["images_per_second"] = run.num_processes * len(run.groups(0)) * run.draws.group_size / seconds
     numbers["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
     numbers |= {f"network_calls/{name}": float(count) for name, count in run.networks.calls.items()}
-    accelerator.log(numbers, step=state.update)
+    try:
+        accelerator.log(numbers, step=state.update)
+    except Exception as error:  # of whatever kind: a full disk, a server that is away
+        warnings.warn(f"The trackers took no numbers ({one_line(error)}); the run goes on.", stacklevel=2)
     bar.set_postfix({name: f"{numbers[name]:.3g}" for name in SHOWN if name in numbers})
 
 
 def checkpoint(state: TrainState, args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """Writes a checkpoint into the output folder; every process takes part, and goes on when it is whole."""
-    keep, writes = args.checkpoints_total_limit, accelerator.is_main_process
-    path = save_checkpoint(Path(args.output_dir), state, vars(args), keep, writes)
+    """Writes a checkpoint into the output folder, if it is not there; every process takes part until it is whole."""
+    folder, keep, writes = Path(args.output_dir), args.checkpoints_total_limit, accelerator.is_main_process
+    if anywhere(writes and is_saved(folder, state, vars(args)), accelerator):
+        return folder / f"{PREFIX}{state.update}"
+    path = save_checkpoint(folder, state, vars(args), keep, writes)
     accelerator.wait_for_everyone()
     return path
 
@@ -150,33 +156,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def anywhere(event: threading.Event, accelerator: Accelerator) -> bool:
-    """Whether the event is set on any process, so that all of them leave the loop together."""
-    if accelerator.num_processes > 1:
-        votes = accelerator.reduce(torch.tensor(float(event.is_set()), device=accelerator.device))
-        if votes > 0:
-            event.set()
-    return event.is_set()
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Lets Ctrl-C (or a scheduler's SIGTERM) finish the update at hand; a second one stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(number, frame):
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..distillation import Advantage, RewardEstimate, Samples
 from ..distillation.advantages import grouped
+from ..errors import RunError
 
 WARM_UP, SETTLED, DECAY = 10, 100, 0.99  # updates before alarms, and before lowest values count
 FAKE_LOSS_BINS = 4
 BIAS_SHARE, REWARD_SHARE, CONTRAST_DRIFT = 0.5, 0.5, 1.4
 
 
-class CollapseError(RuntimeError):
+class CollapseError(RunError):
     """The run was stopped because an alarm rang (`--stop_on_collapse`)."""
 
 

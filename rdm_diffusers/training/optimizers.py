@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..errors import RunError
 from ..sharding import whole
 
 BUCKET = 2**26  # bytes of gradients that are averaged over processes at once
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A loss, reward or gradient is not finite; names the term and, where one is at fault, the prompt and step."""
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import Accelerator
 
+from ..folders import aside
 from ..hub import (
     check_base,
     check_push,
@@ -24,10 +25,9 @@ from ..hub import (
     write_card,
 )
 from ..links import real_path
-from .checkpoints import list_checkpoints
+from ..program import status_of
+from .checkpoint_files import list_checkpoints, name_of
 from .exporting import export_checkpoint, read_run
-
-INTERRUPTED = 130  # 128 and the number of the signal
 
 
 def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -104,28 +104,28 @@ def retryable(repo_id: str, retry: str) -> Iterator[None]:
     except KeyboardInterrupt:
         begin, end = unfinished(repo_id, retry)
         print(f"\n{begin} (interrupted){end}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(status_of(signal.SIGINT)) from None
 
 
 def _push_checkpoints(folder: Path, repo_id: str, where: dict[str, Any]) -> None:
     checkpoints, known = list_checkpoints(folder), known_tags(repo_id, **where)
-    left = [checkpoint.name for checkpoint in checkpoints if checkpoint.name in known]
+    left = [name for name in map(name_of, checkpoints) if name in known]
     if left:
         print(f"{repo_id} has tags of these names already, perhaps another run's; not pushed: {', '.join(left)}.")
     for checkpoint in checkpoints:
-        if checkpoint.name not in known:
+        if name_of(checkpoint) not in known:
             _push_checkpoint(checkpoint, repo_id, where)
 
 
 def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> None:
-    run = checkpoint.parent
-    with TemporaryDirectory(prefix=".export-", dir=run) as aside:
-        student = Path(aside) / run.resolve().name  # which the file for ComfyUI is named after
+    run, name = checkpoint.parent, name_of(checkpoint)
+    with aside(run) as hidden:
+        student = hidden / run.resolve().name  # which the file for ComfyUI is named after
         student.mkdir()
         source = real_path(run, checkpoint)
         export_checkpoint(source, read_run(source), student)
         write_card(student, repo_id)
-        push_student(student, repo_id, commit_message=checkpoint.name, tag=checkpoint.name, **where)
+        push_student(student, repo_id, commit_message=name, tag=name, **where)
 
 
 def repository(args: argparse.Namespace) -> str:

@@ -62,19 +62,29 @@ def _cleaned(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def training_record(args: argparse.Namespace | Mapping[str, Any], **known: Any) -> dict[str, Any]:
-    """`StudentConfig.training`: the `command`, all `arguments`, and what else is known.
+def training_record(
+    args: argparse.Namespace | Mapping[str, Any], updates: int, averaged: bool | None = None
+) -> dict[str, Any]:
+    """`StudentConfig.training`: the `command`, all `arguments`, and what was done.
 
     Args:
         args: the run's.
-        known: `updates`, the number of those that were done, by default all of the run's; `averaged`, whether the
-            weights are the moving average, by default as the run says.
+        updates: how many were done, whatever the arguments say.
+        averaged: whether the weights are the moving average; as the run says if None.
     """
     given = dict(args if isinstance(args, Mapping) else vars(args))
-    command = given.pop("command", None)
-    given = {name: _cleaned(value) for name, value in given.items() if "token" not in name.split("_")}
-    arguments = {name: without_folders(value) if name in PATHS else value for name, value in given.items()}
-    if arguments[TEACHER] != given[TEACHER]:  # it may be called as an embedded one is
+    averaged = given.get("use_ema") if averaged is None else averaged
+    command = given.get("command")
+    known = {"command": command and without_secrets(command), "arguments": shown_arguments(given)}
+    return {**known, "updates": updates, "averaged": averaged}
+
+
+def shown_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's arguments without this machine's folders, without secrets, and without the command."""
+    shown = {
+        name: _cleaned(value) for name, value in given.items() if name != "command" and "token" not in name.split("_")
+    }
+    arguments = {name: without_folders(value) if name in PATHS else value for name, value in shown.items()}
+    if arguments[TEACHER] != shown[TEACHER]:  # it may be called as an embedded one is
         arguments[TEACHER] += " (a local folder)"
-    usual = {"updates": given["max_train_steps"], "averaged": given.get("use_ema")}
-    return {"command": command and without_secrets(command), "arguments": arguments, **usual, **known}
+    return arguments

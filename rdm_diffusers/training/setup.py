@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from ..distillation import Draws, RunningMeans, rollout
+from ..errors import one_line
 from ..families import Family, PromptOptions, Teacher, check_lora, load_denoiser, load_teacher
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..rewards import WeightedReward
@@ -164,9 +166,27 @@ def teacher_contrast(run: Distillation, teacher: Teacher, count: int) -> float |
 
 
 def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Opens the logs that `--report_to` names, with the run's arguments."""
+    """Opens the logs that `--report_to` names, with the run's arguments.
+
+    Raises:
+        ValueError: if a tracker cannot start, for example because nobody is logged in.
+    """
     config = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}
-    accelerator.init_trackers(args.tracker_project_name, config=config)
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config=config)
+    except Exception as error:  # each tracker has errors of its own
+        raise ValueError(
+            f"--report_to {args.report_to} cannot start ({one_line(error)}); mend that, or leave the logs out with "
+            "--report_to none."
+        ) from error
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Closes the logs, and the other processes' share; a tracker that fails now takes nothing with it."""
+    try:
+        accelerator.end_training()
+    except Exception as error:
+        warnings.warn(f"The trackers could not be closed ({one_line(error)}); the run goes on.", stacklevel=2)
 
 
 def make_state(networks: Networks, accelerator: Accelerator, args: argparse.Namespace) -> TrainState:

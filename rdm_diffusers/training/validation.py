@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from ..distillation import rollout
+from ..errors import one_line
 from ..evaluation.pictures import labelled_rows
 from ..families import Conditioning, Teacher
 from ..networks import STUDENT
@@ -65,7 +68,15 @@ def validate(
     if not accelerator.is_main_process:
         return
     picture = labelled_rows({f"student, {run.num_steps} steps, {update} updates": images})
-    folder = Path(args.output_dir) / "validation"
+    try:
+        show(picture, update, Path(args.output_dir) / "validation", accelerator)
+    except Exception as error:  # of the disk, or of a tracker, each of which has errors of its own
+        warnings.warn(f"The picture of update {update} could not be shown ({one_line(error)}); the run goes on.",
+                      stacklevel=2)  # fmt: skip
+
+
+def show(picture: Image.Image, update: int, folder: Path, accelerator: Accelerator) -> None:
+    """Writes a picture into a folder, and hands it to the trackers."""
     folder.mkdir(exist_ok=True)
     picture.save(folder / f"step-{update}.png")
     for tracker in accelerator.trackers:
