@@ -145,7 +145,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             kind = type(pipeline).__name__
             raise ValueError(f"{student} is a student of a {config.pipeline_class}, and the pipeline is a {kind}.")
         if student is not None:
-            check_base(config, "the pipeline", pipeline.scheduler)
+            check_base(config, "the pipeline", pipeline.components["scheduler"])
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
             shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
