@@ -63,7 +63,7 @@ def with_scheduler(folder: Path, **changes) -> Path:
     [
         (
             {"prediction_type": "v_prediction"},
-            "prediction type epsilon, and .* is of v_prediction; give a base of epsilon",
+            "of prediction type epsilon, and .* is of v_prediction; give a base",
         ),
         ({"prediction_type": "sample"}, "prediction type epsilon, and .* is of sample; give a base of epsilon"),
         ({"beta_end": 0.03}, "distilled with another noise schedule than that of .*; give a base with the teacher's"),

@@ -153,14 +153,14 @@ def check_pipeline(
         what: `teacher` or `student`, for the error's sentence.
         name_or_path: a folder, a Hub id, or an embedded teacher by its name.
         config: its `pipeline_config`.
-        without: components that are not loaded from there.
+        without: components that are not loaded from there, perhaps among other names.
         options: `variant`, and the Hub's.
 
     Raises:
         ValueError: naming the component, or if it cannot be had from the Hub.
     """
     folder, variant = Path(resolve_teacher(name_or_path)), options.pop("variant", None)
-    known = {name: None for name in without} | load_options(config)
+    known = {name: None for name in networks_of(config) if name in without} | load_options(config)
     if not folder.is_dir():
         check_kinds_of_files(what, name_or_path, config, variant, without, **options)
         pipeline_class = family_of(config).pipeline_class

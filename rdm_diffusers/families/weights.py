@@ -108,7 +108,7 @@ def files_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file()]
 
 
-def check_network(whose: str, part: str, kind: type[nn.Module], folder: Path, variant: str | None = None) -> None:
+def check_network(whose: str, part: str, kind: Any, folder: Path, variant: str | None = None) -> None:
     """Refuses a network's folder as `check_weights` does. Raises ValueError."""
     stamps = tuple(sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*")))
     refuse(whose, part, _problem(kind, folder, variant, stamps))

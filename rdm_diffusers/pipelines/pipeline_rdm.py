@@ -145,11 +145,10 @@ class RdmDistillationPipeline(DiffusionPipeline):
         if not isinstance(pipeline, target.__bases__[1]):
             kind = type(pipeline).__name__
             raise ValueError(f"{student} is a student of a {config.pipeline_class}, and the pipeline is a {kind}.")
-        if student is not None:
-            check_base(config, "the pipeline", pipeline.scheduler)
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
             check_lora_of(str(student), FAMILIES[config.pipeline_class].denoiser_name, **hub)
+            check_base(config, "the pipeline", shared.scheduler)
             shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
         return shared._as(config)
 

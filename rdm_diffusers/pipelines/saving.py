@@ -10,7 +10,6 @@ from typing import Any
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.utils import logging, recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
 from ..families import Family
 from ..schedulers import RdmScheduler
@@ -27,7 +26,7 @@ def stock_parts(pipeline: DiffusionPipeline, family: Family) -> dict[str, Any]:
     return {**parts, "scheduler": stock_scheduler(pipeline.scheduler, family)}
 
 
-def merged(network: nn.Module) -> nn.Module:
+def merged(network: Any) -> Any:
     """A copy without adapters: those that are active are added to its weights, those that are disabled are left out."""
     network = copy.deepcopy(network)
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]

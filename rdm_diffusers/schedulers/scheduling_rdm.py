@@ -83,7 +83,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
                 rescale_betas_zero_snr=rescale_betas_zero_snr,
             )  # fmt: skip
             self.betas, self.alphas_cumprod = noise.betas, noise.alphas_cumprod
-        if prediction_type == "epsilon" and not self.alphas_cumprod[-1]:
+        if prediction_type == "epsilon" and self.alphas_cumprod is not None and not self.alphas_cumprod[-1]:
             raise ValueError(
                 "Epsilon prediction with zero terminal SNR says nothing of x0 at the noisiest time; set "
                 "rescale_betas_zero_snr to false, or prediction_type to the network's own."
