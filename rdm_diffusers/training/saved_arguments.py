@@ -8,7 +8,7 @@ from typing import Any
 
 from ..json_files import Kinds, check_kinds, read_object
 from ..links import real_path
-from .checkpoints import RECORD
+from .checkpoint_files import RECORD
 
 REMEDY = "export an earlier checkpoint"
 TEXT: Kinds = (str, type(None))
