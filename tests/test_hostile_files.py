@@ -309,3 +309,27 @@ def test_a_checkpoints_record_is_looked_through_before_it_is_exported(tmp_path: 
     assert (
         said.startswith(f"{path} is damaged (") and reason in said and said.endswith("; export an earlier checkpoint.")
     )
+
+
+# --- a student's weights ---------------------------------------------------------------------------------------------
+def test_weights_that_are_not_those_that_were_exported_are_refused_by_all(student: Path, tmp_path: Path) -> None:
+    path = student / LORA_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 4]) + whole[-4:])  # one bit of one number
+    readers = [
+        lambda: RdmDistillationPipeline.from_pretrained(student),
+        lambda: RdmDistillationPipeline.from_lora("tiny", student),
+        lambda: check_complete(student),
+        lambda: export.main([str(student), "--output_dir", str(tmp_path / "out"), "--format", "comfyui"]),
+    ]
+    for reader in readers:
+        assert "it was changed since it was exported" in refusal(reader)
+    change(student / "rdm_config.json", weights_sha256=None)  # as of version 0.1.0, which recorded none
+    check_complete(student)
+
+
+def test_weights_of_another_precision_have_a_digest_of_their_own(student: Path, tmp_path: Path) -> None:
+    export.main([str(student), "--output_dir", str(tmp_path / "half"), "--format", "lora", "--dtype", "bfloat16"])
+    digests = [StudentConfig.load(str(folder)).weights_sha256 for folder in (student, tmp_path / "half")]
+    assert all(digests) and digests[0] != digests[1]
+    check_complete(tmp_path / "half")

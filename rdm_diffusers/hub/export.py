@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -11,7 +12,8 @@ from diffusers.training_utils import _collate_lora_metadata
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, full_name, rebuilt
+from ..families import FAMILIES, LORA_FILE, Teacher, full_name, rebuilt
+from ..folders import digest_of_file
 from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..schedulers import RdmScheduler
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
@@ -46,6 +48,7 @@ def export_lora(
             new, **layers, **_collate_lora_metadata({component: teacher.denoiser})
         )
         stock.save_pretrained(new / "scheduler")
+        names["weights_sha256"] = digest_of_file(new / LORA_FILE)
         student_config(teacher, scheduler, **names, **origin).save(new)
         _add_comfyui(new, teacher.family.pipeline_class.__name__, teacher.denoiser.config)
 
@@ -101,8 +104,10 @@ def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
     weights, header = read_lora(source)
     with writing(folder):
         save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / LORA_FILE, header)
-        copy_files(source, folder, ("scheduler/*.json", STUDENT_CONFIG))
-        _add_comfyui(folder, StudentConfig.load(str(source)).pipeline_class)
+        copy_files(source, folder, ("scheduler/*.json",))
+        student = replace(StudentConfig.load(str(source)), weights_sha256=digest_of_file(folder / LORA_FILE))
+        student.save(folder)
+        _add_comfyui(folder, student.pipeline_class)
 
 
 def write_full(source: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -126,7 +126,8 @@ def check_complete(folder: Path) -> None:
     read_scheduler(folder)
     student = StudentConfig.load(str(folder))
     if student.is_lora:
-        check_lora_file(folder / LORA_FILE, family_of({"_class_name": student.pipeline_class}).denoiser_name)
+        component = family_of({"_class_name": student.pipeline_class}).denoiser_name
+        check_lora_file(folder / LORA_FILE, component, student.weights_sha256)
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 
-from ..families import LORA_FILE, fetch
+from ..families import LORA_FILE, STUDENT_CONFIG, fetch
+from ..folders import digest_of_file
 from ..json_files import Kinds, check_kinds, described, parse_object
 
 REMEDY = "download or export the student again"
@@ -26,12 +27,12 @@ KINDS: dict[str, Kinds] = {  # what students' adapters differ in
 RANGES: dict[str, tuple[float, float]] = {"r": (1, 16_384), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 1)}
 
 
-def check_lora_of(name: str, component: str, **hub_options: Any) -> None:
+def check_lora_of(name: str, component: str, digest: str | None, **hub_options: Any) -> None:
     """As `check_lora_file`, for the LoRA of a student's folder or Hub repository.
 
     Args:
         name: the folder, or the Hub id.
-        component: as in `check_lora_file`.
+        component, digest: as in `check_lora_file`.
         hub_options: as of `hf_hub_download`.
 
     Raises:
@@ -39,17 +40,16 @@ def check_lora_of(name: str, component: str, **hub_options: Any) -> None:
     """
     folder = Path(name)
     path = folder / LORA_FILE if folder.is_dir() else fetch("student", name, LORA_FILE, **hub_options)
-    check_lora_file(path, component)
+    check_lora_file(path, component, digest)
 
 
-def check_lora_file(path: Path, component: str) -> None:
-    """Refuses a file that is no LoRA student's, or that would have peft do anything but add such a LoRA.
-
-    Only the header is read: no tensors.
+def check_lora_file(path: Path, component: str, digest: str | None = None) -> None:
+    """Refuses a file that is no LoRA student's, that was changed, or that would have peft do more than add such a LoRA.
 
     Args:
         path: of `pytorch_lora_weights.safetensors`.
         component: the pipeline's that the LoRA belongs to, `unet` or `transformer`.
+        digest: its SHA-256 (`StudentConfig.weights_sha256`); None for those of version 0.1.0, which recorded none.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
@@ -62,6 +62,8 @@ def check_lora_file(path: Path, component: str) -> None:
         adapter = {} if header is None else _parsed(header, component)
         check_adapter(adapter)
         _check_tensors(shapes, component, adapter.get("r"))
+        if digest is not None and digest_of_file(path) != digest:
+            raise ValueError(f"it was changed since it was exported, as {STUDENT_CONFIG}'s weights_sha256 says")
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({described(error)}); {REMEDY}.") from error
 

@@ -147,7 +147,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             raise ValueError(f"{student} is a student of a {config.pipeline_class}, and the pipeline is a {kind}.")
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
-            check_lora_of(str(student), FAMILIES[config.pipeline_class].denoiser_name, **hub)
+            check_lora_of(str(student), FAMILIES[config.pipeline_class].denoiser_name, config.weights_sha256, **hub)
             check_base(config, "the pipeline", shared.scheduler)
             shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
         return shared._as(config)
@@ -173,7 +173,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         pipeline = cls._load_stock("teacher", base, base_hub, options)
-        check_lora_of(name, FAMILIES[student.pipeline_class].denoiser_name, **hub)
+        check_lora_of(name, FAMILIES[student.pipeline_class].denoiser_name, student.weights_sha256, **hub)
         with coming_from_hub("student", name, hub.get("revision")):
             pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
         return pipeline

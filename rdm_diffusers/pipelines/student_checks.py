@@ -12,7 +12,7 @@ TEXT: Kinds = (str, type(None))
 STUDENT_KINDS: dict[str, Kinds] = {
     "base_model_name_or_path": TEXT, "pipeline_class": str, "scheduler": dict, "num_inference_steps": int,
     "call_arguments": dict, "revision": TEXT, "variant": TEXT, "vae": TEXT, "license": dict, "training": dict,
-    "version": TEXT, "format_version": int,
+    "weights_sha256": TEXT, "version": TEXT, "format_version": int,
 }  # fmt: skip
 TRAINING_KINDS: dict[str, Kinds] = {
     "command": TEXT, "arguments": dict, "updates": (int, type(None)), "averaged": (bool, type(None)),

@@ -46,6 +46,7 @@ class StudentConfig:
         license: the base model's licence tags, as in a model card: `license`, `license_name`, `license_link`.
         training: how it was trained, for readers: the `command`, the number of `updates`, whether its weights are
             `averaged`, and all `arguments`, the teacher and the method among them; empty if unknown.
+        weights_sha256: the digest of a LoRA student's weights, by which damage is noticed; None where it is not known.
         version: the release of this package that made it.
         format_version: of this file.
     """
@@ -60,6 +61,7 @@ class StudentConfig:
     vae: str | None = None
     license: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str | None = None
     version: str | None = field(default_factory=package_version)
     format_version: int = FORMAT_VERSION
 

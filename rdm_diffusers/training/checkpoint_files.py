@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..folders import sync
+from ..folders import digest_of_file, sync
 
 PREFIX, PARTIAL, OLD, REPLACED = "checkpoint-", ".partial-", ".old-", ".replaced"
 RECORD, DIGEST = "state.json", "digest"
@@ -44,12 +44,6 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 
 def _digest_of_record(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_arguments(checkpoint: Path) -> dict[str, Any]:
@@ -120,7 +114,7 @@ def find_checkpoint(folder: Path, name: str) -> Path:
 
 
 def _newest_whole(folder: Path) -> Path:
-    found = list_checkpoints(folder)
+    found = _folders(folder)
     for path in reversed(found):
         problem = damage(path)
         if problem is None:

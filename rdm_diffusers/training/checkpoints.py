@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..distillation import RunningMeans
-from ..folders import sync
+from ..folders import digest_of_file, sync
 from ..sharding import spread_like, whole
 from .checkpoint_files import (
     PARTIAL,
     PREFIX,
     damage,
-    digest_of_file,
     find_checkpoint,
     list_checkpoints,
     put_in_place,
