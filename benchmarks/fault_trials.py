@@ -85,7 +85,7 @@ class Operations:
     def _changed(self, event: str, args: tuple) -> str | None:
         """The file that an event changes, if it lies under the folder; what `rmtree` removes has a bare name."""
         writes = event == "open" and isinstance(args[0], str | bytes | os.PathLike) and _writes(args)
-        if event not in CHANGES and not writes:
+        if (event not in CHANGES and not writes) or isinstance(args[0], int):  # numbers are of locks' open files
             return None
         path = os.fsdecode(args[0])
         if os.path.isdir(path) and event in ("open", "fault.save"):
