@@ -234,7 +234,7 @@ class SharedBase(Networks):
         super().__init__(*others)
         if fold_adapters and getattr(denoiser, "is_gradient_checkpointing", False):
             raise ValueError("--fold_adapters and --gradient_checkpointing exclude each other; drop one of them.")
-        if fold_adapters and denoiser.dtype != torch.float32:
+        if fold_adapters and torch.finfo(denoiser.dtype).bits < 32:
             raise ValueError("--fold_adapters needs a float32 base: a coarser one rounds the adapters away.")
         self.denoiser = denoiser.requires_grad_(False)
         self.fold_adapters = fold_adapters

@@ -155,9 +155,10 @@ def make_run(argv: list[str], student: str = "lora") -> SimpleNamespace:
     accelerator = make_accelerator(args)
     rewards = load_rewards(args, accelerator.device)
     teacher = load(args, accelerator.device)
-    for part in teacher.pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            torch.nn.Module.to(part, torch.get_default_dtype())  # float64 inside `in_float64`
+    if torch.get_default_dtype() == torch.float64:  # inside `in_float64`
+        for part in teacher.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                torch.nn.Module.double(part)
     texts = read_texts(teacher, load_prompts(args), args, accelerator)
     make = make_lora_networks if student == "lora" else make_full_networks
     networks = make(teacher, texts, args, accelerator)

@@ -12,7 +12,6 @@ from rdm_diffusers.bounds import Bound, Interval, OneOf, Text, is_git_name, real
 from rdm_diffusers.commands import card, export, push
 from rdm_diffusers.evaluation import arguments as evaluation
 from rdm_diffusers.parsing import Parser, flag_of
-from rdm_diffusers.training import checks
 from rdm_diffusers.training.arguments import build_parser, parse_args
 from rdm_diffusers.training.bounds import BOUNDS
 from rdm_diffusers.training.setup import lora_config
@@ -222,16 +221,6 @@ def test_more_validation_prompts_than_pictures_are_refused_not_dropped(capsys: p
         in (capsys.readouterr().err)
     )
     assert parse_args([*prompts, "--num_validation_images", "3"]).validation_prompt == ["a", "b", "c"]
-
-
-def test_a_tracker_whose_package_is_missing_is_refused(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checks, "get_available_trackers", lambda: [])
-    with pytest.raises(SystemExit):
-        parse_args(["--report_to", "wandb"])
-    assert "--report_to wandb needs a package that is not installed: pip install wandb" in capsys.readouterr().err
-    assert parse_args(["--report_to", "none"]).report_to == "none"
 
 
 @pytest.mark.parametrize(

@@ -182,14 +182,12 @@ def test_a_validation_picture_that_cannot_be_written_does_not_end_the_run(argv, 
     assert (tmp_path / "run" / "rdm_config.json").exists()
 
 
-def test_a_tracker_that_is_not_installed_or_not_known_is_refused_before_the_run(argv, monkeypatch) -> None:
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run(argv, monkeypatch) -> None:
     monkeypatch.setattr(launch, "get_available_trackers", lambda: ["tensorboard"])
     for name in ("none", "tensorboard", "all"):
         check_trackers(name)
     with pytest.raises(ImportError, match=r"--report_to wandb needs a package that is not installed, so .*\[track\]'"):
         train_rdm_lora.main(argv(report_to="wandb"))
-    with pytest.raises(ValueError, match=r"--report_to tensorbord is no tracker .*; choose one of .*tensorboard.*none"):
-        train_rdm_lora.main(argv(report_to="tensorbord"))
     monkeypatch.setattr(launch, "get_available_trackers", list)
     with pytest.raises(ImportError, match="--report_to all needs a package"):
         check_trackers("all")

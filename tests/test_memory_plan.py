@@ -147,7 +147,7 @@ def measured_peak(it: SimpleNamespace) -> int:
     """The most bytes that a run's training holds at once, of what torch's allocator says to its profiler."""
     before = bytes_before_training(it)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        assert train_run(it)
+        assert train_run(it) == 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

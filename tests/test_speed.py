@@ -36,7 +36,7 @@ def torchs_attention_afterwards() -> Iterator[None]:
 
 def trained(argv: list[str], student: str = "lora") -> list[torch.Tensor]:
     it = make_run(argv, student)
-    assert train_run(it)
+    assert train_run(it) == 0
     return [p.detach() for role in (STUDENT, FAKE_SCORE) for p in it.networks.parameters(role)]
 
 
@@ -53,7 +53,7 @@ def test_the_moving_average_off_the_device_and_on_it_are_the_same(argv) -> None:
     runs = [make_run(argv(offload=offload or None)) for offload in (True, False)]
     averages = []
     for it in runs:
-        assert train_run(it)
+        assert train_run(it) == 0
         averages.append(it.state.ema.shadow_params)
     assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
 
@@ -62,7 +62,7 @@ def test_the_moving_average_off_the_device_and_on_it_are_the_same(argv) -> None:
 def test_a_run_needs_its_text_encoders_no_more_once_its_prompts_are_read(student: str, argv, tmp_path: Path) -> None:
     it = make_run(argv(monitor_images=1, **({} if student == "lora" else {"rank": None})), student)
     it.teacher.pipeline.text_encoder = None
-    assert train_run(it, lambda update: None)
+    assert train_run(it, lambda update: None) == 0
     with averaged_student(it.run, it.state):
         it.networks.student_weights()
     validate(2, it.run, it.state, it.teacher, it.texts, it.args, it.accelerator)

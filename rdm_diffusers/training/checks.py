@@ -8,7 +8,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from accelerate.tracking import get_available_trackers
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
 from ..families import full_name
@@ -120,11 +119,6 @@ def _check_optimisation(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    if args.report_to not in ("all", "none") and args.report_to not in map(str, get_available_trackers()):
-        raise ValueError(
-            f"--report_to {args.report_to} needs a package that is not installed: pip install {args.report_to}, or "
-            "choose another tracker, or none."
-        )
     asked = len(args.validation_prompt or ())
     if asked > args.num_validation_images:
         raise ValueError(

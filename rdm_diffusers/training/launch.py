@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate.utils import ProjectConfiguration
 
 from .secrecy import launch_words
 
@@ -58,15 +58,11 @@ def check_trackers(report_to: str) -> None:
     """Refuses a tracker that accelerate would leave out without a word.
 
     Raises:
-        ValueError: if accelerate knows none of this name.
         ImportError: if its package is missing.
     """
-    known, installed = [str(one) for one in LoggerType.list()], [str(one) for one in get_available_trackers()]
+    installed = [str(one) for one in get_available_trackers()]
     if report_to == "none" or report_to in installed or (report_to == "all" and installed):
         return
-    if report_to not in known:
-        names = ", ".join([name for name in known if name != "all"] + ["all", "none"])
-        raise ValueError(f"--report_to {report_to} is no tracker that accelerate knows; choose one of {names}.")
     raise ImportError(
         f"--report_to {report_to} needs a package that is not installed, so that the run would have no logs: "
         "pip install 'rdm-diffusers[track]' or the tracker's own, or leave the logs out with --report_to none."
