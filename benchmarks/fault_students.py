@@ -78,17 +78,29 @@ def over_an_older(kind: str, older: bool = True) -> KillScene:
 
 
 def _one_of(student: Path, whole: Sequence[dict[str, Any]]) -> Verdict:
-    """Whether a folder is one of these students, or none that anybody would take for one."""
+    """Whether a folder is one of these students, or becomes one by the command that its refusal names."""
     found = {name: value for name, value in contents(student).items() if not name.startswith(".")}
     if any(equal(found, each) for each in whole):
         return Verdict(INTACT)
+    refusal = _refusal(student)
+    if refusal is not None and "finish it with `rdm-card" in refusal:
+        card_command.main([str(student)])
+        (student / "README.md").unlink()
+        if any(equal(contents(student), each) for each in whole):
+            return Verdict(INTACT, "after rdm-card, as it was told")
     files = ", ".join(sorted(found))
+    if refusal is None:
+        return Verdict(SILENT, f"a mixture loads as a student: {files}")
+    return Verdict(LOST if whole[-1] != {} else INTACT, f"{files}: {refusal}")
+
+
+def _refusal(student: Path) -> str | None:
+    """Why a folder cannot be loaded; None if it can."""
     try:
         RdmDistillationPipeline.from_pretrained(student)
     except Exception as error:  # whatever it is, it says that this is no whole student
-        lost = whole[-1] != {}
-        return Verdict(LOST if lost else INTACT, f"{files}: {type(error).__name__}: {str(error)[:200]}")
-    return Verdict(SILENT, f"a mixture loads as a student: {files}")
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
 
 
 def _as_wanted(folder: Path, wanted: dict[str, Any], student: str = "student") -> Verdict:

@@ -75,10 +75,7 @@ def test_the_last_checkpoint_of_a_lora_run_is_what_the_run_exported(lora_run: Pa
     folder = export(lora_run / "checkpoint-2", tmp_path / "new", "lora")
     assert_equal(tensors_of(folder), tensors_of(lora_run))
     for name in ("rdm_config.json", "scheduler/scheduler_config.json"):
-        found, expected = (json.loads((place / name).read_text()) for place in (folder, lora_run))
-        for each in (found, expected):
-            each.pop("weights_sha256", None)  # safetensors writes its header in random order
-        assert found == expected
+        assert json.loads((folder / name).read_text()) == json.loads((lora_run / name).read_text())
     pictures = draw(RdmDistillationPipeline.from_pretrained(folder))
     assert torch.equal(pictures, draw(RdmDistillationPipeline.from_pretrained(lora_run)))
 

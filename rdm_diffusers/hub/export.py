@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..families import FAMILIES, LORA_FILE, Teacher, full_name, rebuilt
-from ..folders import digest_of_file
 from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
+from ..pipelines.lora_file import digest_of_lora
 from ..schedulers import RdmScheduler
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
 from .licenses import license_of
@@ -48,7 +48,7 @@ def export_lora(
             new, **layers, **_collate_lora_metadata({component: teacher.denoiser})
         )
         stock.save_pretrained(new / "scheduler")
-        names["weights_sha256"] = digest_of_file(new / LORA_FILE)
+        names["weights_sha256"] = digest_of_lora(new / LORA_FILE)
         student_config(teacher, scheduler, **names, **origin).save(new)
         _add_comfyui(new, teacher.family.pipeline_class.__name__, teacher.denoiser.config)
 
@@ -105,7 +105,7 @@ def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
     with writing(folder):
         save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / LORA_FILE, header)
         copy_files(source, folder, ("scheduler/*.json",))
-        student = replace(StudentConfig.load(str(source)), weights_sha256=digest_of_file(folder / LORA_FILE))
+        student = replace(StudentConfig.load(str(source)), weights_sha256=digest_of_lora(folder / LORA_FILE))
         student.save(folder)
         _add_comfyui(folder, student.pipeline_class)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 
 from ..families import LORA_FILE, STUDENT_CONFIG, fetch
-from ..folders import digest_of_file
 from ..json_files import Kinds, check_kinds, described, parse_object
 
 REMEDY = "download or export the student again"
@@ -52,7 +54,7 @@ def check_lora_file(path: Path, component: str, digest: str | None = None) -> No
     Args:
         path: of `pytorch_lora_weights.safetensors`.
         component: the pipeline's that the LoRA belongs to, `unet` or `transformer`.
-        digest: its SHA-256 (`StudentConfig.weights_sha256`); None for those of version 0.1.0, which recorded none.
+        digest: of its contents (`StudentConfig.weights_sha256`); None for those of version 0.1.0, which recorded none.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
@@ -67,12 +69,28 @@ def check_lora_file(path: Path, component: str, digest: str | None = None) -> No
         _check_tensors(shapes, component, adapter.get("r"))
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({described(error)}); {REMEDY}.") from error
-    if digest is not None and digest_of_file(path) != digest:
+    if digest is not None and digest_of_lora(path) != digest:
         warnings.warn(
             f"{path} was changed since it was exported, as weights_sha256 in {STUDENT_CONFIG} says; if nobody did that "
             f"on purpose, {REMEDY}.",
             stacklevel=3,
         )
+
+
+def digest_of_lora(path: Path) -> str:
+    """SHA-256 of what a LoRA's file holds, its tensors and its adapter's description, in whatever order they lie.
+
+    Not of its bytes, as safetensors writes its header in a random order.
+    """
+    digest = hashlib.sha256()
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null")
+        digest.update(json.dumps(json.loads(header), sort_keys=True).encode())
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _parsed(header: str, component: str) -> dict[str, Any]:

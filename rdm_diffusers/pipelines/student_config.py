@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..families import STUDENT_CONFIG, check_no_checkpoint, fetch
+from ..folders import ASIDE
 from ..json_files import described, read_object
 from .student_checks import check_student_entries
 
@@ -96,6 +97,10 @@ class StudentConfig:
             path = fetch("student", name_or_path, STUDENT_CONFIG, **hub_options)
         elif not path.exists():
             check_no_checkpoint(name_or_path)
+            if any(path.parent.glob(f"{ASIDE}*")):
+                raise ValueError(
+                    f"An export into {name_or_path} was interrupted; finish it with `rdm-card {name_or_path}`."
+                )
             raise ValueError(
                 f"{name_or_path} has no {STUDENT_CONFIG}, so it is not a student of ours; load it with stock diffusers."
             )
