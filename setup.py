@@ -39,6 +39,7 @@ EXTRAS = {
         "mypy",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff",
         "scikit-learn",
         "scipy",

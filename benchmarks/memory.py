@@ -28,9 +28,11 @@ import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
+from peft.tuners.lora import LoraLayer
 from runs import ROOT, write_result
 from step_cost import Run, command_line, cost, make_run, save_teacher, software
 
+from rdm_diffusers.adapters import compute_in_input_dtype
 from rdm_diffusers.families import Teacher, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SeparateNetworks, SharedBase
 from rdm_diffusers.training.arguments import parse_args
@@ -272,6 +274,9 @@ def make_three_copies(
         prepare_denoiser(denoiser, args)
         denoiser.add_adapter(lora_config(teacher.family, args))
         in_float32(denoiser)
+        for layer in denoiser.modules():
+            if isinstance(layer, LoraLayer):
+                compute_in_input_dtype(layer)
     networks = SeparateNetworks({**denoisers, TEACHER: teacher.denoiser}, *known(teacher, texts, args, accelerator))
     place(networks, accelerator)
     return networks

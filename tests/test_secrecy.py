@@ -103,7 +103,7 @@ def test_what_an_older_release_recorded_is_taken_out_of_the_record() -> None:
     args = vars(build_parser().parse_args([])) | {"hub_token": TOKEN, "dataset_name": "https://me:hunter2@host.org/x",
                                                   "reward": [f"a={TOKEN}"]}  # fmt: skip
     told = json.dumps(
-        training_record({**args, "command": command_line("x.py", [f"--seed={TOKEN}", "http://a:hunter2@b"])})
+        training_record({**args, "command": command_line("x.py", [f"--seed={TOKEN}", "http://a:hunter2@b"])}, 2)
     )
     assert "hunter2" not in told and TOKEN not in told
 
