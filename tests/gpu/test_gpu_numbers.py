@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from parts import make_conditioning, make_run, make_shared, relative_error, run_arguments, train_run
 from parts_families import CALLS, MAKERS, make_pipeline
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rdm_diffusers.distillation import Draws
 from rdm_diffusers.families import FAMILIES
@@ -74,6 +75,19 @@ def test_bf16_is_close_to_float32_in_every_family(name: str, prompts_file: Path,
             assert all(p.dtype == torch.float32 and p.isfinite().all() for p in it.networks.parameters(role))
     for exact, rounded in zip(found["no"], found["bf16"], strict=True):
         assert relative_error(rounded, exact) < 16 * BF16
+
+
+@pytest.mark.parametrize("kind", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION,
+                                  SDPBackend.CUDNN_ATTENTION], ids=lambda kind: kind.name.lower())  # fmt: skip
+def test_flux_has_a_finite_gradient_in_bf16_with_every_kind_of_attention(
+    kind: SDPBackend, prompts_file: Path, tmp_path: Path
+) -> None:
+    make_pipeline("FluxPipeline").save_pretrained(tmp_path / "teacher")
+    flags = dict(resolution=32, max_sequence_length=8, mixed_precision="bf16")
+    with sdpa_kernel([kind, SDPBackend.MATH]):
+        it = make_run(run_arguments(tmp_path / "teacher", prompts_file, tmp_path / "student", **flags))
+        student_update(it.run, collect(it.run, 0), it.state.statistics)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in it.networks.parameters(STUDENT))
 
 
 @pytest.mark.parametrize("role", [STUDENT, FAKE_SCORE])
