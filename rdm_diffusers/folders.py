@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ASIDE, LOCK = ".rdm-export-", ".lock"
+ASIDE, LOCK, PARTIAL = ".rdm-export-", ".lock", ".partial-"
 _held: set[int] = set()  # descriptors of locks
 
 
@@ -124,6 +124,27 @@ def clear_aside(parent: Path, rescue: Callable[[Path], None] = lambda folder: No
                 if known and (parent / name).is_dir():
                     rescue(parent / name)
                     shutil.rmtree(parent / name, ignore_errors=True)
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f"{PARTIAL}{path.name}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, in UTF-8, that is there as a whole or not at all; what was there before stays until then.
+
+    A link in its place is replaced, not followed.
+    """
+    partial = aside_of(path)
+    partial.unlink(missing_ok=True)  # what a kill left, or a link
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,11 @@ def parse_object(text: str | bytes, finite: bool = True) -> dict[str, Any]:
         if isinstance(value, str):
             value.encode()  # half of a surrogate pair cannot be
     return parsed
+
+
+def digest_of(record: Any) -> str:
+    """SHA-256 of what JSON says, in hexadecimal digits; not of how it is written."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _values(parsed: Any) -> Iterator[Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from .folders import write_whole
 
 BLOBS = "blobs"  # in the Hub's cache, of a repository and of all
 
@@ -50,14 +51,7 @@ def write_inside(folder: Path, name: str, text: str) -> Path:
         ValueError: as `real_path`.
     """
     target = real_path(folder, folder / name, writing=True)
-    aside = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        aside.replace(target)  # whatever stands there by now is replaced, not followed
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(target, text)
     return folder / name
 
 

@@ -190,14 +190,12 @@ def test_a_kill_while_it_is_written_leaves_the_evaluation_that_was_there(
     drawn: tuple[Path, dict], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (folder / "evaluation.json").read_bytes()
-    write = Path.write_text
 
-    def half(self: Path, text: str, *arguments, **options) -> int:
-        write(self, text[: len(text) // 2], *arguments, **options)
+    def killed(self: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(Path, "replace", killed)
         draw(folder)
     assert (folder / "evaluation.json").read_bytes() == before
     assert draw(folder) == drawn[1]

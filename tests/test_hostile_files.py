@@ -328,11 +328,21 @@ def test_weights_that_are_not_those_that_were_exported_are_warned_of_by_all(stud
             reader()
 
 
-def test_weights_as_they_were_exported_and_those_of_version_0_1_0_are_not_warned_of(student: Path) -> None:
+@pytest.mark.parametrize("file", ["rdm_config.json", "scheduler/scheduler_config.json"])
+def test_settings_that_are_not_those_that_were_exported_are_warned_of(student: Path, file: str) -> None:
+    path = student / file
+    path.write_text(path.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
+    with pytest.warns(UserWarning, match=f"{path} was changed since it was exported"):
+        check_complete(student)
+
+
+def test_files_as_they_were_exported_and_those_of_version_0_1_0_are_not_warned_of(student: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         check_complete(student)
-        change(student / "rdm_config.json", weights_sha256=None)
+        config = json.loads((student / "rdm_config.json").read_text())
+        of_0_1_0 = {name: value for name, value in config.items() if not name.endswith("sha256") and name != "digest"}
+        (student / "rdm_config.json").write_text(json.dumps(of_0_1_0))
         (student / LORA_FILE).write_bytes(save(load_file(student / LORA_FILE)))
         check_complete(student)
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 
 from ..credentials import without_secrets
+from ..folders import aside_of
 from ..program import run_program
 from ..rewards import WeightedReward, load_reward
 from .arguments import COMPARE_BOUNDS, make_compare_parser, parse_args
@@ -31,7 +32,7 @@ from .records import NOTE, as_markdown, compare, read_json, write_record
 from .references import Reference, load_reference, save_reference
 from .report import machine
 from .sampling import Plan, beside, changed, draw, read_record
-from .sealing import aside_of, sealed
+from .sealing import sealed
 from .subjects import DRAWING, DTYPES, load_subject, versions
 
 PATIENCE = timedelta(days=2)  # processes that have drawn their share wait for the slowest

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .sealing import unsealed, write_whole
+from ..folders import write_whole
+from .sealing import unsealed
 
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 NOTE = "All numbers are of the picture files, 8 bits a channel, so that drawn and given pictures are measured alike."

@@ -14,13 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..folders import aside_of
 from ..frechet import GaussianStatistics
 from ..tiny import is_tiny
 from ..tiny.reference import load_statistics
 from .digests import digest_of_files, digest_of_tensors
 from .features import Features
 from .image_files import list_images
-from .sealing import aside_of, sealed, unsealed
+from .sealing import sealed, unsealed
 
 FILES = (".safetensors", ".npz")
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ..folders import write_whole
 from ..pipelines import RdmDistillationPipeline, StudentConfig
 from ..tiny import TINY_NAME
 from ..tiny.reference import load_quality
 from .metrics import Metrics, measure
 from .pictures import labelled_rows, to_pil
 from .samplers import Sampler, solvers_of, teacher_sampler
-from .sealing import write_whole
 
 TEACHER_STEPS = 50
 READING = ("max_sequence_length", "height", "width", "use_resolution_binning")

@@ -22,11 +22,12 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ..folders import write_whole
 from .batches import digests_of_drawn, note_batch
 from .digests import digest_of_files, digest_of_texts
 from .image_files import damaged, save_image
 from .prompt_sets import prompts_for
-from .sealing import sealed, unsealed, write_whole
+from .sealing import sealed, unsealed
 from .subjects import Subject
 
 RECORD, ASIDE = "images.json", ".process-"

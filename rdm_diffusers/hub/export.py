@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..families import FAMILIES, LORA_FILE, Teacher, full_name, rebuilt
+from ..json_files import digest_of
 from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..pipelines.lora_file import digest_of_lora
 from ..schedulers import RdmScheduler
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
 from .licenses import license_of
 from .placing import replacing, writing
-from .student_files import copy_files
+from .student_files import copy_files, read_scheduler
 
 COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
 
@@ -49,6 +50,7 @@ def export_lora(
         )
         stock.save_pretrained(new / "scheduler")
         names["weights_sha256"] = digest_of_lora(new / LORA_FILE)
+        names["scheduler_sha256"] = digest_of(read_scheduler(new))
         student_config(teacher, scheduler, **names, **origin).save(new)
         _add_comfyui(new, teacher.family.pipeline_class.__name__, teacher.denoiser.config)
 

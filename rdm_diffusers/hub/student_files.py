@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from .. import credentials
 from ..credentials import has_secret
 from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, family_of
-from ..json_files import described, read_object
+from ..json_files import described, digest_of, read_object
 from ..links import real_path
 from ..pipelines import StudentConfig, is_student
-from ..pipelines.lora_file import REMEDY, check_lora_file
-from ..pipelines.student_checks import check_scheduler
+from ..pipelines.lora_file import check_lora_file
+from ..pipelines.student_checks import REMEDY, check_scheduler, warn_of_change
 from ..tiny import is_tiny
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -123,8 +123,9 @@ def check_complete(folder: Path) -> None:
     for file in files:
         if file.suffix == ".safetensors":
             _check_opens(file)
-    read_scheduler(folder)
-    student = StudentConfig.load(str(folder))
+    student, scheduler = StudentConfig.load(str(folder)), read_scheduler(folder)
+    if student.scheduler_sha256 not in (None, digest_of(scheduler)):
+        warn_of_change(folder / SCHEDULER, "scheduler_sha256")
     if student.is_lora:
         component = family_of({"_class_name": student.pipeline_class}).denoiser_name
         check_lora_file(folder / LORA_FILE, component, student.weights_sha256)

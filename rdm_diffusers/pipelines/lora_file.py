@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 
-from ..families import LORA_FILE, STUDENT_CONFIG, fetch
+from ..families import LORA_FILE, fetch
 from ..json_files import Kinds, check_kinds, described, parse_object
+from .student_checks import REMEDY, warn_of_change
 
-REMEDY = "download or export the student again"
 MAX_HEADER = 2**20  # bytes of the adapter's description
 # peft and diffusers take names for regular expressions; a name of this kind says little as one, and ends.
 NAME = re.compile(r"[A-Za-z0-9_.]{1,400}")
@@ -70,11 +69,7 @@ def check_lora_file(path: Path, component: str, digest: str | None = None) -> No
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({described(error)}); {REMEDY}.") from error
     if digest is not None and digest_of_lora(path) != digest:
-        warnings.warn(
-            f"{path} was changed since it was exported, as weights_sha256 in {STUDENT_CONFIG} says; if nobody did that "
-            f"on purpose, {REMEDY}.",
-            stacklevel=3,
-        )
+        warn_of_change(path, "weights_sha256")
 
 
 def digest_of_lora(path: Path) -> str:

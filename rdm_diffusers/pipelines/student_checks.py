@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..json_files import Kinds, check_kinds, is_kind
 
+REMEDY = "download or export the student again"
 TEXT: Kinds = (str, type(None))
 STUDENT_KINDS: dict[str, Kinds] = {
     "base_model_name_or_path": TEXT, "pipeline_class": str, "scheduler": dict, "num_inference_steps": int,
     "call_arguments": dict, "revision": TEXT, "variant": TEXT, "vae": TEXT, "license": dict, "training": dict,
-    "weights_sha256": TEXT, "version": TEXT, "format_version": int,
+    "weights_sha256": TEXT, "scheduler_sha256": TEXT, "version": TEXT, "format_version": int,
 }  # fmt: skip
 TRAINING_KINDS: dict[str, Kinds] = {
     "command": TEXT, "arguments": dict, "updates": (int, type(None)), "averaged": (bool, type(None)),
@@ -41,6 +44,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "guidance_scale": (0, 1000), "true_cfg_scale": (0, 1000), "height": (8, 8192), "width": (8, 8192),
     "max_sequence_length": (1, 8192),
 }  # fmt: skip
+
+
+def warn_of_change(path: Path, entry: str) -> None:
+    """Says that a student's file is not as it was exported, by an entry of `rdm_config.json`; it is used still."""
+    warnings.warn(
+        f"{path} was changed since it was exported, as {entry} in rdm_config.json says; if nobody did that on purpose, "
+        f"{REMEDY}.",
+        stacklevel=4,
+    )
 
 
 def check_student_entries(entries: Mapping[str, Any]) -> None:

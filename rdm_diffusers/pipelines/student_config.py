@@ -11,10 +11,10 @@ from typing import Any
 
 from ..families import STUDENT_CONFIG, check_no_checkpoint, fetch
 from ..folders import ASIDE
-from ..json_files import described, read_object
-from .student_checks import check_student_entries
+from ..json_files import described, digest_of, read_object
+from .student_checks import REMEDY, check_student_entries, warn_of_change
 
-REMEDY = "download or export the student again"
+DIGEST = "digest"
 FORMAT_VERSION = 1  # raised when older releases would sample a student wrongly, not when something is added
 
 
@@ -47,7 +47,8 @@ class StudentConfig:
         license: the base model's licence tags, as in a model card: `license`, `license_name`, `license_link`.
         training: how it was trained, for readers: the `command`, the number of `updates`, whether its weights are
             `averaged`, and all `arguments`, the teacher and the method among them; empty if unknown.
-        weights_sha256: the digest of a LoRA student's weights, by which damage is noticed; None where it is not known.
+        weights_sha256, scheduler_sha256: digests of what a LoRA student's weights and its stock scheduler's
+            configuration hold, by which damage is noticed; None where they are not known.
         version: the release of this package that made it.
         format_version: of this file.
     """
@@ -63,6 +64,7 @@ class StudentConfig:
     license: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
+    scheduler_sha256: str | None = None
     version: str | None = field(default_factory=package_version)
     format_version: int = FORMAT_VERSION
 
@@ -82,8 +84,9 @@ class StudentConfig:
         return self.base_model_name_or_path or self.arguments.get("pretrained_model_name_or_path")
 
     def save(self, folder: Path) -> None:
-        """Writes `rdm_config.json` into the folder."""
-        (folder / STUDENT_CONFIG).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Writes `rdm_config.json` into the folder, with a digest of what it says."""
+        entries = json.loads(json.dumps(asdict(self)))
+        (folder / STUDENT_CONFIG).write_text(json.dumps({**entries, DIGEST: digest_of(entries)}, indent=2) + "\n")
 
     @classmethod
     def load(cls, name_or_path: str, **hub_options) -> StudentConfig:
@@ -105,9 +108,12 @@ class StudentConfig:
                 f"{name_or_path} has no {STUDENT_CONFIG}, so it is not a student of ours; load it with stock diffusers."
             )
         entries = read_object(path, REMEDY, finite=False)
+        digest = entries.pop(DIGEST, None)  # version 0.1.0 wrote none
         _check_release(name_or_path, entries)
         try:
             check_student_entries(entries)
+            if digest not in (None, digest_of(entries)):
+                warn_of_change(path, DIGEST)
             known = {each.name for each in fields(cls)}  # a newer release may tell more
             return cls(**{name: value for name, value in entries.items() if name in known})
         except (TypeError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..folders import digest_of_file, sync
+from ..json_files import digest_of
 
 PREFIX, PARTIAL, OLD, REPLACED = "checkpoint-", ".partial-", ".old-", ".replaced"
 RECORD, DIGEST = "state.json", "digest"
@@ -20,7 +20,7 @@ KEYS_OF_0_1_0 = {"update", "digests", "scalars", "monitor", "arguments"}  # whos
 def write_record(checkpoint: Path, record: dict[str, Any]) -> None:
     """Writes `state.json`, with a digest of what it says, and waits until it is on the disk."""
     path = checkpoint / RECORD
-    path.write_text(json.dumps({**record, DIGEST: _digest_of_record(record)}, indent=1))
+    path.write_text(json.dumps({**record, DIGEST: digest_of(record)}, indent=1))
     sync(path)
 
 
@@ -37,13 +37,9 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     digest = record.pop(DIGEST, None)
     if digest is None and record.keys() == KEYS_OF_0_1_0:
         return record
-    if digest != _digest_of_record(record):
+    if digest != digest_of(record):
         raise ValueError(f"{RECORD} changed since it was written")
     return record
-
-
-def _digest_of_record(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def read_arguments(checkpoint: Path) -> dict[str, Any]:
