@@ -112,7 +112,7 @@ def trials_of(scene: KillScene | DamageScene, seed: int) -> list[dict[str, Any]]
 def _damages(scene: DamageScene, seed: int) -> Iterator[dict[str, Any]]:
     folder = prepared(scene.name)
     files = sorted({path.relative_to(folder) for pattern in scene.files for path in folder.glob(pattern)})
-    for file in (file for file in files if (folder / file).is_file()):
+    for file in (file for file in files if (folder / file).is_file() and (folder / file).stat().st_size):
         for kind in scene.kinds:
             for number in range(scene.rounds if kind not in ("emptied", "missing", "swapped") else 1):
                 if kind != "swapped" or other_of(scene, folder, file) is not None:
