@@ -17,6 +17,7 @@ from datasets import Array2D, Dataset, Features, Sequence as Row, Value
 from torch import Tensor
 
 from ..families import Teacher
+from ..folders import digest_of_file
 
 FOLDER, SUFFIX = "rdm_embeddings", ".arrow"
 
@@ -87,8 +88,7 @@ def _caches(folder: Path, fingerprint: str) -> list[Path]:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        return digest_of_file(path)[:32]
     except OSError:
         return "unreadable"
 
