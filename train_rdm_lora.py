@@ -30,96 +30,35 @@ What it does, and the flags that steer it:
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
-from functools import partial
-from pathlib import Path
 
-from accelerate import Accelerator
-
-from rdm_diffusers.hub import export_lora
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.program import run_program, status_of
-from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.checkpoints import read_arguments
-from rdm_diffusers.training.checks import check_resumable, prepare_output
-from rdm_diffusers.training.external_rewards import load_rewards
-from rdm_diffusers.training.finish import present
-from rdm_diffusers.training.launch import MEMORY_FLAGS, make_accelerator
-from rdm_diffusers.training.loop import train
-from rdm_diffusers.training.memory_plan import plan_memory
-from rdm_diffusers.training.prompts import load_prompts, read_texts
-from rdm_diffusers.training.publish import check_hub, publish
-from rdm_diffusers.training.record import training_record
-from rdm_diffusers.training.run_folder import alone_in, checkpoint_to_resume, go_on_from
-from rdm_diffusers.training.setup import (
-    end_trackers,
-    load,
-    make_distillation,
-    make_lora_networks,
-    make_state,
-    start_trackers,
-    teacher_contrast,
-)
-from rdm_diffusers.training.teacher_checks import check_with_teacher
-from rdm_diffusers.training.validation import averaged_student, validate
+from rdm_diffusers.training.launch import MEMORY_FLAGS
+from rdm_diffusers.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    # 1. Everything that can be wrong is checked before anything long is done.
-    args = parse_args(argv, __doc__)
-    output_dir = prepare_output(args)
-    accelerator = make_accelerator(args)
-    with alone_in(output_dir, args, accelerator):
-        distil(args, output_dir, accelerator)
+    config = parse_args(argv, __doc__)
+    with Trainer(config) as trainer:
+        # 1. Everything that can be wrong is found before anything long is done.
+        trainer.check()
+        if config.output.dry_run:
+            print(trainer.plan().as_table())
+            return
 
+        # 2. The teacher; prompts, read once; the three roles; the objective, optimisers, the moving average.
+        trainer.load()
 
-def distil(args: Namespace, output_dir: Path, accelerator: Accelerator) -> None:
-    checkpoint = checkpoint_to_resume(output_dir, args)
-    prompts = load_prompts(args)
-    if checkpoint:
-        check_resumable(args, read_arguments(checkpoint))
-    check_with_teacher(args)
-    check_hub(args, accelerator)
-    rewards = load_rewards(args, accelerator.device)
-    if args.dry_run:
-        print(plan_memory(args).as_table())
-        return
+        # 3. The training. A signal saves a checkpoint and ends the program, so that nothing waits for a student.
+        output = trainer.train()
+        if output.signal:
+            sys.exit(status_of(output.signal))
 
-    # 2. The teacher; prompts, read once; the three roles on its network.
-    teacher = load(args, accelerator.device)
-    texts = read_texts(teacher, prompts, args, accelerator)
-    networks = make_lora_networks(teacher, texts, args, accelerator)
-
-    # 3. The objective, the student's sampler; optimisers and the moving average.
-    run = make_distillation(teacher, networks, texts, rewards, args, accelerator)
-    state = make_state(networks, accelerator, args)
-    state.monitor.teacher_contrast = teacher_contrast(run, teacher, args.monitor_images)
-    if checkpoint:
-        go_on_from(checkpoint, output_dir, state, accelerator)
-
-    # 4. Training.
-    start_trackers(accelerator, args)
-    draw = partial(validate, run=run, state=state, teacher=teacher, texts=texts, args=args, accelerator=accelerator)
-    interrupted = train(run, state, args, accelerator, draw)
-    if interrupted:
-        end_trackers(accelerator)
-        sys.exit(status_of(interrupted))  # so that nothing that waits for the student goes on
-    with averaged_student(run, state):
-        weights = networks.student_weights()
-    training = training_record(args, state.update)
-    end_trackers(accelerator)
-    if not accelerator.is_main_process:
-        return
-
-    # 5. The student's files, in formats that stock diffusers loads.
-    origin = {"revision": args.revision, "variant": args.variant, "training": training}
-    export_lora(output_dir, teacher, weights, run.scheduler, **origin)
-
-    # 6. The student, loaded as anyone would load it, beside its teacher.
-    del teacher, networks, run, state, draw, weights
-    present(output_dir, texts.shown, args, accelerator.device)
-
-    # 7. The student, on the Hub.
-    publish(output_dir, args)
+        # 4. The student's files, which stock diffusers loads; the student beside its teacher; the student on the Hub.
+        trainer.export()
+        trainer.evaluate()
+        if config.hub.push_to_hub:
+            trainer.push()
 
 
 if __name__ == "__main__":

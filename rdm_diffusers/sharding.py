@@ -6,6 +6,7 @@ torch's `fully_shard`, with what `accelerate launch --use_fsdp --fsdp_version 2`
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate import Accelerator
@@ -52,3 +53,8 @@ def spread_like(tensor: Tensor, reference: Tensor) -> Tensor:
     if isinstance(reference, DTensor) and tensor.shape == reference.shape:
         return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
     return tensor
+
+
+def is_sharded_launch() -> bool:
+    """Whether `accelerate launch` was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -15,6 +15,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..bounds import PATH, REVISION, TOKEN, Bound, Text
+from ..config import RunConfig
 from ..evaluation.subjects import DTYPES
 from ..families import coming_from_hub, family_of, pipeline_config, use_token
 from ..folders import aside, sync_tree
@@ -49,6 +50,18 @@ BOUNDS: dict[str, Bound] = {
 
 
 @dataclass(frozen=True)
+class Export:
+    """What is asked for: the command's flags, but for the token."""
+
+    source: str
+    format: str
+    output_dir: str
+    dtype: str
+    use_ema: bool | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
 class Source:
     """What is exported.
 
@@ -56,13 +69,13 @@ class Source:
         folder: a checkpoint's, or a student's.
         pipeline_class: the stock pipeline's name.
         is_lora: whether the student is a LoRA.
-        run: the arguments of the run, for a checkpoint.
+        run: the configuration of the run, for a checkpoint.
     """
 
     folder: Path
     pipeline_class: str
     is_lora: bool
-    run: argparse.Namespace | None = None
+    run: RunConfig | None = None
 
 
 # fmt: off
@@ -99,33 +112,34 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         ValueError, ImportError, OSError: one sentence on what is wrong and what to do.
     """
-    args = make_parser().parse_within(BOUNDS, argv)
-    target = Path(args.output_dir).resolve()
+    args = vars(make_parser().parse_within(BOUNDS, argv))
+    use_token(args.pop("token"))
+    wanted = Export(**args)
+    target = Path(wanted.output_dir).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--output_dir {args.output_dir} is not empty; choose another.")
-    use_token(args.token)
-    source = find_source(args)
+        raise ValueError(f"--output_dir {wanted.output_dir} is not empty; choose another.")
+    source = find_source(wanted)
     with in_place_of(target) as (folder, bench):
-        export(source, folder, bench, args)
-        if args.format != "comfyui":
-            add_card(source, folder, args)
-    print(f"Wrote {args.output_dir}.")
+        export(source, folder, bench, wanted)
+        if wanted.format != "comfyui":
+            add_card(source, folder, wanted)
+    print(f"Wrote {wanted.output_dir}.")
     return target
 
 
-def find_source(args: argparse.Namespace) -> Source:
+def find_source(wanted: Export) -> Source:
     """Tells what SOURCE is, and refuses what cannot be exported as asked, before anything large is read.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
-    folder = Path(args.source)
-    found = _checkpoint(folder, args.use_ema) if (folder / RECORD).exists() else _student(args)
-    if args.format != "full" and not found.is_lora:
+    folder = Path(wanted.source)
+    found = _checkpoint(folder, wanted.use_ema) if (folder / RECORD).exists() else _student(wanted)
+    if wanted.format != "full" and not found.is_lora:
         raise ValueError(
-            f"{args.source} holds a full student, which cannot become a LoRA; export it with --format full."
+            f"{wanted.source} holds a full student, which cannot become a LoRA; export it with --format full."
         )
-    if args.format == "comfyui":
+    if wanted.format == "comfyui":
         check_comfyui(found.pipeline_class)
     return found
 
@@ -133,12 +147,12 @@ def find_source(args: argparse.Namespace) -> Source:
 def _checkpoint(folder: Path, use_ema: bool | None) -> Source:
     run = read_run(folder)
     chosen_weights(folder, use_ema)
-    config = pipeline_config(run.pretrained_model_name_or_path, revision=run.revision)
-    return Source(folder, config["_class_name"], run.student == "lora", run)
+    index = pipeline_config(run.teacher.pretrained_model_name_or_path, revision=run.teacher.revision)
+    return Source(folder, index["_class_name"], run.is_lora, run)
 
 
-def _student(args: argparse.Namespace) -> Source:
-    folder, name = Path(args.source), args.source
+def _student(wanted: Export) -> Source:
+    folder, name, revision = Path(wanted.source), wanted.source, wanted.revision
     if folder.is_dir():
         finish_exports(folder)
     if not folder.is_dir() and folder.parent.is_dir() and folder.parent != Path():
@@ -149,14 +163,14 @@ def _student(args: argparse.Namespace) -> Source:
         inside = list_checkpoints(folder)
         what = f"{inside[-1]} is a checkpoint, give that" if inside else "give a checkpoint-N folder or a student's"
         raise ValueError(f"{name} holds neither a checkpoint ({RECORD}) nor a finished student; {what}.")
-    if args.use_ema is not None:
+    if wanted.use_ema is not None:
         raise ValueError(f"{name} is a finished student with one set of weights; leave --use_ema and --no-use_ema out.")
-    student = StudentConfig.load(name, revision=args.revision)
+    student = StudentConfig.load(name, revision=revision)
     family_of({"_class_name": student.pipeline_class})
     if not folder.is_dir():
-        with coming_from_hub("student", name, args.revision):
+        with coming_from_hub("student", name, revision):
             folder = Path(
-                snapshot_download(name, revision=args.revision, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT)
+                snapshot_download(name, revision=revision, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT)
             )
     student_files(folder)  # first, as links may lead to what is no student's
     if student.is_lora:
@@ -165,33 +179,33 @@ def _student(args: argparse.Namespace) -> Source:
     return Source(folder, student.pipeline_class, student.is_lora)
 
 
-def export(source: Source, folder: Path, bench: Path, args: argparse.Namespace) -> None:
+def export(source: Source, folder: Path, bench: Path, wanted: Export) -> None:
     """Writes a folder in the format that is asked for.
 
     Args:
         source: a checkpoint or a student.
         folder: an empty one, which files are named after.
         bench: an empty one to work in.
-        args: of the command.
+        wanted: what the command asks for.
     """
-    student, dtype = source.folder, DTYPES[args.dtype]
+    student, dtype = source.folder, DTYPES[wanted.dtype]
     if source.run is not None:
         student = bench
-        export_checkpoint(source.folder, source.run, student, args.use_ema)
-    if args.format == "full":
+        export_checkpoint(source.folder, source.run, student, wanted.use_ema)
+    if wanted.format == "full":
         write_full(student, folder, dtype)
-    elif args.format == "lora":
+    elif wanted.format == "lora":
         copy_lora(student, folder, dtype)
     else:
         with writing(folder):
             write_comfyui(student, folder / comfyui_name(folder), source.pipeline_class, dtype)
 
 
-def add_card(source: Source, folder: Path, args: argparse.Namespace) -> None:
+def add_card(source: Source, folder: Path, wanted: Export) -> None:
     """Writes the card, with what was found of a finished student, as long as its numbers stay what they were."""
-    if source.run is None and args.dtype == "float32":
+    if source.run is None and wanted.dtype == "float32":
         copy_files(source.folder, folder, FINDINGS)
-    write_card(folder, args.output_dir)
+    write_card(folder, wanted.output_dir)
 
 
 @contextmanager

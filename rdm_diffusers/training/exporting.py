@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
-import argparse
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..families import Conditioning, Teacher, load_denoiser
+from ..config import RunConfig
+from ..config.record import training_record
+from ..families import Conditioning, Teacher
 from ..hub import export_full, export_lora
-from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
-from .arguments import build_parser
+from ..json_files import check_kinds, read_object
+from ..links import real_path
+from ..networks import STUDENT, Networks
+from .assembly import load, load_trained, make_networks, make_scheduler
+from .checkpoint_files import RECORD
 from .checkpoints import copy_into, damage, read_arguments, updates_of
-from .record import training_record
-from .saved_arguments import check_saved
-from .setup import load, lora_config, make_scheduler
 
 AVERAGED = "ema"
+REMEDY = "export an earlier checkpoint"
 
 
-def read_run(checkpoint: Path) -> argparse.Namespace:
-    """The arguments of the run that wrote a checkpoint; the parser's defaults for those that are younger than it.
+def read_run(checkpoint: Path) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint; the defaults for what is younger than it.
 
     Raises:
-        ValueError: if the checkpoint is damaged.
+        ValueError: if the checkpoint is damaged, or was made with what this release does not have.
     """
     check_saved(checkpoint)
     problem = damage(checkpoint)
     if problem:
-        raise ValueError(f"{checkpoint} is damaged ({problem}); export an earlier checkpoint.")
-    saved = read_arguments(checkpoint)
-    student = saved.get("student", "lora" if "rank" in saved else "full")
-    args = argparse.Namespace(**{**vars(build_parser(student=student).parse_args([])), **saved})
-    del args.hub_token
-    if args.student == "lora" and args.lora_alpha is None:
-        args.lora_alpha = args.rank
-    return args
+        raise ValueError(f"{checkpoint} is damaged ({problem}); {REMEDY}.")
+    return RunConfig.from_record(read_arguments(checkpoint))
+
+
+def check_saved(checkpoint: Path) -> None:
+    """Refuses a checkpoint that somebody else may have made, before networks are built after it.
+
+    Raises:
+        ValueError: if it has links out of its folder, or its record is none of a run.
+    """
+    for file in checkpoint.iterdir():
+        real_path(checkpoint, file)
+    path = checkpoint / RECORD
+    record = read_object(path, REMEDY)
+    try:
+        check_kinds(record, {"arguments": dict, "digests": dict, "update": int})
+        RunConfig.from_record(record.get("arguments", {}))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}.") from error
 
 
 def chosen_weights(checkpoint: Path, use_ema: bool | None) -> str:
@@ -56,45 +70,52 @@ def chosen_weights(checkpoint: Path, use_ema: bool | None) -> str:
     return AVERAGED if found and use_ema is not False else STUDENT
 
 
-def export_checkpoint(checkpoint: Path, args: argparse.Namespace, folder: Path, use_ema: bool | None = None) -> None:
+def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema: bool | None = None) -> None:
     """Writes the student of a checkpoint, as a run does at its end. The base is loaded unquantised.
 
     Args:
         checkpoint: an undamaged one, of a LoRA run or a full one, on one process or many.
-        args: the run's (`read_run`).
+        config: the run's (`read_run`).
         folder: an existing one.
         use_ema: as in `chosen_weights`.
 
     Raises:
-        ValueError: if the weights do not fit the networks that the arguments name.
+        ValueError: if the weights do not fit the networks that the configuration names.
         WritingError: for example on a full disk.
     """
     file = checkpoint / f"{chosen_weights(checkpoint, use_ema)}.safetensors"
-    unquantised = argparse.Namespace(**{**vars(args), "quantization": None})
-    teacher = load(unquantised, torch.device("cpu"))
-    networks = _make_networks(teacher, args)
+    config = config.changed("student", quantization=None)
+    teacher = load(config, torch.device("cpu"))
+    networks = _make_networks(teacher, config)
     try:
         _fill(networks.parameters(STUDENT), file)
     except (SafetensorError, RuntimeError) as error:
-        name = args.pretrained_model_name_or_path
+        name = config.teacher.pretrained_model_name_or_path
         raise ValueError(f"{file} does not fit {name} ({error}); is that still the teacher of the run?") from error
     averaged = file.stem == AVERAGED
     training = training_record(read_arguments(checkpoint), updates_of(checkpoint), averaged)
-    weights, scheduler = networks.student_weights(), make_scheduler(teacher, args.num_student_steps, args.eta)
-    if args.student == "lora":
-        origin = {"revision": args.revision, "variant": args.variant, "training": training}
+    weights, scheduler = networks.student_weights(), make_scheduler(
+        teacher, config.method.num_student_steps, config.method.eta
+    )
+    if config.is_lora:
+        origin = {"revision": config.teacher.revision, "variant": config.teacher.variant, "training": training}
         export_lora(folder, teacher, weights, scheduler, **origin)
     else:
         export_full(folder, teacher, weights, teacher.denoiser.config, scheduler, training)
 
 
-def _make_networks(teacher: Teacher, args: argparse.Namespace) -> Networks:
-    """The student's parameters in the order of the run; nothing is sampled with these."""
-    others = (teacher.family, teacher.schedule, teacher.prediction_type, Conditioning({}), 1.0)
-    if args.student == "lora":
-        return SharedBase(teacher.denoiser, lora_config(teacher.family, args), False, *others)
-    student = load_denoiser(args.pretrained_model_name_or_path, torch.float32, args.revision, args.variant)
-    return SeparateNetworks({STUDENT: student, FAKE_SCORE: student, TEACHER: nn.Identity()}, *others)
+def _make_networks(teacher: Teacher, config: RunConfig) -> Networks:
+    """The student's parameters in the order of the run; nothing is sampled with these, so that one network is enough."""
+    return make_networks(
+        config.changed("memory", gradient_checkpointing=False),
+        teacher.family,
+        teacher.denoiser,
+        lru_cache(partial(load_trained, config)),
+        schedule=teacher.schedule,
+        prediction_type=teacher.prediction_type,
+        null_conditioning=Conditioning({}),
+        guidance_scale=1.0,
+    )
 
 
 def _fill(parameters: list[nn.Parameter], file: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..config import RunConfig
 from ..distillation import (
     GNDMR,
     Draws,
@@ -25,7 +25,6 @@ from ..distillation import (
 )
 from ..distillation.advantages import grouped
 from ..distillation.reward_gradients import Decode
-from ..evaluation.subjects import DTYPES as REWARD_DTYPES
 from ..families import Teacher
 from ..rewards import Reward, WeightedReward, load_reward
 
@@ -145,44 +144,42 @@ class ExternalRewards:
         return health
 
 
-def load_rewards(args: argparse.Namespace, device: torch.device) -> list[WeightedReward]:
+def load_rewards(config: RunConfig, device: torch.device) -> list[WeightedReward]:
     """The external rewards that the arguments name.
 
     Raises:
         ValueError: as `load_reward`, and if two have one name.
     """
-    loaded = [load_reward(spec, device, REWARD_DTYPES[args.reward_dtype]) for spec in args.reward or ()]
+    rewards = config.rewards
+    loaded = [load_reward(spec, device, getattr(torch, rewards.reward_dtype)) for spec in rewards.reward]
     if len({weighted.reward.name for weighted in loaded}) < len(loaded):
-        raise ValueError(f"Two of the rewards {', '.join(args.reward)} have one name; name each once.")
+        raise ValueError(f"Two of the rewards {', '.join(rewards.reward)} have one name; name each once.")
     boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
-    if boxes and args.group_size == 1 and args.black_box_form != "perturbation":
+    if boxes and config.method.group_size == 1:
         raise ValueError(
-            f"The reward {boxes[0]} gives no gradients, and --black_box_form {args.black_box_form} compares the "
-            "members of a group: raise --group_size above 1, or choose perturbation."
+            f"The reward {boxes[0]} gives no gradients, and --reward_tilt compares the members of a "
+            "group: raise --group_size above 1."
         )
-    if loaded and args.reward_share > 0.5 and args.reward_combination == "share":
+    if loaded and rewards.reward_share > 0.5 and rewards.reward_combination == "share":
         print(
-            f"warning: --reward_share {args.reward_share} lets the rewards outweigh fidelity; above 0.5 is not advised."
+            f"warning: --reward_share {rewards.reward_share} lets the rewards outweigh fidelity; above 0.5 is not advised."
         )
     return loaded
 
 
 def join_rewards(
-    loaded: list[WeightedReward], teacher: Teacher, draws: Draws, args: argparse.Namespace
+    loaded: list[WeightedReward], teacher: Teacher, draws: Draws, config: RunConfig
 ) -> ExternalRewards:
     """Rewards as a run asks them: through the teacher's decoder, and joined as the arguments say."""
     teacher.pipeline.vae.to(draws.device)
     weights = {weighted.reward.name: weighted.weight for weighted in loaded}
-    if args.gradient_checkpointing:
+    if config.memory.gradient_checkpointing:
         teacher.pipeline.vae.enable_gradient_checkpointing()
     return ExternalRewards(
         rewards=[weighted.reward for weighted in loaded],
-        combination=GNDMR(args.group_size, weights, args.reward_share, args.reward_combination, args.projection_guard),
+        combination=GNDMR(config.method.group_size, weights, config.rewards.reward_share, config.rewards.reward_combination, config.rewards.projection_guard),
         decode=partial(teacher.family.decode, teacher.pipeline),
         draws=draws,
-        micro_batch_size=args.train_batch_size,
-        black_box=args.black_box_form,
-        tilt=args.reward_tilt,
-        num_perturbations=args.num_perturbations,
-        perturbation_scale=args.perturbation_scale,
+        micro_batch_size=config.optimisation.train_batch_size,
+        tilt=config.rewards.reward_tilt,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -12,19 +11,20 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import free_memory
 
+from ..config import RunConfig
 from ..errors import explain, one_line
 from ..evaluation import as_table, put, save_samples, tiny_metrics, write_metrics
 from ..families import Teacher, load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
 from ..tiny import is_tiny
-from .record import shown_arguments
-from .setup import DTYPES, load
+from ..config.record import shown_arguments
+from .assembly import DTYPES, load
 
 PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch
 
 
-def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device: torch.device) -> None:
+def draw_and_measure(output_dir: Path, shown: list[str], config: RunConfig, device: torch.device) -> None:
     """Writes `samples.png`, `metrics.json` and the model card, and prints the numbers.
 
     The student is safe already. What fails here is said in a sentence, and the run goes on to its end.
@@ -32,11 +32,11 @@ def present(output_dir: Path, shown: list[str], args: argparse.Namespace, device
     Args:
         output_dir: holds the student.
         shown: the prompts of the pictures.
-        args: the run's arguments.
+        config: the run's.
         device: where to draw; networks that are not at work wait in the machine's memory with `--offload`.
     """
     with extra(f"the student's pictures and numbers could not be made; {output_dir} holds it without them"):
-        draw(output_dir, shown, args, device)
+        draw_samples(output_dir, shown, config, device)
     free_memory()
     with extra(f"the card could not be written; try again with rdm-card {output_dir}"):
         print(f"\nThe student's card is {write_card(output_dir)}. Load the student with:")
@@ -54,30 +54,31 @@ def extra(what: str) -> Iterator[None]:
         warnings.warn(f"The student is safe, but {what} ({one_line(error)}).", stacklevel=3)
 
 
-def draw(output_dir: Path, shown: list[str], args: argparse.Namespace, device: torch.device) -> None:
+def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: torch.device) -> None:
     """Draws with the student, loaded as anyone would load it, and with its teacher, and measures them."""
     free_memory()  # the training's networks may have waited for it
-    teacher = load(args, device)
-    stock, student = teacher.pipeline, load_student(output_dir, teacher, args, device)
+    teacher = load(config, device)
+    stock, student = teacher.pipeline, load_student(output_dir, teacher, config, device)
     for pipeline in (stock, student):
-        put(pipeline, device, args.offload)
-    at_once, scale = min(args.train_batch_size, PICTURES_AT_ONCE), args.sample_guidance_scale
+        put(pipeline, device, config.memory.offload)
+    at_once, scale = min(config.optimisation.train_batch_size, PICTURES_AT_ONCE), config.method.sample_guidance_scale
+    arguments = shown_arguments(config.as_arguments())
     metrics = save_samples(output_dir / "samples.png", stock, student, scale, shown, at_once)
-    write_metrics(output_dir / "metrics.json", metrics, shown_arguments(vars(args)), shown)
-    if is_tiny(teacher.name) and args.num_eval_images:
-        metrics = tiny_metrics(stock, student, scale, args.num_eval_images, teacher.name)
-        write_metrics(output_dir / "metrics.json", metrics, shown_arguments(vars(args)), shown)
+    write_metrics(output_dir / "metrics.json", metrics, arguments, shown)
+    if is_tiny(teacher.name) and config.output.num_eval_images:
+        metrics = tiny_metrics(stock, student, scale, config.output.num_eval_images, teacher.name)
+        write_metrics(output_dir / "metrics.json", metrics, arguments, shown)
     print(f"\n{as_table(metrics)}")
 
 
 def load_student(
-    output_dir: Path, teacher: Teacher, args: argparse.Namespace, device: torch.device
+    output_dir: Path, teacher: Teacher, config: RunConfig, device: torch.device
 ) -> RdmDistillationPipeline:
     """The student from its folder, sharing with its teacher what both have alike."""
-    dtype, name = DTYPES[args.mixed_precision], teacher.family.denoiser_name
+    dtype, name = DTYPES[config.memory.mixed_precision], teacher.family.denoiser_name
     parts = {key: part for key, part in teacher.pipeline.components.items() if isinstance(part, torch.nn.Module)}
     del parts[name]
-    if args.quantization and args.student == "lora":
-        source = (args.pretrained_model_name_or_path, dtype, args.revision, args.variant)
-        parts[name] = load_denoiser(*source, args.quantization, device)
+    if config.student.quantization and config.is_lora:
+        source = (config.teacher.pretrained_model_name_or_path, dtype, config.teacher.revision, config.teacher.variant)
+        parts[name] = load_denoiser(*source, config.student.quantization, device)
     return RdmDistillationPipeline.from_pretrained(output_dir, dtype=dtype, **parts)

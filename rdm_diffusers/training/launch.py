@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
 import psutil
@@ -10,10 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
-from .secrecy import launch_words
+from ..config import OutputConfig
+from ..config.secrecy import launch_words
+from ..sharding import is_sharded_launch
+from .tracking import check_trackers
 
 MEMORY_FLAGS = (
     "lower --train_batch_size and raise --gradient_accumulation_steps instead, or try --gradient_checkpointing, "
@@ -22,12 +23,7 @@ MEMORY_FLAGS = (
 HOW_TO_LAUNCH = "launch with torchrun --nproc_per_node N, or with accelerate launch --multi_gpu --num_processes N"
 
 
-def is_sharded_launch() -> bool:
-    """Whether `accelerate launch` was told to use FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
+def make_accelerator(output: OutputConfig, allow_tf32: bool = False) -> Accelerator:
     """The accelerator, on the CPU where there is no GPU.
 
     Raises:
@@ -35,9 +31,9 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         ImportError: if a tracker that shall log is not installed.
     """
     check_launch()
-    check_trackers(args.report_to)
-    project = ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
-    log_with = None if args.report_to == "none" else args.report_to
+    check_trackers(output.report_to)
+    project = ProjectConfiguration(output.output_dir, os.path.join(output.output_dir, output.logging_dir))
+    log_with = None if output.report_to == "none" else output.report_to
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # the networks see to that themselves
@@ -50,23 +46,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             f"The launcher was asked for {promised} processes and made {accelerator.num_processes}, as accelerate "
             f"launch --cpu does; {HOW_TO_LAUNCH}."
         )
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     return accelerator
-
-
-def check_trackers(report_to: str) -> None:
-    """Refuses a tracker that accelerate would leave out without a word.
-
-    Raises:
-        ImportError: if its package is missing.
-    """
-    installed = [str(one) for one in get_available_trackers()]
-    if report_to == "none" or report_to in installed or (report_to == "all" and installed):
-        return
-    raise ImportError(
-        f"--report_to {report_to} needs a package that is not installed, so that the run would have no logs: "
-        "pip install 'rdm-diffusers[track]' or the tracker's own, or leave the logs out with --report_to none."
-    )
 
 
 def check_launch() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_utils import no_init_weights
 
+from ..config import RunConfig
 from ..families import Conditioning, check_kinds_of_files, check_lora, family_of, pipeline_config
 from ..families.quantization import NEEDS_GPU
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
@@ -25,8 +27,8 @@ from ..tiny import MAX_SEQUENCE_LENGTHS
 from . import memory_model as model
 from .embeddings import embed_prompts
 from .finish import PICTURES_AT_ONCE
-from .launch import is_sharded_launch
-from .setup import CONTRAST_STEPS, DTYPES, lora_config, prompt_options
+from ..sharding import is_sharded_launch
+from .assembly import CONTRAST_STEPS, DTYPES, lora_config, prompt_options
 
 GIB = 2**30
 FLOAT = 4  # bytes of a float32
@@ -72,7 +74,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(args: argparse.Namespace, device_type: str = "cuda") -> MemoryPlan:
+def plan_memory(config: RunConfig, device_type: str = "cuda") -> MemoryPlan:
     """The plan of a run, for LoRAs or full weights as `args.student` says.
 
     Args:
@@ -82,7 +84,7 @@ def plan_memory(args: argparse.Namespace, device_type: str = "cuda") -> MemoryPl
     Raises:
         ValueError: as `pipeline_config`, `family_of` and `check_lora`.
     """
-    planner = _Planner(args, device_type)
+    planner = _Planner(config, device_type)
     sizes = planner.sizes()
     return MemoryPlan(sizes, planner.phases(sizes), planner.parameters, planner.lora_layers)
 
@@ -94,8 +96,11 @@ class _Planner:
     one. FSDP divides by the number of processes what it spreads.
     """
 
-    def __init__(self, args: argparse.Namespace, device_type: str):
-        self.args, self.device_type, self.options = args, device_type, prompt_options(args)
+    def __init__(self, config: RunConfig, device_type: str):
+        args = argparse.Namespace(**config.as_arguments(), num_processes=int(os.environ.get('WORLD_SIZE','1')))
+        args.fold_adapters = config.fold_adapters
+        self.run = config
+        self.args, self.device_type, self.options = args, device_type, prompt_options(config)
         if self.options.max_sequence_length is None:
             length = MAX_SEQUENCE_LENGTHS.get(args.pretrained_model_name_or_path)
             self.options = replace(self.options, max_sequence_length=length)
@@ -139,7 +144,7 @@ class _Planner:
             model.checkpoint_blocks(trained, self.autocast, self.device_type)
         if not self.is_lora:
             return SeparateNetworks({STUDENT: trained, FAKE_SCORE: trained, TEACHER: self.denoiser}, *common)
-        config = lora_config(self.family, self.args)
+        config = lora_config(self.family, self.run.student)
         config.init_lora_weights = False  # there is nothing to fill
         with torch.device("meta"), no_init_weights():
             networks = SharedBase(trained, config, self.args.fold_adapters, *common)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..config import RunConfig
+from ..config.checks import eight_bit_package
 from ..errors import RunError
 from ..sharding import whole
 
@@ -110,43 +111,31 @@ def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
-def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, args) -> RoleOptimizer:
-    """AdamW, or with `--use_8bit_adam` bitsandbytes' or else torchao's, as the arguments say.
+def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, config: RunConfig) -> RoleOptimizer:
+    """AdamW, or with `--use_8bit_adam` bitsandbytes' or else torchao's, as the configuration says.
 
     Raises:
         ImportError: if 8 bits are asked for and neither is installed.
-        ValueError: for an unknown learning-rate schedule.
     """
-    optimizer = _adamw_class(args.use_8bit_adam)(
+    optimisation = config.optimisation
+    optimizer = _adamw_class(config.memory.use_8bit_adam)(
         parameters,
         lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        betas=(optimisation.adam_beta1, optimisation.adam_beta2),
+        weight_decay=optimisation.adam_weight_decay,
+        eps=optimisation.adam_epsilon,
     )
     schedule = get_scheduler(
-        args.lr_scheduler,
+        optimisation.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        num_warmup_steps=optimisation.lr_warmup_steps,
+        num_training_steps=optimisation.max_train_steps,
     )
-    return RoleOptimizer(parameters, optimizer, schedule, args.max_grad_norm)
+    return RoleOptimizer(parameters, optimizer, schedule, optimisation.max_grad_norm)
 
 
 def _adamw_class(eight_bit: bool) -> Callable[..., torch.optim.Optimizer]:
     return import_module(f"{eight_bit_package()}.optim").AdamW8bit if eight_bit else torch.optim.AdamW
-
-
-def eight_bit_package() -> str:
-    """The installed package that has an 8-bit AdamW.
-
-    Raises:
-        ImportError: if there is none.
-    """
-    for package in ("bitsandbytes", "torchao"):
-        if find_spec(package) is not None:
-            return package
-    raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
 
 
 def quantised_state(parts: dict[str, Tensor]) -> Tensor:

@@ -11,8 +11,7 @@ from diffusers.training_utils import free_memory
 from torch import nn
 
 from ..networks import Networks
-from ..sharding import shard
-from .launch import is_sharded_launch
+from ..sharding import is_sharded_launch, shard
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
+from ..config import PromptsConfig, RunConfig
 from ..distillation import Draws
-from ..evaluation.digests import digest_of_texts
 from ..families import Conditioning, Teacher
 from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
@@ -25,40 +24,43 @@ from .placement import visiting
 OF_DATASETS = {"dataset_config_name": None, "dataset_split": "train", "caption_column": "text"}  # and their defaults
 
 
-def load_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts that the arguments name; for the tiny teacher its own 240 captions by default.
+def load_prompts(source: PromptsConfig, teacher: str) -> list[str]:
+    """The prompts that the configuration names; for the tiny teachers their own 240 captions by default.
 
-    Of a dataset whose rows have several captions, all are prompts, row after row. `args.prompts_sha256` becomes their
-    digest, by which a resumed run knows them.
+    Of a dataset whose rows have several captions, all are prompts, row after row.
+
+    Args:
+        source: where they come from.
+        teacher: the teacher's name.
 
     Raises:
         ValueError: one sentence, if they cannot be read, if a flag has no effect, or if a real teacher has no prompts.
     """
-    _check_source(args)
-    if args.prompts_file is not None:
-        prompts = read_prompts(Path(args.prompts_file), "--prompts_file")
-    elif args.dataset_name is not None:
-        rows = read_captions(args.dataset_name, args.caption_column, args.dataset_split, args.dataset_config_name)
+    _check_source(source)
+    if source.prompts_file is not None:
+        prompts = read_prompts(Path(source.prompts_file), "--prompts_file")
+    elif source.dataset_name is not None:
+        rows = read_captions(
+            source.dataset_name, source.caption_column, source.dataset_split, source.dataset_config_name
+        )
         prompts = list(chain.from_iterable(rows))
-    elif is_tiny(args.pretrained_model_name_or_path):
+    elif is_tiny(teacher):
         prompts = list(CAPTIONS)
     else:
         raise ValueError("No prompts: give --prompts_file, or --dataset_name with --caption_column.")
-    prompts = prompts[: args.max_train_samples]
-    args.prompts_sha256 = digest_of_texts(prompts)
-    return prompts
+    return prompts[: source.max_train_samples]
 
 
-def _check_source(args: argparse.Namespace) -> None:
+def _check_source(source: PromptsConfig) -> None:
     """Refuses flags that would have no effect, and files that belong to another flag."""
-    if args.prompts_file is not None and args.dataset_name is not None:
+    if source.prompts_file is not None and source.dataset_name is not None:
         raise ValueError("--prompts_file and --dataset_name both name the prompts; leave one of them out.")
-    idle = [f"--{name}" for name, usual in OF_DATASETS.items() if getattr(args, name) != usual]
-    if idle and args.dataset_name is None:
+    idle = [f"--{name}" for name, usual in OF_DATASETS.items() if getattr(source, name) != usual]
+    if idle and source.dataset_name is None:
         raise ValueError(f"{', '.join(idle)} would have no effect without --dataset_name; leave out, or add that.")
-    if args.prompts_file is not None and Path(args.prompts_file).suffix.lower() in DATA_FILES:
+    if source.prompts_file is not None and Path(source.prompts_file).suffix.lower() in DATA_FILES:
         raise ValueError(
-            f"--prompts_file {args.prompts_file} is a table, not a text file with one prompt a line; give it with "
+            f"--prompts_file {source.prompts_file} is a table, not a text file with one prompt a line; give it with "
             "--dataset_name and --caption_column."
         )
 
@@ -87,13 +89,13 @@ class Texts:
     shown_conditioning: Conditioning
 
 
-def read_texts(teacher: Teacher, prompts: list[str], args, accelerator: Accelerator) -> Texts:
+def read_texts(teacher: Teacher, prompts: list[str], config: RunConfig, accelerator: Accelerator) -> Texts:
     """Has the text encoders visit the device to read everything; prompts that an earlier run read are found cached."""
-    shown = spread(args.validation_prompt or prompts, args.num_validation_images)
+    shown = spread(config.output.validation_prompt or prompts, config.output.num_validation_images)
     fingerprint = fingerprint_of(teacher, prompts)
     with visiting(teacher.text_encoders, accelerator.device):
         with accelerator.local_main_process_first():
-            embeddings = embed_prompts(teacher, prompts, args.cache_dir, fingerprint)
+            embeddings = embed_prompts(teacher, prompts, config.prompts.cache_dir, fingerprint)
         nothing, shown_conditioning = teacher.encode_nothing(), teacher.encode_prompts(shown)
     return Texts(prompts, embeddings, nothing, shown, shown_conditioning)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..config import RunConfig
 from ..folders import aside
 from ..hub import (
     check_base,
@@ -30,36 +30,36 @@ from .checkpoint_files import list_checkpoints, name_of
 from .exporting import export_checkpoint, read_run
 
 
-def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def check_hub(config: RunConfig, accelerator: Accelerator) -> None:
     """Makes sure that the student can be pushed when it is done, and makes its repository; a dry run makes none.
 
     Raises:
         ValueError: if others could not load the student, or the repository cannot have its name.
         OSError: if the Hub would not take it.
     """
-    if not args.push_to_hub or args.dry_run or not accelerator.is_main_process:
+    hub, teacher = config.hub, config.teacher
+    if not hub.push_to_hub or config.output.dry_run or not accelerator.is_main_process:
         return
-    if args.student == "lora":
-        check_base(args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path)
-    check_push(repository(args), private=args.hub_private_repo, revision=args.hub_revision)
+    if config.is_lora:
+        check_base(teacher.pretrained_model_name_or_path, teacher.pretrained_vae_model_name_or_path)
+    check_push(repository(config), private=hub.hub_private_repo, revision=hub.hub_revision)
 
 
-def publish(output_dir: Path, args: argparse.Namespace) -> None:
-    """Pushes the finished student, if the arguments say so, and prints where it is.
+def publish(config: RunConfig) -> str:
+    """Pushes a run's finished student; the commit's address.
 
     Raises:
         OSError: if the Hub did not take it, with the command that tries again.
     """
-    if args.push_to_hub:
-        address = push_run(
-            output_dir,
-            repository(args),
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-            commit_message=args.hub_commit_message,
-            tag_checkpoints=args.hub_tag_checkpoints,
-        )
-        print(f"The student is at {address}")
+    hub = config.hub
+    return push_run(
+        Path(config.output.output_dir),
+        repository(config),
+        private=hub.hub_private_repo,
+        revision=hub.hub_revision,
+        commit_message=hub.hub_commit_message,
+        tag_checkpoints=hub.hub_tag_checkpoints,
+    )
 
 
 def push_run(
@@ -128,16 +128,16 @@ def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> N
         push_student(student, repo_id, commit_message=name, tag=name, **where)
 
 
-def repository(args: argparse.Namespace) -> str:
+def repository(config: RunConfig) -> str:
     """The name to push to, by default that of the output folder.
 
     Raises:
         ValueError: if no repository can have the folder's name.
     """
-    name = Path(args.output_dir).resolve().name
-    if not args.hub_model_id and not is_hub_id(name):
+    name = Path(config.output.output_dir).resolve().name
+    if not config.hub.hub_model_id and not is_hub_id(name):
         raise ValueError(
             f"--output_dir gives the repository the name {name!r}, which the Hub does not allow; give another with "
             "--hub_model_id."
         )
-    return args.hub_model_id or name
+    return config.hub.hub_model_id or name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..config import RunConfig
 from ..folders import LOCK, HeldError, locked
 from ..hub import finish_exports
 from .checkpoint_files import find_checkpoint, set_newer_aside, tidy, updates_of
@@ -19,7 +19,7 @@ RUN_LOCK = f".run{LOCK}"
 
 
 @contextmanager
-def alone_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator) -> Iterator[None]:
+def alone_in(folder: Path, accelerator: Accelerator, changes: bool = True) -> Iterator[None]:
     """Inside, no other run writes into the folder, and what a killed one left half done is in order.
 
     One process holds the lock, and the others wait for it. A dry run changes nothing and needs none. Who only reads the
@@ -29,7 +29,7 @@ def alone_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator) -
         ValueError: if another run is at work there.
     """
     with ExitStack() as stack:
-        if accelerator.is_main_process and not args.dry_run:
+        if accelerator.is_main_process and changes:
             stack.enter_context(_lock(folder))
             tidy(folder)
             finish_exports(folder)
@@ -56,19 +56,19 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def checkpoint_to_resume(folder: Path, args: argparse.Namespace) -> Path | None:
+def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
     """The checkpoint that the run goes on from; None if it begins.
 
     Raises:
         ValueError: if there is none of the name, or if it has more updates than the run shall have.
     """
-    if not args.resume_from_checkpoint:
+    if not config.output.resume_from_checkpoint:
         return None
-    checkpoint = find_checkpoint(folder, args.resume_from_checkpoint)
-    done = updates_of(checkpoint)
-    if done > args.max_train_steps:
+    checkpoint = find_checkpoint(folder, config.output.resume_from_checkpoint)
+    done, wanted = updates_of(checkpoint), config.optimisation.max_train_steps
+    if done > wanted:
         raise ValueError(
-            f"--max_train_steps {args.max_train_steps} is less than the {done} updates of {checkpoint}; raise it, "
+            f"--max_train_steps {wanted} is less than the {done} updates of {checkpoint}; raise it, "
             "resume from an earlier checkpoint, or make a student of an earlier one with rdm-export."
         )
     return checkpoint

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 
 import torch
 from diffusers import ModelMixin
 
+from ..config import MemoryConfig
+
 RECOMPILE_LIMIT = 64  # a block is compiled anew for each role, with and without gradients, and each size of batch
 
 
-def prepare_denoiser(denoiser: ModelMixin, args: argparse.Namespace) -> None:
-    """Gradient checkpointing and the kind of attention, as the arguments say; before adapters are added.
+def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:
+    """Gradient checkpointing and the kind of attention, as the configuration says; before adapters are added.
 
     Raises:
         ValueError: if a kind of attention is asked for that this machine or diffusers cannot do.
     """
-    if args.gradient_checkpointing:
+    if memory.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
+    if memory.enable_xformers_memory_efficient_attention:
         _use_xformers(denoiser)
-    if args.attention_backend:
-        _use_backend(denoiser, args.attention_backend)
+    if memory.attention_backend:
+        _use_backend(denoiser, memory.attention_backend)
 
 
 def _use_xformers(denoiser: ModelMixin) -> None:
@@ -48,12 +49,12 @@ def _use_backend(denoiser: ModelMixin, backend: str) -> None:
         )
 
 
-def compile_blocks(denoiser: ModelMixin, args: argparse.Namespace) -> None:
+def compile_blocks(denoiser: ModelMixin, memory: MemoryConfig) -> None:
     """Has torch compile the blocks that a network repeats, with `--torch_compile`; after adapters are added."""
-    if not args.torch_compile:
+    if not memory.torch_compile:
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     repeated = denoiser._repeated_blocks or denoiser._no_split_modules
     for module in denoiser.modules():
         if type(module).__name__ in repeated:
-            module.compile(backend=args.torch_compile_backend)
+            module.compile(backend=memory.torch_compile_backend)

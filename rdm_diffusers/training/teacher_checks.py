@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,41 +15,42 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from ..bounds import did_you_mean
+from ..config import LoraStudentConfig, RunConfig, TeacherConfig
 from ..families import Family, Teacher, check_lora, coming_from_hub, family_of, pipeline_config
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .memory_model import meta_models, meta_pipeline
-from .setup import lora_config, make_scheduler, prompt_options
+from .assembly import lora_config, make_scheduler, prompt_options
 from .speed import prepare_denoiser
 
 ADAPTED = (nn.Linear, nn.Conv2d, nn.Conv3d)  # the kinds of layers that a LoRA is made for
 ANY_RANK = 64  # the default, which is never refused
 
 
-def check_with_teacher(args: argparse.Namespace) -> None:
+def check_with_teacher(config: RunConfig) -> None:
     """Checks what depends on the teacher, and what else is found out late; a dry run leaves out what hangs on the GPU.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
-    if args.hub_model_id:
-        check_repo_id(args.hub_model_id)
-    if args.cache_dir:
-        _check_writable(args.cache_dir)
-    name = args.pretrained_model_name_or_path
-    config = pipeline_config(name, revision=args.revision)
-    family = family_of(config)
-    if args.student == "lora":
+    if config.hub.hub_model_id:
+        check_repo_id(config.hub.hub_model_id)
+    if config.prompts.cache_dir:
+        _check_writable(config.prompts.cache_dir)
+    name = config.teacher.pretrained_model_name_or_path
+    index = pipeline_config(name, revision=config.teacher.revision)
+    family = family_of(index)
+    if config.is_lora:
         check_lora(family)
-    family.check_options(prompt_options(args))
-    networks, scheduler = _on_meta(args, config, family)
+    family.check_options(prompt_options(config))
+    networks, scheduler = _on_meta(config.teacher, index, family)
     if {family.denoiser_name, "vae"} <= networks.keys():  # else loading says what is missing
         pipeline = meta_pipeline(family, networks)
         if scheduler is not None:
             pipeline.scheduler = scheduler
-            _check_steps(args, Teacher(pipeline, family, name))
-        _check_sizes(args, family, pipeline)
-        _check_denoiser(args, family, family.denoiser(pipeline))
+            _check_steps(config, Teacher(pipeline, family, name))
+        family.latent_shape(pipeline, config.teacher.resolution)
+        _check_denoiser(config, family, family.denoiser(pipeline))
 
 
 def _check_writable(cache_dir: str) -> None:
@@ -63,15 +63,15 @@ def _check_writable(cache_dir: str) -> None:
 
 
 def _on_meta(
-    args: argparse.Namespace, config: dict[str, Any], family: Family
+    source: TeacherConfig, index: dict[str, Any], family: Family
 ) -> tuple[dict[str, nn.Module], SchedulerMixin | None]:
     """The denoiser and the autoencoder on the meta device, and the scheduler; without those that are not there."""
-    name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    wanted = {part: config[part] for part in (family.denoiser_name, "vae") if part in config}
+    name, vae = source.pretrained_model_name_or_path, source.pretrained_vae_model_name_or_path
+    wanted = {part: index[part] for part in (family.denoiser_name, "vae") if part in index}
     try:
-        with coming_from_hub("teacher", name, args.revision):
-            networks = meta_models(name, wanted, args.revision)
-            scheduler = _scheduler(name, config, args.revision)
+        with coming_from_hub("teacher", name, source.revision):
+            networks = meta_models(name, wanted, source.revision)
+            scheduler = _scheduler(name, index, source.revision)
         if vae is not None and "vae" in networks:
             with coming_from_hub("autoencoder", vae), torch.device("meta"), no_init_weights():
                 kind: Any = type(networks["vae"])
@@ -81,43 +81,35 @@ def _on_meta(
     return networks, scheduler
 
 
-def _scheduler(name: str, config: dict[str, Any], revision: str | None) -> SchedulerMixin | None:
-    _, class_name = config.get("scheduler") or (None, None)
+def _scheduler(name: str, index: dict[str, Any], revision: str | None) -> SchedulerMixin | None:
+    _, class_name = index.get("scheduler") or (None, None)
     kind = getattr(diffusers, class_name or "", None)
     settings = {"subfolder": "scheduler", "revision": revision}
     return None if kind is None else kind.from_config(kind.load_config(resolve_teacher(name), **settings))
 
 
-def _check_steps(args: argparse.Namespace, teacher: Teacher) -> None:
-    steps, times = args.num_student_steps, teacher.pipeline.scheduler.config.num_train_timesteps
+def _check_steps(config: RunConfig, teacher: Teacher) -> None:
+    steps, times = config.method.num_student_steps, teacher.pipeline.scheduler.config.num_train_timesteps
     if steps > times:
         raise ValueError(
             f"--num_student_steps is {steps}; this teacher knows {times} times, so it must be at most that."
         )
     try:
-        make_scheduler(teacher, steps, args.eta)
+        make_scheduler(teacher, steps, config.method.eta)
     except ValueError as error:
         raise ValueError(
-            f"--num_student_steps is {steps}, for which the stock scheduler of --eta {args.eta:g} lays no grid of as "
+            f"--num_student_steps is {steps}, for which the stock scheduler of --eta {config.method.eta:g} lays no grid of as "
             "many times; choose another number, 1 to 8 is usual."
         ) from error
 
 
-def _check_sizes(args: argparse.Namespace, family: Family, pipeline: DiffusionPipeline) -> None:
-    _, height, width = family.latent_shape(pipeline, args.resolution)
-    if args.debias_pool > max(height, width):
-        raise ValueError(
-            f"--debias_pool is {args.debias_pool}; latents are {height} x {width} here, so it must be at most "
-            f"{max(height, width)}."
-        )
-
-
-def _check_denoiser(args: argparse.Namespace, family: Family, denoiser: ModelMixin) -> None:
-    if not args.dry_run and (args.attention_backend or args.enable_xformers_memory_efficient_attention):
-        prepare_denoiser(denoiser, args)
-    if args.student == "lora":
-        layers = lora_config(family, args)
-        check_layers(denoiser, sorted(layers.target_modules), args.rank, bool(args.lora_layers))
+def _check_denoiser(config: RunConfig, family: Family, denoiser: ModelMixin) -> None:
+    memory, student = config.memory, config.student
+    if not config.output.dry_run and (memory.attention_backend or memory.enable_xformers_memory_efficient_attention):
+        prepare_denoiser(denoiser, memory)
+    if isinstance(student, LoraStudentConfig):
+        layers = lora_config(family, student)
+        check_layers(denoiser, sorted(layers.target_modules), student.rank, bool(student.lora_layers))
         layers.init_lora_weights = False  # there is nothing to fill
         try:
             with torch.device("meta"), no_init_weights():

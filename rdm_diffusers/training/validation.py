@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,33 +52,22 @@ def sample_student(run: Distillation, teacher: Teacher, conditioning: Conditioni
         return torch.cat([teacher.family.decode(teacher.pipeline, latents) for latents in one_by_one])
 
 
-def validate(
-    update: int,
-    run: Distillation,
-    state: TrainState,
-    teacher: Teacher,
-    texts: Texts,
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-) -> None:
-    """Writes `validation/step-<update>.png` and shows it to the trackers. Every process draws, one writes."""
+def validation_picture(run: Distillation, state: TrainState, teacher: Teacher, texts: Texts) -> Image.Image:
+    """The student's pictures of the validation prompts in a row. Every process must draw."""
     with averaged_student(run, state):
         images = sample_student(run, teacher, texts.shown_conditioning)
-    if not accelerator.is_main_process:
-        return
-    picture = labelled_rows({f"student, {run.num_steps} steps, {update} updates": images})
+    return labelled_rows({f"student, {run.num_steps} steps, {state.update} updates": images})
+
+
+def write_picture(picture: Image.Image, update: int, folder: Path, accelerator: Accelerator) -> None:
+    """Writes `step-<update>.png` into a folder, and hands it to the trackers; if that fails, the run goes on."""
     try:
-        show(picture, update, Path(args.output_dir) / "validation", accelerator)
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"step-{update}.png")
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.asarray(picture)[None]}, step=update, **layout)
     except Exception as error:  # of the disk, or of a tracker, each of which has errors of its own
         warnings.warn(f"The picture of update {update} could not be shown ({one_line(error)}); the run goes on.",
                       stacklevel=2)  # fmt: skip
-
-
-def show(picture: Image.Image, update: int, folder: Path, accelerator: Accelerator) -> None:
-    """Writes a picture into a folder, and hands it to the trackers."""
-    folder.mkdir(exist_ok=True)
-    picture.save(folder / f"step-{update}.png")
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.asarray(picture)[None]}, step=update, **layout)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..credentials import without_secrets
+from .run_config import all_settings
 
 TEACHER = "pretrained_model_name_or_path"
-PATHS = {
-    TEACHER, "pretrained_vae_model_name_or_path", "prompts_file", "dataset_name", "output_dir", "logging_dir",
-    "cache_dir", "reward",
-}  # fmt: skip
-FLAGS = {f"--{name}" for name in PATHS} | {"--pretrained_model", "--pretrained_teacher_model"}
-UNSHOWN = ("--hub_token", "--resume_from_checkpoint")  # with their values: a secret, and what nobody else has
+PATHS = {each.name for each in all_settings() if each.flag.is_path}
+FLAGS = {f"--{name}" for each in all_settings() if each.flag.is_path for name in each.names}
+UNSHOWN = ("--config", "--hub_token", "--resume_from_checkpoint")  # with their values: a secret, and what nobody else has
 
 
 def command_line(script: str, words: Sequence[str]) -> str:
@@ -63,19 +60,18 @@ def _cleaned(value: Any) -> Any:
 
 
 def training_record(
-    args: argparse.Namespace | Mapping[str, Any], updates: int, averaged: bool | None = None
+    arguments: Mapping[str, Any], updates: int, averaged: bool | None = None
 ) -> dict[str, Any]:
     """`StudentConfig.training`: the `command`, all `arguments`, and what was done.
 
     Args:
-        args: the run's.
+        arguments: the run's, as its checkpoints record them.
         updates: how many were done, whatever the arguments say.
         averaged: whether the weights are the moving average; as the run says if None.
     """
-    given = dict(args if isinstance(args, Mapping) else vars(args))
-    averaged = given.get("use_ema") if averaged is None else averaged
-    command = given.get("command")
-    known = {"command": command and without_secrets(command), "arguments": shown_arguments(given)}
+    averaged = arguments.get("use_ema") if averaged is None else averaged
+    command = arguments.get("command")
+    known = {"command": command and without_secrets(command), "arguments": shown_arguments(arguments)}
     return {**known, "updates": updates, "averaged": averaged}
 
 

@@ -1,0 +1,141 @@
+"""Which values do not go together, each said in one sentence before any long work starts."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
+
+from ..sharding import is_sharded_launch
+from ..tiny import is_tiny
+from .subjects import ETA, SHARE
+
+if TYPE_CHECKING:
+    from .run_config import RunConfig
+
+LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
+
+
+def check(config: RunConfig) -> None:
+    """Checks what needs neither teacher nor files.
+
+    Raises:
+        ValueError, ImportError: one sentence on what is wrong and what to do.
+    """
+    _check_algorithm(config)
+    _check_reuse(config)
+    _check_memory(config)
+    _check_rates(config)
+    _check_output(config)
+    _check_groups(config)
+
+
+def _check_algorithm(config: RunConfig) -> None:
+    method, rewards = config.method, config.rewards
+    algorithm = method.algorithm
+    if algorithm == "gndmr" and not rewards.reward:
+        raise ValueError("--algorithm gndmr needs external rewards: add --reward name, for example --reward tiny_bold.")
+    if algorithm != "gndmr" and rewards.reward:
+        raise ValueError(f"--algorithm {algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
+    if algorithm == "dmd" and method.preset not in (None, "dmd2"):
+        raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {method.preset} out or use gndm.")
+    if algorithm == "dmd" and method.gndm_lambda != 0:
+        raise ValueError(f"--algorithm dmd corrects nothing; leave --gndm_lambda {method.gndm_lambda} out or use gndm.")
+    if rewards.reward_share == 1 and not rewards.projection_guard:
+        raise ValueError(f"--reward_share is {rewards.reward_share}; it must {SHARE.wants}.")
+    if method.eta not in (0, 1):
+        raise ValueError(f"--eta is {method.eta}; it must {ETA.wants}.")
+
+
+def _check_reuse(config: RunConfig) -> None:
+    reuse = config.method.reuse_rollouts
+    if config.method.importance_weighting != "none" and (reuse == 1 or config.method.eta == 0):
+        raise ValueError(
+            "--importance_weighting weighs reused rollouts of a stochastic student: it needs --reuse_rollouts above 1 "
+            "and --eta above 0."
+        )
+    counts = {
+        "max_train_steps": config.optimisation.max_train_steps,
+        "checkpointing_steps": config.output.checkpointing_steps,
+    }
+    for name, count in counts.items():
+        if count % reuse:
+            raise ValueError(
+                f"--{name} is {count}; it must be a multiple of --reuse_rollouts {reuse}, so that no checkpoint falls "
+                "between the updates that share a rollout."
+            )
+
+
+def _check_memory(config: RunConfig) -> None:
+    memory, quantization = config.memory, config.student.quantization
+    others = {
+        "--gradient_checkpointing": memory.gradient_checkpointing,
+        "--torch_compile": memory.torch_compile,
+        "--base_quantization": quantization,
+        "--mixed_precision bf16": memory.mixed_precision == "bf16",  # which would round the adapters away
+        "FSDP": is_sharded_launch(),
+    }
+    for flag, given in others.items():
+        if config.fold_adapters and given:
+            raise ValueError(f"--fold_adapters and {flag} exclude each other; add --no-fold_adapters.")
+    if memory.use_8bit_adam and not config.output.dry_run:
+        eight_bit_package()
+    if is_sharded_launch() and memory.use_8bit_adam:
+        raise ValueError("--use_8bit_adam cannot step FSDP's shards; leave it out, the shards are small.")
+    if is_sharded_launch() and quantization and config.is_lora:
+        raise ValueError("FSDP cannot shard a quantised base; leave out --base_quantization, or FSDP.")
+
+
+def eight_bit_package() -> str:
+    """The installed package that has an 8-bit AdamW.
+
+    Raises:
+        ImportError: if there is none.
+    """
+    for package in ("bitsandbytes", "torchao"):
+        if find_spec(package) is not None:
+            return package
+    raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
+
+
+def _check_rates(config: RunConfig) -> None:
+    optimisation = config.optimisation
+    lowest = min(optimisation.learning_rate, optimisation.fake_learning_rate)
+    if optimisation.lr_scheduler == "polynomial" and lowest <= LAST_RATE:
+        raise ValueError(
+            f"--lr_scheduler polynomial ends at {LAST_RATE:g}, so --learning_rate and --fake_learning_rate must be "
+            "above that."
+        )
+    if optimisation.lr_scheduler == "constant" and optimisation.lr_warmup_steps:
+        print("warning: --lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup.")
+
+
+def _check_output(config: RunConfig) -> None:
+    output = config.output
+    asked = len(output.validation_prompt)
+    if asked > output.num_validation_images:
+        raise ValueError(
+            f"--num_validation_images is {output.num_validation_images}, too few to show all {asked} that "
+            f"--validation_prompt gives; it must be at least {asked}."
+        )
+    if output.num_eval_images and not is_tiny(config.teacher.pretrained_model_name_or_path):
+        print("warning: --num_eval_images measures students of the embedded teachers alone; use rdm-evaluate.")
+
+
+def _check_groups(config: RunConfig) -> None:
+    method, samples = config.method, config.optimisation.samples_per_update
+    if method.gndm_lambda != 0 and method.group_size == 1:
+        raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
+    if method.steps_per_rollout > method.num_student_steps:
+        raise ValueError(
+            f"--steps_per_rollout {method.steps_per_rollout} is more than the {method.num_student_steps} steps of a "
+            "rollout; lower it."
+        )
+    unit = method.group_size * method.steps_per_rollout
+    if samples % unit:
+        raise ValueError(
+            f"An update has {samples} samples (--train_batch_size x --gradient_accumulation_steps), which is not a "
+            f"multiple of {unit} (--group_size x --steps_per_rollout); change one of these four."
+        )

@@ -1,0 +1,205 @@
+"""What a run is made of: its teacher, its networks, its sampler, its optimisers. Whoever needs them makes them here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+
+from ..config import LoraStudentConfig, RunConfig
+from ..distillation import GNDM, Draws, RunningMeans, rollout
+from ..families import Conditioning, Family, PromptOptions, Teacher, check_lora, load_denoiser, load_teacher
+from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
+from ..rewards import WeightedReward
+from ..schedulers import RdmScheduler
+from ..sharding import is_sharded_launch
+from .checkpoints import TrainState
+from .external_rewards import join_rewards
+from .optimizers import make_optimizer
+from .placement import place
+from .prompts import PromptGroups, Texts
+from .speed import compile_blocks, prepare_denoiser
+from .updates import Distillation
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+CONTRAST_STEPS = 20  # of the teacher, where its contrast is measured
+
+
+def prompt_options(config: RunConfig) -> PromptOptions:
+    """How a run wants prompts to be read."""
+    teacher = config.teacher
+    return PromptOptions(teacher.max_sequence_length, teacher.resolution, config.method.guidance_scale)
+
+
+def load(config: RunConfig, device: torch.device) -> Teacher:
+    """A run's teacher, on the CPU; the device is for what needs one to be quantised."""
+    teacher = config.teacher
+    return load_teacher(
+        teacher.pretrained_model_name_or_path,
+        DTYPES[config.memory.mixed_precision],
+        teacher.revision,
+        teacher.variant,
+        prompt_options(config),
+        teacher.pretrained_vae_model_name_or_path,
+        config.student.quantization,
+        device,
+    )
+
+
+def load_trained(config: RunConfig) -> ModelMixin:
+    """The network that a full student begins with: the teacher's, in float32."""
+    teacher = config.teacher
+    source = (teacher.pretrained_model_name_or_path, torch.float32, teacher.revision, teacher.variant)
+    return load_denoiser(*source).eval()
+
+
+def make_scheduler(teacher: Teacher, num_steps: int, eta: float) -> RdmScheduler:
+    """A few-step sampler on the very grid that the exported stock scheduler will lay."""
+    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, num_steps, eta)
+    stock.set_timesteps(num_steps)
+    if teacher.schedule.is_flow:
+        grid = {"student_sigmas": stock.sigmas[:-1].tolist()}
+    else:
+        grid = {"student_timesteps": stock.timesteps.tolist()}
+    config = {**teacher.pipeline.scheduler.config, "timestep_spacing": "trailing", "steps_offset": 0}
+    return RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=eta, **grid)
+
+
+def lora_config(family: Family, student: LoraStudentConfig) -> LoraConfig:
+    """The shape of both LoRAs."""
+    layers = student.lora_layers.split(",") if student.lora_layers else list(family.lora_target_modules)
+    return LoraConfig(
+        r=student.rank, lora_alpha=student.lora_alpha, target_modules=layers, init_lora_weights="gaussian"
+    )
+
+
+def make_networks(
+    config: RunConfig, family: Family, teacher: ModelMixin, trained: Callable[[], ModelMixin], **common: Any
+) -> Networks:
+    """The three roles, for a run, a plan of its memory, and an export of its checkpoints alike.
+
+    Args:
+        config: of the run.
+        family: the teacher's.
+        teacher: its denoiser; a LoRA student's base, to which the adapters are added, drawn from the run's seed.
+        trained: makes the network that a full student begins with; called for each of the two trained roles.
+        common: as `Networks` takes it.
+
+    Raises:
+        ValueError: if the teacher's stock pipeline could not load a LoRA student.
+    """
+    if isinstance(config.student, LoraStudentConfig):
+        check_lora(family)
+        prepare_denoiser(teacher, config.memory)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.optimisation.seed)
+            adapters = lora_config(family, config.student)
+            return SharedBase(teacher, adapters, fold_adapters=config.fold_adapters, family=family, **common)
+    denoisers = {STUDENT: trained(), FAKE_SCORE: trained(), TEACHER: teacher}
+    for denoiser in denoisers.values():
+        prepare_denoiser(denoiser, config.memory)
+    dtype = None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision]
+    return SeparateNetworks(denoisers, compute_dtype=dtype, family=family, **common)
+
+
+def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator) -> Networks:
+    """A run's networks, on its devices, compiled if that is asked for.
+
+    Args:
+        config: of the run.
+        teacher: as `load` gives it.
+        nothing: the empty prompt, of length 1.
+        accelerator: knows the devices.
+    """
+    networks = make_networks(
+        config,
+        teacher.family,
+        teacher.denoiser,
+        partial(load_trained, config),
+        schedule=teacher.schedule,
+        prediction_type=teacher.prediction_type,
+        null_conditioning=nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision]),
+        guidance_scale=guidance_outside(config, teacher.family, teacher.pipeline),
+    )
+    place(networks, accelerator)
+    for denoiser in networks.modules:
+        compile_blocks(denoiser, config.memory)
+    if config.method.fake_score_steps:
+        separate = isinstance(networks, SeparateNetworks)
+        fake_score = networks.denoisers[FAKE_SCORE] if separate else teacher.denoiser
+        networks.tell_steps(
+            fake_score.get_submodule(teacher.family.time_embedding_name), config.method.num_student_steps
+        )
+    return networks
+
+
+def guidance_outside(config: RunConfig, family: Family, pipeline: Any) -> float:
+    """The scale of guidance by two calls; 1 where the denoiser is guided inside one."""
+    return 1.0 if family.embeds_guidance(pipeline) else config.method.guidance_scale
+
+
+def make_distillation(
+    teacher: Teacher,
+    networks: Networks,
+    texts: Texts,
+    rewards: list[WeightedReward],
+    config: RunConfig,
+    accelerator: Accelerator,
+) -> Distillation:
+    """Gathers what stays the same through a run."""
+    method, optimisation = config.method, config.optimisation
+    draws = Draws(optimisation.seed, method.group_size, accelerator.device)
+    return Distillation(
+        networks=networks,
+        scheduler=make_scheduler(teacher, method.num_student_steps, method.eta),
+        objective=make_objective(config),
+        prompts=PromptGroups(texts.prompts, texts.embeddings, draws, DTYPES[config.memory.mixed_precision]),
+        draws=draws,
+        latent_shape=teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution),
+        groups_per_update=optimisation.samples_per_update // (method.group_size * method.steps_per_rollout),
+        steps_per_rollout=method.steps_per_rollout,
+        micro_batch_size=optimisation.train_batch_size,
+        rewards=join_rewards(rewards, teacher, draws, config) if rewards else None,
+        num_renoisings=method.num_renoisings,
+        importance_weighting=method.importance_weighting,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+
+
+def make_objective(config: RunConfig) -> GNDM:
+    """A run's objective, without the rewards."""
+    method = config.method
+    return GNDM(
+        group_size=method.group_size,
+        gndm_lambda=method.gndm_lambda,
+        advantage_normalization=method.advantage_normalization,
+        bias_estimator=method.bias_estimator,
+        steps_per_rollout=method.steps_per_rollout,
+        pool_steps=method.pool_steps,
+    )
+
+
+@torch.no_grad()
+def teacher_contrast(run: Distillation, teacher: Teacher, count: int) -> float | None:
+    """The standard deviation of the teacher's latents, over `count` pictures of 20 steps; None if none are wanted."""
+    if count == 0:
+        return None
+    raise NotImplementedError  # merged from the method's branch
+
+
+def make_state(networks: Networks, accelerator: Accelerator, config: RunConfig) -> TrainState:
+    """Optimisers for student and fake score, the student's moving average, and the running means."""
+    optimisation = config.optimisation
+    rates = {STUDENT: optimisation.learning_rate, FAKE_SCORE: optimisation.fake_learning_rate}
+    optimizers = {role: make_optimizer(networks.parameters(role), rate, config) for role, rate in rates.items()}
+    ema = EMAModel(networks.parameters(STUDENT), decay=optimisation.ema_decay) if optimisation.use_ema else None
+    if ema is not None and config.memory.offload and not is_sharded_launch():
+        ema.to("cpu")
+    return TrainState(optimizers, ema, statistics=RunningMeans(partial(accelerator.reduce, reduction="sum")))

@@ -1,0 +1,229 @@
+"""A run, step by step: what is checked, loaded, trained, exported, shown and pushed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..config import RunConfig
+from ..config.record import training_record
+from ..evaluation.digests import digest_of_texts
+from ..families import Teacher
+from ..folders import write_whole
+from ..hub import export_full, export_lora
+from ..networks import STUDENT, Networks, SeparateNetworks
+from ..rewards import WeightedReward
+from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
+from .callbacks import Callback
+from .checkpoint_files import read_arguments
+from .checkpoints import TrainState
+from .checks import check_resumable, prepare_output
+from .external_rewards import load_rewards
+from .finish import draw_and_measure
+from .launch import make_accelerator
+from .loop import train
+from .memory_plan import MemoryPlan, plan_memory
+from .prompts import Texts, load_prompts, read_texts
+from .publish import check_hub, publish
+from .run_folder import alone_in, checkpoint_to_resume, go_on_from
+from .teacher_checks import check_with_teacher
+from .tracking import end_trackers, start_trackers
+from .updates import Distillation
+from .validation import averaged_student, validation_picture, write_picture
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """How a training ended.
+
+    Args:
+        updates: how many are done, those before a resumption included.
+        signal: the number of the signal that ended it early, after a checkpoint; 0 if none did.
+    """
+
+    updates: int
+    signal: int
+
+
+class Trainer:
+    """One run, from its configuration to its student on the Hub.
+
+    The steps are methods, in the order `check`, `load`, `train`, `export`, `evaluate`, `push`; each does those before it
+    that have not been done, as far as `train`. From the first one on, no other run may use the folder, until `close`.
+
+    Args:
+        config: the run's, of a LoRA student or a full one.
+        callbacks: are called while it trains.
+
+    Attributes:
+        config: as above.
+        folder: the run's.
+        accelerator: the device, the processes and the trackers.
+        teacher, networks, distillation, state: the teacher; the three roles; what stays the same through the run; and
+            what every update changes. They are there after `load`, until `evaluate`.
+
+    Raises:
+        ValueError, ImportError: one sentence, if the folder or the way it was launched cannot be used.
+    """
+
+    teacher: Teacher
+    texts: Texts
+    networks: Networks
+    distillation: Distillation
+    state: TrainState
+    prompts: list[str]
+    rewards: list[WeightedReward]
+    checkpoint: Path | None
+
+    def __init__(self, config: RunConfig, callbacks: Sequence[Callback] = ()) -> None:
+        self.config = config
+        self.callbacks = list(callbacks)
+        self.folder = prepare_output(config.output)
+        self.accelerator = make_accelerator(config.output, config.memory.allow_tf32)
+        self.arguments: dict[str, Any] = {}
+        self.stopping = False
+        self._held = ExitStack()
+        self._steps: set[str] = set()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets other runs use the folder."""
+        self._held.close()
+
+    def _first(self, step: str) -> bool:
+        """Whether a step has not been done, and now is."""
+        new = step not in self._steps
+        self._steps.add(step)
+        return new
+
+    def check(self) -> None:
+        """Finds whatever is wrong, before anything long is done.
+
+        Raises:
+            ValueError, ImportError, OSError: one sentence on what is wrong and what to do.
+        """
+        if not self._first("check"):
+            return
+        config, accelerator = self.config, self.accelerator
+        self._held.enter_context(alone_in(self.folder, accelerator, changes=not config.output.dry_run))
+        self.checkpoint = checkpoint_to_resume(self.folder, config)
+        self.prompts = load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path)
+        self.arguments = {
+            **config.as_arguments(),
+            "command": config.command,
+            "num_processes": accelerator.num_processes,
+            "prompts_sha256": digest_of_texts(self.prompts),
+        }
+        if self.checkpoint:
+            check_resumable(self.arguments, read_arguments(self.checkpoint))
+        check_with_teacher(config)
+        check_hub(config, accelerator)
+        self.rewards = load_rewards(config, accelerator.device)
+
+    def plan(self) -> MemoryPlan:
+        """What memory the run needs, from configurations alone."""
+        return plan_memory(self.config)
+
+    def load(self) -> None:
+        """Loads the teacher, reads the prompts, and makes roles, objective and optimisers; or those of a checkpoint."""
+        self.check()
+        if not self._first("load"):
+            return
+        config, accelerator = self.config, self.accelerator
+        if accelerator.is_main_process:
+            write_whole(self.folder / CONFIG_FILE, config.as_yaml())
+        self.teacher = load(config, accelerator.device)
+        self.texts = read_texts(self.teacher, self.prompts, config, accelerator)
+        self.networks = networks_of_run(config, self.teacher, self.texts.nothing, accelerator)
+        self.distillation = make_distillation(
+            self.teacher, self.networks, self.texts, self.rewards, config, accelerator
+        )
+        self.state = make_state(self.networks, accelerator, config)
+        self.state.monitor.teacher_contrast = teacher_contrast(
+            self.distillation, self.teacher, config.output.monitor_images
+        )
+        if self.checkpoint:
+            go_on_from(self.checkpoint, self.folder, self.state, accelerator)
+
+    def train(self) -> TrainOutput:
+        """Trains to the end, or until a signal or `stop`, which leave a checkpoint."""
+        self.load()
+        start_trackers(self.accelerator, self.config)
+        number = train(self)
+        end_trackers(self.accelerator)
+        return TrainOutput(self.state.update, number)
+
+    def stop(self) -> None:
+        """Ends the training after the update at hand, with a checkpoint; for callbacks."""
+        self.stopping = True
+
+    def validate(self) -> None:
+        """Draws the validation prompts with the student as it is. Every process draws, one writes."""
+        picture = validation_picture(self.distillation, self.state, self.teacher, self.texts)
+        if self.accelerator.is_main_process:
+            write_picture(picture, self.state.update, self.folder / "validation", self.accelerator)
+            self.notify("on_validation", picture)
+
+    def notify(self, event: str, value: Any) -> None:
+        """Calls a method of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self, value)
+
+    def export(self) -> Path:
+        """Writes the student, as it is now, in files that stock diffusers loads. Every process must call.
+
+        Returns:
+            Its folder, the run's.
+        """
+        self.load()
+        with averaged_student(self.distillation, self.state):
+            weights = self.networks.student_weights()
+        if not self.accelerator.is_main_process:
+            return self.folder
+        source, scheduler = self.config.teacher, self.distillation.scheduler
+        training = training_record(self.arguments, self.state.update)
+        if isinstance(self.networks, SeparateNetworks):
+            trained = self.networks.denoisers[STUDENT].config
+            export_full(self.folder, self.teacher, weights, trained, scheduler, training)
+        else:
+            origin = {"revision": source.revision, "variant": source.variant, "training": training}
+            export_lora(self.folder, self.teacher, weights, scheduler, **origin)
+        return self.folder
+
+    def evaluate(self) -> None:
+        """Draws with the exported student beside its teacher, on the main process: `samples.png`, `metrics.json`, card.
+
+        The training's networks are let go before. What fails here is said in a sentence; the student is safe.
+        """
+        shown = self.texts.shown
+        for name in ("teacher", "networks", "distillation", "state"):
+            self.__dict__.pop(name, None)
+        if self.accelerator.is_main_process:
+            draw_and_measure(self.folder, shown, self.config, self.accelerator.device)
+
+    def push(self) -> str | None:
+        """Pushes the exported student to the Hub, on the main process.
+
+        Returns:
+            The commit's address; None on other processes.
+
+        Raises:
+            OSError: if the Hub did not take it, with the command that tries again.
+        """
+        if not self.accelerator.is_main_process:
+            return None
+        address = publish(self.config)
+        print(f"The student is at {address}")
+        return address
