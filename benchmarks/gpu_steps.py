@@ -15,9 +15,10 @@ from memory import GIB, LAYOUTS, PHASES
 from step_cost import Run, command_line, cost, make_run, save_teacher
 from throughput import floor
 
-from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.loop import peak_memory
+from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.training.assembly import networks_of_run
 from rdm_diffusers.training.memory_plan import plan_memory
+from rdm_diffusers.training.progress import peak_memory
 from rdm_diffusers.training.updates import collect
 
 REPEATS = 3
@@ -85,7 +86,7 @@ def measure(name: str, scratch: Path, small: bool) -> Iterator[dict[str, Any]]:
     """
     started, flags, layout = time.time(), flags_of(name, small), TEACHERS[name][1]
     argv = command_line(teacher_of(name, scratch, small), scratch / name, **flags)
-    run = make_run(argv, student_of(name), None if layout == "full" else LAYOUTS[layout])
+    run = make_run(argv, student_of(name), networks_of_run if layout == "full" else LAYOUTS[layout])
     found: dict[str, Any] = {"flags": flags, "assembly_seconds": time.time() - started}
     found["first_update_seconds"] = cost(run.update).wall  # makes the optimisers' states and compiles
     if torch.cuda.is_available():

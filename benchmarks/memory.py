@@ -33,13 +33,13 @@ from runs import ROOT, write_result
 from step_cost import Run, command_line, cost, make_run, save_teacher, software
 
 from rdm_diffusers.adapters import compute_in_input_dtype
-from rdm_diffusers.families import Teacher, load_denoiser
+from rdm_diffusers.config import RunConfig
+from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.families import Conditioning, Teacher, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SeparateNetworks, SharedBase
-from rdm_diffusers.training.arguments import parse_args
+from rdm_diffusers.training.assembly import DTYPES, lora_config, networks_of_run
 from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.placement import place
-from rdm_diffusers.training.prompts import Texts
-from rdm_diffusers.training.setup import DTYPES, lora_config, make_lora_networks
 from rdm_diffusers.training.speed import prepare_denoiser
 
 GIB = 2**30
@@ -265,19 +265,19 @@ def of_status(name: str) -> int:
 
 
 def make_three_copies(
-    teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator
+    config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator
 ) -> SeparateNetworks:
     """A copy of the base for each role."""
-    source = (args.pretrained_model_name_or_path, DTYPES[args.mixed_precision])
+    source = (config.teacher.pretrained_model_name_or_path, DTYPES[config.memory.mixed_precision])
     denoisers = {role: load_denoiser(*source).eval().requires_grad_(False) for role in (STUDENT, FAKE_SCORE)}
     for denoiser in denoisers.values():
-        prepare_denoiser(denoiser, args)
-        denoiser.add_adapter(lora_config(teacher.family, args))
+        prepare_denoiser(denoiser, config.memory)
+        denoiser.add_adapter(lora_config(teacher.family, config.student))
         in_float32(denoiser)
         for layer in denoiser.modules():
             if isinstance(layer, LoraLayer):
                 compute_in_input_dtype(layer)
-    networks = SeparateNetworks({**denoisers, TEACHER: teacher.denoiser}, *known(teacher, texts, args, accelerator))
+    networks = SeparateNetworks({**denoisers, TEACHER: teacher.denoiser}, *known(config, teacher, nothing, accelerator))
     place(networks, accelerator)
     return networks
 
@@ -309,21 +309,25 @@ class FullFakeScore(SharedBase):
             return super()._output(role, x_t, t, conditioning)
 
 
-def make_full_fake(teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator) -> FullFakeScore:
+def make_full_fake(
+    config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator
+) -> FullFakeScore:
     """As others do it: the fake score is trained whole."""
-    fake_score = load_denoiser(args.pretrained_model_name_or_path, torch.float32).eval()
+    fake_score = load_denoiser(config.teacher.pretrained_model_name_or_path, torch.float32).eval()
     for denoiser in (fake_score, teacher.denoiser):
-        prepare_denoiser(denoiser, args)
-    config = lora_config(teacher.family, args)
-    networks = FullFakeScore(fake_score, teacher.denoiser, config, False, *known(teacher, texts, args, accelerator))
+        prepare_denoiser(denoiser, config.memory)
+    adapters = lora_config(teacher.family, config.student)
+    networks = FullFakeScore(
+        fake_score, teacher.denoiser, adapters, False, *known(config, teacher, nothing, accelerator)
+    )
     place(networks, accelerator)
     return networks
 
 
-def known(teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator) -> tuple:
+def known(config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator) -> tuple:
     """What all `Networks` are told."""
-    nothing = texts.nothing.to(accelerator.device, DTYPES[args.mixed_precision])
-    return teacher.family, teacher.schedule, teacher.prediction_type, nothing, args.guidance_scale
+    empty = nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision])
+    return teacher.family, teacher.schedule, teacher.prediction_type, empty, config.method.guidance_scale
 
 
 def in_float32(denoiser: torch.nn.Module) -> None:
@@ -333,7 +337,7 @@ def in_float32(denoiser: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-LAYOUTS = {"shared": make_lora_networks, "three_copies": make_three_copies, "full_fake": make_full_fake}
+LAYOUTS = {"shared": networks_of_run, "three_copies": make_three_copies, "full_fake": make_full_fake}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -36,19 +35,16 @@ from transformers import (
     T5Tokenizer,
 )
 
-from rdm_diffusers.families import Teacher
+from rdm_diffusers.config import RunConfig
+from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.families import Conditioning, Teacher
 from rdm_diffusers.networks import Networks
 from rdm_diffusers.tiny import is_tiny
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.tiny.tokenizer import make_tokenizer
-from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.checkpoints import TrainState
-from rdm_diffusers.training.checks import prepare_output
-from rdm_diffusers.training.launch import make_accelerator
+from rdm_diffusers.training.assembly import networks_of_run
 from rdm_diffusers.training.loop import train
-from rdm_diffusers.training.prompts import Texts, load_prompts, read_texts
-from rdm_diffusers.training.setup import load, make_distillation, make_full_networks, make_lora_networks, make_state
-from rdm_diffusers.training.updates import Distillation
+from rdm_diffusers.training.trainer import Trainer
 
 CLIP_TOKENS = 77
 NEVER = 10**9
@@ -118,22 +114,29 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the training scripts assemble before their loop."""
+NetworksMaker = Callable[[RunConfig, Teacher, Conditioning, Accelerator], Networks]
 
-    args: argparse.Namespace
-    accelerator: Accelerator
-    teacher: Teacher
-    networks: Networks
-    distillation: Distillation
-    state: TrainState
+
+class Run(Trainer):
+    """A run that makes one update at a time.
+
+    Args:
+        config: the run's.
+        maker: makes other networks than the run's own.
+    """
+
+    def __init__(self, config: RunConfig, maker: NetworksMaker = networks_of_run) -> None:
+        super().__init__(config)
+        self.maker = maker
+
+    def make_networks(self) -> Networks:
+        return self.maker(self.config, self.teacher, self.texts.nothing, self.accelerator)
 
     def update(self) -> None:
         """One update by the real loop: rollout, both updates, both optimisers' steps, averages and alarms."""
-        self.args.max_train_steps = self.state.update + 1
+        self.config = self.config.changed("optimisation", max_train_steps=self.state.update + 1)
         with contextlib.redirect_stderr(io.StringIO()):  # the loop's progress bar
-            train(self.distillation, self.state, self.args, self.accelerator, lambda update: None)
+            train(self)
 
 
 def command_line(teacher: Path | str, work_dir: Path, **flags: Any) -> list[str]:
@@ -153,20 +156,11 @@ def command_line(teacher: Path | str, work_dir: Path, **flags: Any) -> list[str]
     return words
 
 
-NetworksMaker = Callable[[Teacher, Texts, argparse.Namespace, Accelerator], Networks]
-
-
-def make_run(argv: list[str], student: str = "lora", make_networks: NetworksMaker | None = None) -> Run:
-    """The assembly of `train_rdm_lora.py` or `train_rdm_full.py`, or one with other networks."""
-    args = parse_args(argv, student=student)
-    prepare_output(args)
-    accelerator = make_accelerator(args)
-    teacher = load(args, accelerator.device)
-    texts = read_texts(teacher, load_prompts(args), args, accelerator)
-    make = make_networks or (make_lora_networks if student == "lora" else make_full_networks)
-    networks = make(teacher, texts, args, accelerator)
-    distillation = make_distillation(teacher, networks, texts, [], args, accelerator)
-    return Run(args, accelerator, teacher, networks, distillation, make_state(networks, accelerator, args))
+def make_run(argv: list[str], student: str = "lora", maker: NetworksMaker = networks_of_run) -> Run:
+    """What `train_rdm_lora.py` or `train_rdm_full.py` loads, or with other networks."""
+    run = Run(parse_args(argv, student=student), maker)
+    run.load()
+    return run
 
 
 @dataclass(frozen=True)

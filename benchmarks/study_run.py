@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rdm_diffusers.config import RunConfig
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import rollout
 from rdm_diffusers.evaluation import evaluation_prompts, teacher_sampler
 from rdm_diffusers.evaluation.samplers import solvers_of
@@ -21,15 +23,10 @@ from rdm_diffusers.rewards import evaluate, load_reward
 from rdm_diffusers.tiny.captions import CAPTIONS, parse_caption
 from rdm_diffusers.tiny.classifier import load_classifier
 from rdm_diffusers.tiny.reference import load_statistics
-from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.checkpoints import TrainState
-from rdm_diffusers.training.checks import prepare_output
-from rdm_diffusers.training.external_rewards import load_rewards
-from rdm_diffusers.training.launch import make_accelerator
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.monitor import Monitor
-from rdm_diffusers.training.prompts import read_texts
-from rdm_diffusers.training.setup import load, make_distillation, make_lora_networks, make_state, teacher_contrast
+from rdm_diffusers.training.trainer import Trainer
 from rdm_diffusers.training.updates import Distillation
 from rdm_diffusers.training.validation import averaged_student
 
@@ -65,11 +62,40 @@ def command_line(teacher: str, seed: int, folder: Path, **flags: Any) -> list[st
     return words
 
 
-def calls_per_update(args) -> int:
+def calls_per_update(config: RunConfig) -> int:
     """Forwards and backwards of single samples, every network's, that one update costs."""
-    guided = 1 if args.guidance_scale == 1 else 2
-    estimate = (guided + 1) * args.num_renoisings
-    return args.train_batch_size * (1 + estimate + 2 + 2 * args.fake_updates_per_step)
+    guided = 1 if config.method.guidance_scale == 1 else 2
+    estimate = (guided + 1) * config.method.num_renoisings
+    return config.optimisation.train_batch_size * (1 + estimate + 2 + 2 * config.method.fake_updates_per_step)
+
+
+class Study(Trainer):
+    """A run that measures its student where others draw validation pictures.
+
+    Args:
+        config: the run's.
+        num_images: pictures measured.
+
+    Attributes:
+        curve: an entry for each measurement.
+    """
+
+    def __init__(self, config: RunConfig, num_images: int) -> None:
+        super().__init__(config)
+        self.num_images = num_images
+        self.curve: list[dict] = []
+
+    def validate(self) -> None:
+        networks, run, method = self.networks, self.distillation, self.config.method
+        calls, update = dict(networks.calls), self.state.update
+        reference = "teacher_unguided" if method.guidance_scale == 1 else "teacher"
+        with averaged_student(run, self.state):
+            measured = measure(run, self.state, self.teacher, self.num_images, reference)
+        networks.calls.clear()
+        networks.calls.update(calls)
+        self.curve.append({"updates": update, "network_calls": sum(calls.values()), "calls": calls,
+                           "rollouts": update // method.reuse_rollouts * len(run.groups(0)) * method.group_size,
+                           **measured})  # fmt: skip
 
 
 def distil(
@@ -89,45 +115,28 @@ def distil(
     Returns:
         The arguments, the curve (one entry per mark), and the calls of every kind.
     """
-    args = parse_args(command_line(teacher_name, seed, folder, **flags))
-    unit = marks * args.reuse_rollouts
-    args.max_train_steps = max(1, round(budget / calls_per_update(args) / unit)) * unit
-    args.validation_steps, args.checkpointing_steps = args.max_train_steps // marks, args.max_train_steps * 10
-    prepare_output(args)
-    accelerator = make_accelerator(args)
-    rewards = load_rewards(args, accelerator.device)
-    teacher = load(args, accelerator.device)
-    texts = read_texts(teacher, list(CAPTIONS), args, accelerator)
-    networks = make_lora_networks(teacher, texts, args, accelerator)
-    run = make_distillation(teacher, networks, texts, rewards, args, accelerator)
-    state = make_state(networks, accelerator, args)
-    state.monitor = RecordingMonitor(teacher_contrast(run, teacher, args.monitor_images))
-    curve: list[dict] = []
-    started = time.time()
-
-    def validate(update: int) -> None:
-        calls = dict(networks.calls)
-        with averaged_student(run, state):
-            measured = measure(
-                run, state, teacher, num_images, "teacher_unguided" if args.guidance_scale == 1 else "teacher"
-            )
-        networks.calls.clear()
-        networks.calls.update(calls)
-        curve.append({"updates": update, "network_calls": sum(calls.values()), "calls": calls,
-                      "rollouts": update // args.reuse_rollouts * len(run.groups(0)) * args.group_size,
-                      **measured})  # fmt: skip
-
-    finite = True
+    config = parse_args(command_line(teacher_name, seed, folder, **flags))
+    unit = marks * config.method.reuse_rollouts
+    updates = max(1, round(budget / calls_per_update(config) / unit)) * unit
+    config = config.changed("optimisation", max_train_steps=updates)
+    config = config.changed("output", validation_steps=updates // marks, checkpointing_steps=updates * 10)
+    study = Study(config, num_images)
+    study.load()
+    monitor = RecordingMonitor(study.state.monitor.teacher_contrast)
+    study.state.monitor = monitor
+    started, finite = time.time(), True
     try:
-        if train(run, state, args, accelerator, validate):
+        if train(study):
             raise KeyboardInterrupt
     except RuntimeError as error:  # a diverged run is a result, too
         finite = False
         print(f"{teacher_name} {seed} {flags}: {error}")
-    settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    finally:
+        study.close()
+    settings = {name: value for name, value in config.as_arguments().items() if name != "output_dir"}
     return {
-        "arguments": settings, "finite": finite, "alarms": state.monitor.rung,
-        "seconds": time.time() - started, "curve": curve,
+        "arguments": settings, "finite": finite, "alarms": monitor.rung,
+        "seconds": time.time() - started, "curve": study.curve,
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from rdm_diffusers.families import Conditioning, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SharedBase
-from rdm_diffusers.training.loop import peak_memory
+from rdm_diffusers.training.progress import peak_memory
 from rdm_diffusers.training.updates import Batch, collect
 
 Inputs = tuple[Tensor, Tensor, Conditioning]
@@ -130,7 +130,7 @@ def floor(run: Run, batch: Batch, bare: nn.Module | None = None) -> dict[str, It
         batch: the samples.
         bare: a network that is called for every role instead; its backward goes to its input.
     """
-    size, updates = run.args.train_batch_size, run.args.fake_updates_per_step
+    size, updates = run.config.optimisation.train_batch_size, run.config.method.fake_updates_per_step
     steps = zip(batch.trajectory.x_t, batch.trajectory.t, strict=True)
     states = [(x_t, t.expand(len(x_t)), batch.conditioning) for x_t, t in steps]
     samples = [(s.x_t, s.t, s.conditioning) for s in (batch.samples[p] for p in batch.samples.micro_batches(size))]
@@ -211,7 +211,7 @@ def measure_process(args: argparse.Namespace) -> dict[str, Any]:
     if rank:
         sys.exit()
     seconds = median(one.wall for one in costs)
-    pictures = count * len(run.distillation.groups(0)) * run.args.group_size
+    pictures = count * len(run.distillation.groups(0)) * run.config.method.group_size
     return {"step_seconds": seconds, "step_cpu_seconds": median(one.cpu for one in costs),
             "rollouts_per_second": pictures / seconds, "cpus": os.cpu_count()}  # fmt: skip
 

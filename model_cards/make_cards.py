@@ -11,13 +11,13 @@ import shlex
 from pathlib import Path
 
 from diffusers import DDIMScheduler
+from rdm_diffusers.training.arguments import parse_args
+from rdm_diffusers.training.record import training_record
 
 from rdm_diffusers.families import FAMILIES
 from rdm_diffusers.hub.card import render
 from rdm_diffusers.hub.card_facts import CardFacts
 from rdm_diffusers.pipelines import StudentConfig
-from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.record import training_record
 
 FOLDER = Path(__file__).parent / "waiting"
 STABILITY = {

@@ -8,12 +8,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": ".training.callbacks",
     "RdmDistillationPipeline": ".pipelines",
     "RdmStableDiffusion3Pipeline": ".pipelines",
     "RdmStableDiffusionPipeline": ".pipelines",
     "RdmScheduler": ".schedulers",
+    "RunConfig": ".config",
     "SeparateNetworks": ".networks",
     "SharedBase": ".networks",
+    "Trainer": ".training.trainer",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
@@ -15,27 +15,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from rdm_diffusers.config import RunConfig
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import RewardEstimate
-from rdm_diffusers.families import Conditioning
+from rdm_diffusers.families import Conditioning, Teacher
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, SharedBase
 from rdm_diffusers.prediction import NoiseSchedule
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
-from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.checks import prepare_output
-from rdm_diffusers.training.external_rewards import load_rewards
-from rdm_diffusers.training.launch import make_accelerator
+from rdm_diffusers.training import trainer as trainer_module
+from rdm_diffusers.training.assembly import load
 from rdm_diffusers.training.loop import train
-from rdm_diffusers.training.prompts import load_prompts, read_texts
-from rdm_diffusers.training.setup import (
-    load,
-    make_distillation,
-    make_full_networks,
-    make_lora_networks,
-    make_state,
-    teacher_contrast,
-)
+from rdm_diffusers.training.trainer import Trainer
 
 TEXT_DIM = 16
 PROMPTS = CAPTIONS[7::50]
@@ -148,26 +140,33 @@ def relative_error(value: Tensor | list[Tensor], reference: Tensor | list[Tensor
     return float((value - reference).norm() / reference.norm())
 
 
-def make_run(argv: list[str], student: str = "lora") -> SimpleNamespace:
-    """What the scripts assemble before the loop: args, teacher, texts, networks, run, state and accelerator."""
-    args = parse_args(argv, student=student)
-    prepare_output(args)
-    accelerator = make_accelerator(args)
-    rewards = load_rewards(args, accelerator.device)
-    teacher = load(args, accelerator.device)
-    if torch.get_default_dtype() == torch.float64:  # inside `in_float64`
+def make_run(argv: list[str], student: str = "lora") -> Trainer:
+    """What the scripts load before the loop; in float64 inside `in_float64`. The folder is not held."""
+    trainer = Trainer(parse_args(argv, student=student))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "alone_in", lambda *args, **kwargs: nullcontext())
+        for step in ("checkpoint_to_resume", "check_with_teacher"):
+            patch.setattr(trainer_module, step, lambda *args: None)
+        patch.setattr(trainer_module, "load", load_in_default_dtype)
+        trainer.load()
+    trainer.run = trainer.distillation
+    return trainer
+
+
+def load_in_default_dtype(config: RunConfig, device: torch.device) -> Teacher:
+    """The teacher, in float64 where that is torch's default."""
+    teacher = load(config, device)
+    if torch.get_default_dtype() == torch.float64:
         for part in teacher.pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 torch.nn.Module.double(part)
-    texts = read_texts(teacher, load_prompts(args), args, accelerator)
-    make = make_lora_networks if student == "lora" else make_full_networks
-    networks = make(teacher, texts, args, accelerator)
-    run = make_distillation(teacher, networks, texts, rewards, args, accelerator)
-    state = make_state(networks, accelerator, args)
-    state.monitor.teacher_contrast = teacher_contrast(run, teacher, args.monitor_images)
-    return SimpleNamespace(
-        args=args, teacher=teacher, texts=texts, networks=networks, run=run, state=state, accelerator=accelerator
-    )
+    return teacher
+
+
+def change(trainer: Trainer, subject: str, **values) -> None:
+    """Gives a run other values of a subject of its configuration."""
+    trainer.config = trainer.config.changed(subject, **values)
+    trainer.arguments |= values
 
 
 @contextmanager
@@ -187,6 +186,7 @@ def read_state(checkpoint: Path) -> dict[str, Tensor]:
     return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def train_run(it: SimpleNamespace, validate: Callable[[int], None] = lambda update: None) -> int:
+def train_run(trainer: Trainer, validate: Callable[[int], None] = lambda update: None) -> int:
     """The real loop on what `make_run` made."""
-    return train(it.run, it.state, it.args, it.accelerator, validate)
+    trainer.validate = lambda: validate(trainer.state.update)  # type: ignore[method-assign]
+    return train(trainer)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import Namespace
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from parts import PROMPTS, run_arguments
+from parts import PROMPTS, make_run, run_arguments
 
 import train_rdm_lora
+from rdm_diffusers.config import RunConfig, checks
+from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.config.presets import TINY_DEFAULTS
 from rdm_diffusers.distillation import DMD, GNDM
 from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.training import optimizers
-from rdm_diffusers.training.arguments import (
-    TINY_DEFAULTS,
-    groups_per_update,
-    make_objective,
-    parse_args,
-)
+from rdm_diffusers.training.assembly import make_objective
 from rdm_diffusers.training.checks import check_resumable
 from rdm_diffusers.training.prompts import load_prompts
 
@@ -46,7 +43,7 @@ def complaint(teacher_folder: Path, prompts_file: Path, tmp_path: Path, capsys: 
 
 
 def test_an_unknown_algorithm(complaint) -> None:
-    assert "argument --algorithm: invalid choice: 'ddpo' (choose from" in complaint(algorithm="ddpo")
+    assert "--algorithm is ddpo; it must be dmd, gndm or gndmr." in complaint(algorithm="ddpo")
 
 
 def test_a_missing_teacher_folder(complaint, tmp_path: Path) -> None:
@@ -129,9 +126,6 @@ def test_a_batch_that_is_no_whole_number_of_groups(complaint) -> None:
         ("max_train_samples", 0),
         ("num_renoisings", 0),
         ("reuse_rollouts", 0),
-        ("debias_pool", 0),
-        ("num_perturbations", 0),
-        ("perturbation_scale", 0.0),
         ("fake_learning_rate", 0.0),
     ],
 )
@@ -147,11 +141,11 @@ def test_an_eta_that_no_stock_scheduler_samples(complaint, eta: float) -> None:
 @pytest.mark.parametrize("strength", [2.0, -0.5, float("nan")])
 def test_a_correction_stronger_than_the_bias(complaint, strength: float) -> None:
     said = complaint(gndm_lambda=strength)
-    assert f"--gndm_lambda is {strength}; it must lie in [0, 1], or be james_stein." in said
+    assert f"--gndm_lambda is {strength}; it must lie in [0, 1]." in said
 
 
-@pytest.mark.parametrize("strength", [None, "james_stein"])
-def test_a_correction_without_a_group(complaint, strength: str | None) -> None:
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_a_correction_without_a_group(complaint, strength: float | None) -> None:
     assert "--group_size 1 needs --gndm_lambda 0." in complaint(group_size=1, gndm_lambda=strength)
 
 
@@ -178,8 +172,8 @@ def test_a_preset_that_contradicts_the_algorithm(complaint) -> None:
 def test_a_black_box_in_groups_of_one(complaint) -> None:
     said = complaint(algorithm="gndmr", reward="tiny_prompt_black_box", group_size=1, gndm_lambda=0)
     assert said == (
-        "The reward tiny_prompt_black_box gives no gradients, and --black_box_form tilt compares the members of a "
-        "group: raise --group_size above 1, or choose perturbation."
+        "The reward tiny_prompt_black_box gives no gradients, and --reward_tilt compares the members of a "
+        "group: raise --group_size above 1."
     )
 
 
@@ -191,7 +185,7 @@ def test_a_reward_share_that_leaves_nothing_to_fidelity(complaint, share: float)
 
 def test_a_reward_share_of_one_is_allowed_with_the_projection_guard_alone() -> None:
     flags = ["--algorithm", "gndmr", "--reward", "tiny_bold", "--reward_share", "1", "--projection_guard"]
-    assert parse_args(flags).reward_share == 1
+    assert parse_args(flags).rewards.reward_share == 1
 
 
 @pytest.mark.parametrize("changes", [{}, {"reuse_rollouts": 2, "eta": 0}])
@@ -203,7 +197,7 @@ def test_importance_weights_where_nothing_is_to_be_weighed(complaint, changes: d
 @pytest.mark.parametrize("name", ["max_train_steps", "checkpointing_steps"])
 def test_a_checkpoint_or_an_end_in_the_middle_of_a_rollouts_service(complaint, name: str) -> None:
     said = complaint(**{"reuse_rollouts": 3, "max_train_steps": 6, "checkpointing_steps": 6, name: 4})
-    assert f"--{name} is 4; it must be a multiple of --reuse_rollouts 3, so that no checkpoint falls into" in said
+    assert f"--{name} is 4; it must be a multiple of --reuse_rollouts 3, so that no checkpoint falls between" in said
 
 
 def test_more_trained_states_than_the_rollout_has(complaint) -> None:
@@ -261,19 +255,21 @@ def test_folders_are_recorded_by_their_full_path_and_older_records_of_them_under
     for folder in ("teacher", "vae", "tiny"):  # the name of an embedded teacher goes before a folder's
         Path(folder).mkdir()
     flags = ["--pretrained_model_name_or_path", "teacher", "--pretrained_vae_model_name_or_path", "vae"]
-    args = parse_args(flags)
-    names = {flag.removeprefix("--"): getattr(args, flag.removeprefix("--")) for flag in flags[::2]}
+    arguments = parse_args(flags).as_arguments()
+    names = {flag.removeprefix("--"): arguments[flag.removeprefix("--")] for flag in flags[::2]}
     assert list(names.values()) == [str(tmp_path / "teacher"), str(tmp_path / "vae")]
     older = dict(zip(names, flags[1::2], strict=True))
-    assert check_resumable(args, vars(args) | older) is None
-    others = [parse_args(["--pretrained_model", name]).pretrained_model_name_or_path for name in ("tiny", "me/model")]
+    assert check_resumable(arguments, arguments | older) is None
+    others = [
+        parse_args(["--pretrained_model", name]).teacher.pretrained_model_name_or_path for name in ("tiny", "me/model")
+    ]
     assert others == ["tiny", "me/model"]
 
 
 @pytest.mark.parametrize(("schedule", "free"), [("constant", True), ("cosine", False)])
 def test_the_end_of_a_scheduled_learning_rate_is_kept_on_resume(schedule: str, free: bool) -> None:
-    saved = vars(parse_args(["--lr_scheduler", schedule, "--max_train_steps", "10"]))
-    args = parse_args(["--lr_scheduler", schedule, "--max_train_steps", "20"])
+    saved = parse_args(["--lr_scheduler", schedule, "--max_train_steps", "10"]).as_arguments()
+    args = parse_args(["--lr_scheduler", schedule, "--max_train_steps", "20"]).as_arguments()
     if free:
         assert check_resumable(args, saved) is None
         return
@@ -285,20 +281,20 @@ def test_the_end_of_a_scheduled_learning_rate_is_kept_on_resume(schedule: str, f
     "flag", ["--pretrained_model_name_or_path", "--pretrained_model", "--pretrained_teacher_model"]
 )
 def test_the_teacher_has_three_names(flag: str) -> None:
-    assert parse_args([flag, "me/model"]).pretrained_model_name_or_path == "me/model"
+    assert parse_args([flag, "me/model"]).teacher.pretrained_model_name_or_path == "me/model"
 
 
 def test_the_rank_has_two_names_and_is_the_default_alpha() -> None:
-    args = parse_args(["--lora_rank", "8"])
-    assert (args.rank, args.lora_alpha) == (8, 8)
+    student = parse_args(["--lora_rank", "8"]).student
+    assert (student.rank, student.lora_alpha) == (8, 8)
 
 
 def test_the_tiny_teacher_has_defaults_of_its_own_that_flags_override() -> None:
-    tiny, real = parse_args([]), parse_args(["--pretrained_model", "me/model"])
-    assert tiny.pretrained_model_name_or_path == TINY_NAME
-    assert {name: getattr(tiny, name) for name in TINY_DEFAULTS} == TINY_DEFAULTS
-    assert (real.rank, real.guidance_scale, real.learning_rate) == (64, 7.5, 1e-4)
-    assert parse_args(["--rank", "3"]).rank == 3
+    tiny, real = (parse_args(words).as_arguments() for words in ([], ["--pretrained_model", "me/model"]))
+    assert tiny["pretrained_model_name_or_path"] == TINY_NAME
+    assert {name: tiny[name] for name in TINY_DEFAULTS} == TINY_DEFAULTS
+    assert (real["rank"], real["guidance_scale"], real["learning_rate"]) == (64, 7.5, 1e-4)
+    assert parse_args(["--rank", "3"]).student.rank == 3
 
 
 @pytest.mark.parametrize(
@@ -306,7 +302,6 @@ def test_the_tiny_teacher_has_defaults_of_its_own_that_flags_override() -> None:
     [
         ([], ("group", 1, 1.0)),
         (["--gndm_lambda", "0"], ("group", 1, 0.0)),
-        (["--gndm_lambda", "james_stein"], ("group", 1, "james_stein")),
         (["--algorithm", "dmd"], ("sample", 5, 0.0)),
         (["--algorithm", "gndmr", "--reward", "tiny_bold"], ("group", 1, 1.0)),
         (["--advantage_normalization", "batch", "--fake_updates_per_step", "3"], ("batch", 3, 1.0)),
@@ -318,24 +313,25 @@ def test_the_tiny_teacher_has_defaults_of_its_own_that_flags_override() -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_defaults_follow_the_algorithm_and_the_preset_and_a_flag_beats_both(flags: list[str], expected: tuple) -> None:
-    args = parse_args(flags)
-    assert (args.advantage_normalization, args.fake_updates_per_step, args.gndm_lambda) == expected
-    objective = make_objective(args)
+    config = parse_args(flags)
+    method = config.method
+    assert (method.advantage_normalization, method.fake_updates_per_step, method.gndm_lambda) == expected
+    objective = make_objective(config)
     assert (objective.normalization, objective.gndm_lambda) == (expected[0], expected[2])
     assert objective.group_size == 4
 
 
 def test_the_preset_dmd2_is_the_algorithm_dmd() -> None:
-    preset, algorithm = vars(parse_args(["--preset", "dmd2"])), vars(parse_args(["--algorithm", "dmd"]))
-    assert {name for name in preset if preset[name] != algorithm[name]} == {"preset", "algorithm", "command"}
-    objective = make_objective(Namespace(**preset))
-    assert objective == make_objective(Namespace(**algorithm)) == replace(DMD(4), states=4)
+    configs = [parse_args(["--preset", "dmd2"]), parse_args(["--algorithm", "dmd"])]
+    preset, algorithm = (config.as_arguments() for config in configs)
+    assert {name for name in preset if preset[name] != algorithm[name]} == {"preset", "algorithm"}
+    assert make_objective(configs[0]) == make_objective(configs[1]) == replace(DMD(4), states=4)
 
 
 def test_the_flags_of_the_correction_reach_the_objective() -> None:
-    flags = ["--bias_estimator", "noise", "--debias_pool", "2", "--gndm_lambda", "0.25", "--group_size", "8"]
+    flags = ["--bias_estimator", "noise", "--gndm_lambda", "0.25", "--group_size", "8"]
     flags += ["--pool_steps", "0.75", "--steps_per_rollout", "2"]
-    assert make_objective(parse_args(flags)) == GNDM(8, 0.25, "group", "noise", 2, states=2, pool_steps=0.75)
+    assert make_objective(parse_args(flags)) == GNDM(8, 0.25, "group", "noise", states=2, pool_steps=0.75)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
@@ -345,7 +341,7 @@ def test_a_share_of_the_bias_outside_0_to_1(complaint, share: float) -> None:
 
 def test_a_token_goes_to_huggingface_hub_and_out_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "the one before")
-    assert "hub_token" not in vars(parse_args(["--push_to_hub"]))
+    assert "hub_token" not in parse_args(["--push_to_hub"]).as_arguments()
     assert os.environ["HF_TOKEN"] == "the one before"
     args = parse_args(["--push_to_hub", "--hub_token", "hf_secret"])
     assert os.environ["HF_TOKEN"] == "hf_secret"
@@ -373,28 +369,14 @@ def test_a_name_that_no_repository_can_have(complaint) -> None:
 
 
 def test_where_to_push_is_free_on_resume() -> None:
-    saved = vars(parse_args([]))
+    saved = parse_args([]).as_arguments()
     flags = ["--push_to_hub", "--hub_model_id", "me/x", "--hub_private_repo", "--hub_revision", "v2"]
-    assert check_resumable(parse_args([*flags, "--hub_commit_message", "done"]), saved) is None
+    assert check_resumable(parse_args([*flags, "--hub_commit_message", "done"]).as_arguments(), saved) is None
 
 
-def test_an_updates_samples_are_groups_times_members_times_states() -> None:
-    flags = ["--train_batch_size", "4", "--gradient_accumulation_steps", "6", "--group_size", "4"]
-    args = parse_args([*flags, "--steps_per_rollout", "2"])
-    assert groups_per_update(args) * args.group_size * args.steps_per_rollout == 24
-
-
-def prompt_arguments(**changes) -> Namespace:
-    defaults = dict(prompts_file=None, dataset_name=None, dataset_config_name=None, caption_column="text")
-    return Namespace(
-        **{
-            **defaults,
-            "dataset_split": "train",
-            "max_train_samples": None,
-            "pretrained_model_name_or_path": TINY_NAME,
-            **changes,
-        }
-    )
+def prompts_of(**changes) -> list[str]:
+    """The prompts of a run of the tiny teacher."""
+    return load_prompts(RunConfig.of(**changes).prompts, TINY_NAME)
 
 
 def test_prompts_come_from_a_file_from_a_datasets_column_or_with_the_tiny_teacher(
@@ -403,17 +385,115 @@ def test_prompts_come_from_a_file_from_a_datasets_column_or_with_the_tiny_teache
     rows = [{"caption": "a cat"}, {"caption": ""}, {"caption": "a dog"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = dict(dataset_name=str(tmp_path), caption_column="caption")
-    assert load_prompts(prompt_arguments(prompts_file=str(prompts_file))) == list(PROMPTS)
-    assert load_prompts(prompt_arguments(**dataset)) == ["a cat", "a dog"]
-    assert load_prompts(prompt_arguments(**dataset, max_train_samples=1)) == ["a cat"]
-    assert load_prompts(prompt_arguments()) == list(CAPTIONS)
+    assert prompts_of(prompts_file=str(prompts_file)) == list(PROMPTS)
+    assert prompts_of(**dataset) == ["a cat", "a dog"]
+    assert prompts_of(**dataset, max_train_samples=1) == ["a cat"]
+    assert prompts_of() == list(CAPTIONS)
     with pytest.raises(ValueError, match=r"--caption_column text is not in .*; its columns are caption\."):
-        load_prompts(prompt_arguments(dataset_name=str(tmp_path)))
+        prompts_of(dataset_name=str(tmp_path))
 
 
 def test_8_bit_adam_without_a_package_for_it_is_refused_at_once(complaint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     assert "--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'." in complaint(
         use_8bit_adam=True, prompts_file="missing.txt"
     )
-    assert parse_args(["--use_8bit_adam", "--dry_run"]).use_8bit_adam
+    assert parse_args(["--use_8bit_adam", "--dry_run"]).memory.use_8bit_adam
+
+
+def test_an_updates_samples_are_groups_times_members_times_states(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    flags = dict(train_batch_size=4, gradient_accumulation_steps=4, steps_per_rollout=2)
+    it = make_run(run_arguments(teacher_folder, prompts_file, tmp_path, **flags))
+    assert it.distillation.groups_per_update * 4 * 2 == 16 == it.config.optimisation.samples_per_update
+
+
+# --- files of settings ----------------------------------------------------------------------------------------------
+
+
+def test_a_runs_file_makes_the_same_configuration_again(tmp_path: Path) -> None:
+    flags = [
+        "--algorithm",
+        "gndmr",
+        "--reward",
+        "tiny_bold:2",
+        "--reward",
+        "tiny_prompt",
+        "--no-use_ema",
+        "--seed",
+        "3",
+    ]
+    config = parse_args([*flags, "--lora_alpha", "4"])
+    (tmp_path / "config.yaml").write_text(config.as_yaml())
+    again = parse_args(["--config", str(tmp_path / "config.yaml")])
+    assert again.as_arguments() == config.as_arguments()
+    assert parse_args(shlex.split(str(again.command))[3:]).as_arguments() == config.as_arguments()
+    assert RunConfig.from_yaml(tmp_path / "config.yaml") == replace(config, command=None)
+
+
+def test_flags_go_before_the_file_and_bring_what_follows_from_them(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(parse_args(["--rank", "8"]).as_yaml())
+    config = parse_args(["--config", str(tmp_path / "run.yaml"), "--rank", "2", "--learning_rate", "0.5"])
+    assert (config.student.rank, config.student.lora_alpha) == (2, 2)
+    assert config.optimisation.fake_learning_rate == 0.5
+
+
+def test_a_file_may_use_any_name_of_a_flag_and_text_for_numbers(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("pretrained_model: tiny-v\nlora_rank: '3'\nlearning_rate: 1e-3\n")
+    config = RunConfig.from_yaml(tmp_path / "run.yaml")
+    assert config.teacher.pretrained_model_name_or_path == "tiny-v"
+    assert (config.student.rank, config.optimisation.learning_rate) == (3, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rnak: 3", "There is no setting rnak in"),
+        ("rank: 0", "--rank is 0; it must be at least 1"),
+        ("rank: many", "--rank: 'many' is no whole number; it must"),
+        ("rank: 2.5", "--rank: '2.5' is no whole number; it must"),
+        ("use_ema: 3", "--use_ema is 3; it must be true or false."),
+        ("student: full", "configures a student of kind full, which is not lora; use another file."),
+        ("hub_token: x", "There is no setting hub_token in"),
+        ("[1, 2]", "holds no flags; give a YAML file"),
+        ("a: [", "cannot be read ("),
+        ("dataset_name: https://me:hunter2@host.org/x", "dataset_name holds what looks like a password"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, text: str, said: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(["--config", str(tmp_path / "run.yaml")])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in last and "hunter2" not in last
+
+
+def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--config", "missing.yaml"])
+    assert "--config missing.yaml cannot be read (No such file or directory); give" in capsys.readouterr().err
+
+
+# --- retired flags --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["debias_pool", "black_box_form", "num_perturbations", "perturbation_scale"])
+def test_a_retired_flag_is_named_with_the_release_that_has_it(complaint, flag: str) -> None:
+    assert complaint(**{flag: 1}).endswith(
+        f"--{flag} was retired after release 0.1.0 (docs/method.md says why); leave it out, or use that release."
+    )
+
+
+def test_a_record_of_0_1_0_is_read_if_its_retired_flags_did_nothing_and_refused_otherwise() -> None:
+    retired = dict(debias_pool=1, black_box_form="tilt", num_perturbations=4, perturbation_scale=0.1)
+    config = parse_args(["--rank", "3"])
+    record = config.as_arguments() | retired | {"command": "x", "num_processes": 1}
+    assert RunConfig.from_record(record) == replace(config, command=None)
+    for change in ({"debias_pool": 2}, {"black_box_form": "group"}, {"gndm_lambda": "james_stein"}):
+        with pytest.raises(ValueError, match=r"was retired after release 0\.1\.0"):
+            RunConfig.from_record(record | change)
+        with pytest.raises(ValueError, match=r"was retired after release 0\.1\.0"):
+            check_resumable(config.as_arguments(), record | change)

@@ -10,11 +10,11 @@ import pytest
 
 from rdm_diffusers.bounds import Bound, Interval, OneOf, Text, is_git_name, real, stays_inside, whole
 from rdm_diffusers.commands import card, export, push
+from rdm_diffusers.config import LoraStudentConfig, RunConfig, all_settings
+from rdm_diffusers.config.command_line import BOUNDS, build_parser, parse_args
 from rdm_diffusers.evaluation import arguments as evaluation
 from rdm_diffusers.parsing import Parser, flag_of
-from rdm_diffusers.training.arguments import build_parser, parse_args
-from rdm_diffusers.training.bounds import BOUNDS
-from rdm_diffusers.training.setup import lora_config
+from rdm_diffusers.training.assembly import lora_config
 
 # Every command: its parser, its table, and what must be given.
 COMMANDS: dict[str, tuple[Parser, Mapping[str, Bound], list[str]]] = {
@@ -93,6 +93,27 @@ def test_every_default_lies_in_its_bounds(command: str, monkeypatch: pytest.Monk
     for action in parser._actions:
         if action.default is not None and action.dest in bounds and action.default != ():
             assert bounds[action.dest].problem(parser.get_default(action.dest)) is None, flag_of(action)
+
+
+@pytest.mark.parametrize("student", ["lora", "full"])
+def test_every_default_of_a_run_lies_in_its_bounds_and_is_in_the_help(
+    student: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    said = " ".join(build_parser(student=student).format_help().split())
+    for setting in all_settings(student):
+        default = setting.default
+        assert default is None or setting.checked(default) == default, setting.name
+        assert setting.option in said and f"(default: {default})" in said
+
+
+def test_no_value_of_python_slips_past_the_bounds() -> None:
+    for values, said in (({"rank": True}, "--rank: 'True' is no whole number"), ({"seed": -1}, "--seed is -1; it must"),
+                         ({"use_ema": 1}, "--use_ema is 1; it must be true or false."),
+                         ({"algorithm": "ddpo"}, "--algorithm is ddpo; it must be dmd, gndm or gndmr."),
+                         ({"rnak": 1}, "There is no setting rnak")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            RunConfig.of(**values)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -184,7 +205,7 @@ def test_a_name_that_is_not_there_is_refused_with_the_one_that_is_like_it_and_al
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"])
 def test_every_schedule_that_needs_no_further_arguments_is_taken(name: str) -> None:
-    assert parse_args(["--lr_scheduler", name]).lr_scheduler == name
+    assert parse_args(["--lr_scheduler", name]).optimisation.lr_scheduler == name
 
 
 @pytest.mark.parametrize(
@@ -220,7 +241,7 @@ def test_more_validation_prompts_than_pictures_are_refused_not_dropped(capsys: p
         "--num_validation_images is 2, too few to show all 3 that --validation_prompt gives; it must be at least 3."
         in (capsys.readouterr().err)
     )
-    assert parse_args([*prompts, "--num_validation_images", "3"]).validation_prompt == ["a", "b", "c"]
+    assert parse_args([*prompts, "--num_validation_images", "3"]).output.validation_prompt == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(
@@ -255,9 +276,9 @@ def test_the_names_of_branches_and_places_inside_a_folder() -> None:
 def test_blanks_after_the_commas_of_layers_are_no_part_of_their_names() -> None:
     from rdm_diffusers.families import FAMILIES
 
-    args = parse_args(["--lora_layers", " to_q, to_k ,ff.net.2"])
-    assert args.lora_layers == "to_q,to_k,ff.net.2"
-    layers = lora_config(FAMILIES["StableDiffusionPipeline"], args).target_modules
+    student = parse_args(["--lora_layers", " to_q, to_k ,ff.net.2"]).student
+    assert isinstance(student, LoraStudentConfig) and student.lora_layers == "to_q,to_k,ff.net.2"
+    layers = lora_config(FAMILIES["StableDiffusionPipeline"], student).target_modules
     assert set(layers or ()) == {"to_q", "to_k", "ff.net.2"}
 
 

@@ -20,6 +20,7 @@ from parts import PROMPTS, run_arguments
 import train_rdm_full
 import train_rdm_lora
 from rdm_diffusers.commands import card as command, export
+from rdm_diffusers.config.record import command_line
 from rdm_diffusers.evaluation import command as evaluate
 from rdm_diffusers.hub import licenses
 from rdm_diffusers.hub.card import TEMPLATE, hyperparameters, is_untouched, render
@@ -27,7 +28,6 @@ from rdm_diffusers.hub.card_facts import CardFacts, facts_of
 from rdm_diffusers.hub.licenses import license_of
 from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.tiny import TINY_TEACHER
-from rdm_diffusers.training.record import command_line
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 MAKE_CARDS: Any = runpy.run_path(str(CARDS / "make_cards.py"))

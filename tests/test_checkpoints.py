@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import files_of_at_most, make_run, run_arguments, train_run
+from parts import change, files_of_at_most, make_run, run_arguments, train_run
 
 from rdm_diffusers.networks import FAKE_SCORE
 from rdm_diffusers.training import checkpoints
@@ -37,7 +37,7 @@ def test_all_checkpoints_are_kept_by_default_in_the_order_of_their_updates(argv,
     it = make_run(argv())
     for update in (100, 9, 20):
         it.state.update = update
-        save_checkpoint(tmp_path / "student", it.state, vars(it.args))
+        save_checkpoint(tmp_path / "student", it.state, it.arguments)
     names = [path.name for path in list_checkpoints(tmp_path / "student")]
     assert names == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
     assert find_checkpoint(tmp_path / "student", "latest").name == "checkpoint-100"
@@ -109,7 +109,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(argv, tmp_path: 
 
     it = make_run(argv(max_train_steps=1))
     train_run(it)
-    it.args.max_train_steps = 2
+    change(it, "optimisation", max_train_steps=2)
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match=r"checkpoint-2 could not be written .*No space left.*earlier ones are intact"):
         train_run(it)
@@ -119,7 +119,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(argv, tmp_path: 
 def test_a_system_that_refuses_to_write_keeps_the_last_good_checkpoint_and_says_so(argv, tmp_path: Path) -> None:
     it = make_run(argv(max_train_steps=1))
     train_run(it)
-    it.args.max_train_steps = 2
+    change(it, "optimisation", max_train_steps=2)
     with files_of_at_most(4096), pytest.raises(OSError, match=r"checkpoint-2 could not be written .*are intact"):
         train_run(it)
     assert_only_the_first_checkpoint_is_there_and_whole(it, tmp_path / "student")
@@ -128,14 +128,14 @@ def test_a_system_that_refuses_to_write_keeps_the_last_good_checkpoint_and_says_
 def test_saving_the_same_update_twice_leaves_one_whole_checkpoint(argv, tmp_path: Path) -> None:
     it = make_run(argv(max_train_steps=1))
     train_run(it)
-    save_checkpoint(tmp_path / "student", it.state, vars(it.args))
+    save_checkpoint(tmp_path / "student", it.state, it.arguments)
     assert_only_the_first_checkpoint_is_there_and_whole(it, tmp_path / "student")
 
 
 def test_an_update_that_is_not_finite_saves_nothing_over_the_last_good_checkpoint(argv, tmp_path: Path) -> None:
     it = make_run(argv(max_train_steps=1))
     train_run(it)
-    it.args.max_train_steps = 2
+    change(it, "optimisation", max_train_steps=2)
     with torch.no_grad():
         it.networks.parameters(FAKE_SCORE)[0].fill_(torch.nan)
     with pytest.raises(NonFiniteError, match=r"R_dm is not finite for prompt .*, student step [12]"):

@@ -25,7 +25,7 @@ from rdm_diffusers.commands import export as command
 from rdm_diffusers.families import FAMILIES, LORA_FILE, PromptOptions, load_teacher
 from rdm_diffusers.hub import export_lora
 from rdm_diffusers.pipelines import RdmDistillationPipeline
-from rdm_diffusers.training.setup import make_scheduler
+from rdm_diffusers.training.assembly import make_scheduler
 
 RUN = dict(checkpointing_steps=1, lora_alpha=6, ema_decay=0.5)
 RUN_FULL = dict(checkpointing_steps=1, ema_decay=0.5, rank=None)

@@ -27,7 +27,7 @@ from rdm_diffusers.families import FAMILIES, LORA_FILE, PromptOptions, Teacher
 from rdm_diffusers.hub import check_comfyui, comfyui_name, export_lora, has_comfyui, write_comfyui
 from rdm_diffusers.hub.comfyui import as_comfyui
 from rdm_diffusers.pipelines import RdmDistillationPipeline
-from rdm_diffusers.training.setup import make_scheduler
+from rdm_diffusers.training.assembly import make_scheduler
 
 NAMES = [name for name in MAKERS if FAMILIES[name].has_lora and has_comfyui(name)]
 every = pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ import rdm_diffusers.pipelines
 import train_rdm_full
 from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher, rebuilt
 from rdm_diffusers.pipelines import RdmDistillationPipeline, StudentConfig
-from rdm_diffusers.training.setup import make_scheduler
+from rdm_diffusers.training.assembly import make_scheduler
 
 every = pytest.mark.parametrize("name", MAKERS)
 STEPS = 4

@@ -36,7 +36,7 @@ FLOORS = (
     },
     {"schedulers", "families", "sharding", "adapters"},
     {"networks", "distillation", "pipelines"},
-    {"hub", "evaluation"},
+    {"hub", "evaluation", "config"},
     {"training"},
     {"commands"},
 )

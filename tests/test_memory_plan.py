@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import train_rdm_full
 import train_rdm_lora
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher
 from rdm_diffusers.networks import STUDENT
-from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.memory_plan import plan_memory
 
 TRAINING = ("rollouts and R_dm", "forward and backward", "optimiser's step")
@@ -161,7 +161,7 @@ def compare(folder: Path, prompts_file: Path, output: Path, student: str = "lora
     changes = {"rank": None if student == "full" else 16, "num_student_steps": 1, **changes}
     changes["max_sequence_length"] = CALLS["StableDiffusion3Pipeline"]["max_sequence_length"]
     it = make_run(run_arguments(folder, prompts_file, output, **changes), student)
-    plan = plan_memory(it.args, "cpu")
+    plan = plan_memory(it.config, "cpu")
     measured, planned = measured_peak(it), max(plan.phases[phase] for phase in TRAINING)
     print(f"{folder.name} {student} {changes}: measured {measured / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB")
     assert planned == pytest.approx(measured, rel=0.15)

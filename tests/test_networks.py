@@ -228,7 +228,7 @@ def test_folded_weights_follow_the_moving_average_and_a_loaded_checkpoint(
         return it.networks.predict(STUDENT, noisy(), T, conditioning)
 
     first = predict()
-    checkpoint = save_checkpoint(tmp_path, it.state, vars(it.args))
+    checkpoint = save_checkpoint(tmp_path, it.state, it.arguments)
     randomise_adapters(it.networks)
     live = predict()
     with averaged_student(it.run, it.state):

@@ -13,9 +13,9 @@ from parts_sd3 import make_shared as make_adapted
 from test_families import make_teacher
 from torch import Tensor
 
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import FAMILIES
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER
-from rdm_diffusers.training.arguments import parse_args
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from flops import FlopsByDtype

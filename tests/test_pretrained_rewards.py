@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import train_rdm_lora
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.rewards import Reward, evaluate, load_reward
 from rdm_diffusers.rewards.clip import vit_h_config
 from rdm_diffusers.rewards.hpsv3 import HpsV3, split_tensors as split_hpsv3
@@ -30,7 +31,6 @@ from rdm_diffusers.rewards.pretrained import PretrainedReward
 from rdm_diffusers.rewards.registry import PRETRAINED_REWARDS
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.tiny.tokenizer import make_tokenizer
-from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.external_rewards import load_rewards
 
 PROMPTS = CAPTIONS[3::60]

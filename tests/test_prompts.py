@@ -5,15 +5,16 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit, Sequence, Value
 
+from rdm_diffusers.config import RunConfig
+from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.evaluation.digests import digest_of_texts
 from rdm_diffusers.prompts import read_captions, read_prompts
 from rdm_diffusers.tiny import TINY_NAME
-from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.checks import check_resumable
 from rdm_diffusers.training.prompts import load_prompts
 
@@ -21,7 +22,12 @@ BATTERY = [["a cat", "a tom"], ["a dog"]]
 DATA = Dataset.from_dict({"text": ["a cat", "a dog"], "label": [0, 1], "all": BATTERY})
 
 
-def arguments(**changes) -> Namespace:
+def load(config: RunConfig) -> list[str]:
+    """A run's prompts."""
+    return load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path)
+
+
+def arguments(**changes) -> RunConfig:
     """What the parser makes of some flags; the teacher is a tiny one."""
     return parse_args([f"--{name}={value}" for name, value in changes.items()])
 
@@ -74,17 +80,17 @@ def test_only_line_feeds_and_carriage_returns_end_a_prompt(character: str, tmp_p
 def test_what_is_no_text_is_refused_with_file_line_and_remedy(content: bytes, sentence: str, tmp_path: Path) -> None:
     path = written(tmp_path / "prompts.txt", content)
     with pytest.raises(ValueError, match=f"--prompts_file {re.escape(str(path))} .*{sentence}") as refused:
-        load_prompts(arguments(prompts_file=path))
+        load(arguments(prompts_file=path))
     assert "\n" not in str(refused.value)
 
 
 def test_a_folder_is_no_prompts_file_and_a_table_belongs_to_another_flag(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no file; give a text file"):
-        load_prompts(arguments(prompts_file=tmp_path))
+        load(arguments(prompts_file=tmp_path))
     table = written(tmp_path / "captions.jsonl", '{"text": "a cat"}\n')
     with pytest.raises(ValueError, match=r"is a table, .* give it with --dataset_name and --caption_column"):
-        load_prompts(arguments(prompts_file=table))
-    assert load_prompts(arguments(dataset_name=table)) == ["a cat"]
+        load(arguments(prompts_file=table))
+    assert load(arguments(dataset_name=table)) == ["a cat"]
 
 
 def test_prompts_that_no_encoder_reads_to_their_end_are_warned_of_and_kept(tmp_path: Path) -> None:
@@ -104,7 +110,7 @@ def test_prompts_that_no_encoder_reads_to_their_end_are_warned_of_and_kept(tmp_p
 )
 def test_a_flag_of_prompts_that_would_be_ignored_is_refused(flags: dict) -> None:
     with pytest.raises(ValueError, match=r"leave one of them out|would have no effect without --dataset_name"):
-        load_prompts(arguments(**flags))
+        load(arguments(**flags))
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "arrow", "txt", "saved", "saved dict"])
@@ -129,35 +135,35 @@ def test_a_dataset_may_be_one_file_or_a_folder_that_save_to_disk_wrote(kind: str
     else:
         rows.save_to_disk(tmp_path / "saved")
         next((tmp_path / "saved").glob("*.arrow")).rename(place)
-    assert load_prompts(arguments(dataset_name=place)) == ["a cat", "a dog"]
+    assert load(arguments(dataset_name=place)) == ["a cat", "a dog"]
 
 
 def test_a_split_can_be_chosen_by_the_names_that_others_give_the_flag(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": f"{split} {i}"}) + "\n" for i in range(3)))
     for flag in ("dataset_split", "dataset_split_name", "dataset_train_split"):
-        found = load_prompts(arguments(dataset_name=tmp_path, **{flag: "validation[:2]"}))
+        found = load(arguments(dataset_name=tmp_path, **{flag: "validation[:2]"}))
         assert found == ["validation 0", "validation 1"]
     saved = DatasetDict({"train": DATA, "test": DATA.select([1])})
     saved.save_to_disk(tmp_path / "saved")
-    assert load_prompts(arguments(dataset_name=tmp_path / "saved", dataset_split="test")) == ["a dog"]
+    assert load(arguments(dataset_name=tmp_path / "saved", dataset_split="test")) == ["a dog"]
     Dataset.from_dict({"text": ["one"]}, split=NamedSplit("test")).save_to_disk(tmp_path / "alone")
     for split in ("train", "test"):  # it is what there is
-        assert load_prompts(arguments(dataset_name=tmp_path / "alone", dataset_split=split)) == ["one"]
+        assert load(arguments(dataset_name=tmp_path / "alone", dataset_split=split)) == ["one"]
     for name in ("", "saved", "alone", "train.jsonl"):
         with pytest.raises(ValueError, match=r"--dataset_name .* cannot be read \(.*(split|Split).*\); check its name"):
-            load_prompts(arguments(dataset_name=tmp_path / name, dataset_split="nothing"))
+            load(arguments(dataset_name=tmp_path / name, dataset_split="nothing"))
 
 
 def test_of_a_row_with_several_captions_each_is_a_prompt_and_rows_without_are_counted(tmp_path: Path) -> None:
     DATA.to_json(tmp_path / "train.jsonl")
-    assert load_prompts(arguments(dataset_name=tmp_path, caption_column="all")) == ["a cat", "a tom", "a dog"]
+    assert load(arguments(dataset_name=tmp_path, caption_column="all")) == ["a cat", "a tom", "a dog"]
     rows = [["a cat", None, " "], None, [], ["a dog"]]
     Dataset.from_dict({"text": rows}, Features({"text": Sequence(Value("string"))})).to_parquet(tmp_path / "a.parquet")
     with pytest.warns(UserWarning, match=r"2 of 4 rows of .* have no text in text; they are left out"):
-        assert load_prompts(arguments(dataset_name=tmp_path / "a.parquet")) == ["a cat", "a dog"]
+        assert load(arguments(dataset_name=tmp_path / "a.parquet")) == ["a cat", "a dog"]
     path = written(tmp_path / "mixed.json", '[{"text": "a cat"}, {"text": ["a dog", "a cur"]}]')
-    assert load_prompts(arguments(dataset_name=path)) == ["a cat", "a dog", "a cur"]
+    assert load(arguments(dataset_name=path)) == ["a cat", "a dog", "a cur"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +180,7 @@ def test_of_a_row_with_several_captions_each_is_a_prompt_and_rows_without_are_co
 def test_captions_that_are_no_text_are_refused(values: list, feature, sentence: str, tmp_path: Path) -> None:
     Dataset.from_dict({"text": values}, Features({"text": feature})).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match=sentence):
-        load_prompts(arguments(dataset_name=tmp_path / "data"))
+        load(arguments(dataset_name=tmp_path / "data"))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +197,7 @@ def test_a_dataset_that_cannot_be_read_is_one_sentence(name: str, content: bytes
     written(path, content)
     place = path if path.parent == tmp_path else path.parent
     with pytest.raises(ValueError, match=r"--dataset_name .*(cannot be read|is damaged|is no .* text)") as refused:
-        load_prompts(arguments(dataset_name=place))
+        load(arguments(dataset_name=place))
     assert "\n" not in str(refused.value)
 
 
@@ -200,20 +206,17 @@ def test_a_damaged_folder_of_save_to_disk_is_one_sentence(tmp_path: Path) -> Non
     arrow = next((tmp_path / "data").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[: arrow.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"--dataset_name .* (cannot be read|is damaged)"):
-        load_prompts(arguments(dataset_name=tmp_path / "data"))
+        load(arguments(dataset_name=tmp_path / "data"))
 
 
 def saved_arguments(**flags) -> dict:
     """What a checkpoint holds of a run."""
-    args = arguments(**flags)
-    load_prompts(args)
-    return json.loads(json.dumps(vars(args)))
+    config = arguments(**flags)
+    return json.loads(json.dumps(config.as_arguments() | {"prompts_sha256": digest_of_texts(load(config))}))
 
 
 def resume(saved: dict, **flags) -> None:
-    args = arguments(**flags)
-    load_prompts(args)
-    check_resumable(args, saved)
+    check_resumable(saved_arguments(**flags), saved)
 
 
 def test_a_run_goes_on_with_the_same_prompts_wherever_they_are_and_with_no_others(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import push as command
+from rdm_diffusers.config import RunConfig
 from rdm_diffusers.hub import push, student_files
 from rdm_diffusers.training.publish import repository
 
@@ -353,8 +353,8 @@ def test_a_folder_without_a_student_is_not_pushed(tmp_path: Path) -> None:
 def test_a_folders_name_that_no_repository_can_have_is_refused_before_a_run() -> None:
     sentence = r"^--output_dir gives the repository the name 'bad name ü', .*; give another with --hub_model_id\.$"
     with pytest.raises(ValueError, match=sentence):
-        repository(Namespace(output_dir="runs/bad name ü", hub_model_id=None))
-    assert repository(Namespace(output_dir="bad name ü", hub_model_id="me/good")) == "me/good"
+        repository(RunConfig.of(output_dir="runs/bad name ü"))
+    assert repository(RunConfig.of(output_dir="bad name ü", hub_model_id="me/good")) == "me/good"
 
 
 def test_a_push_without_the_network_says_so(tiny_student: Path) -> None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where this file is run by 
 
 from parts_configs import TEACHERS, write_configs
 
-from rdm_diffusers.training.arguments import parse_args
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.training.memory_plan import GIB, MemoryPlan, plan_memory
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"

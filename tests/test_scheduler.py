@@ -14,7 +14,7 @@ from torch import Tensor
 from rdm_diffusers.families import Teacher
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.schedulers import RdmScheduler
-from rdm_diffusers.training.setup import make_scheduler
+from rdm_diffusers.training.assembly import make_scheduler
 
 SHAPE = (3, 4, 8, 8)
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)

@@ -25,7 +25,7 @@ from rdm_diffusers.tiny import TINY_FLOW_NAME
 from rdm_diffusers.tiny.captions import CAPTIONS, DRAWINGS
 from rdm_diffusers.tiny.classifier import load_classifier
 from rdm_diffusers.tiny.tokenizer import MAX_TOKENS
-from rdm_diffusers.training.setup import make_scheduler
+from rdm_diffusers.training.assembly import make_scheduler
 
 FAMILY = FAMILIES["StableDiffusion3Pipeline"]
 STEPS = 4

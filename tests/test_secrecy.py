@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from rdm_diffusers.config import RunConfig
+from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.config.record import command_line, training_record
+from rdm_diffusers.config.secrecy import launch_words, problem
 from rdm_diffusers.credentials import has_secret, without_secrets
 from rdm_diffusers.hub.student_files import check_secrets
-from rdm_diffusers.training.arguments import build_parser, parse_args
-from rdm_diffusers.training.record import command_line, training_record
-from rdm_diffusers.training.secrecy import launch_words, problem
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_recognisableSecret0123456789"
@@ -100,7 +101,7 @@ def test_accelerate_launch_prints_no_token() -> None:
 
 
 def test_what_an_older_release_recorded_is_taken_out_of_the_record() -> None:
-    args = vars(build_parser().parse_args([])) | {"hub_token": TOKEN, "dataset_name": "https://me:hunter2@host.org/x",
+    args = RunConfig.of().as_arguments() | {"hub_token": TOKEN, "dataset_name": "https://me:hunter2@host.org/x",
                                                   "reward": [f"a={TOKEN}"]}  # fmt: skip
     told = json.dumps(
         training_record({**args, "command": command_line("x.py", [f"--seed={TOKEN}", "http://a:hunter2@b"])}, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from parts import make_run, make_unet, relative_error, run_arguments, train_run
 from parts_families import make_pipeline
 from parts_float64 import ROUNDING
 
+from rdm_diffusers.config import MemoryConfig
 from rdm_diffusers.families import FAMILIES, PromptOptions
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
 from rdm_diffusers.training.speed import prepare_denoiser
-from rdm_diffusers.training.validation import averaged_student, validate
-
-PLAIN = dict(gradient_checkpointing=False, enable_xformers_memory_efficient_attention=False, attention_backend=None)
+from rdm_diffusers.training.validation import averaged_student
 
 
 @pytest.fixture
@@ -65,7 +63,8 @@ def test_a_run_needs_its_text_encoders_no_more_once_its_prompts_are_read(student
     assert train_run(it, lambda update: None) == 0
     with averaged_student(it.run, it.state):
         it.networks.student_weights()
-    validate(2, it.run, it.state, it.teacher, it.texts, it.args, it.accelerator)
+    del it.validate  # which `train_run` replaced
+    it.validate()
     assert (tmp_path / "student" / "validation" / "step-2.png").exists()
 
 
@@ -78,7 +77,7 @@ def test_an_attention_backend_is_used_by_a_transformer_that_heeds_it() -> None:
     call = (torch.randn(2, *shape), torch.tensor([300.0, 800.0]), conditioning)
     with torch.no_grad():
         plain = family.denoise(transformer, *call)
-        prepare_denoiser(transformer, Namespace(**{**PLAIN, "attention_backend": "_native_math"}))
+        prepare_denoiser(transformer, MemoryConfig(attention_backend="_native_math"))
         other = family.denoise(transformer, *call)
     chosen = {m.processor._attention_backend for m in transformer.modules() if hasattr(m, "processor")}
     assert chosen == {AttentionBackendName._NATIVE_MATH}
@@ -88,16 +87,16 @@ def test_an_attention_backend_is_used_by_a_transformer_that_heeds_it() -> None:
 @pytest.mark.usefixtures("torchs_attention_afterwards")
 def test_a_network_that_does_not_heed_an_attention_backend_is_named_in_a_warning() -> None:
     with pytest.warns(UserWarning, match="UNet2DConditionModel does not heed --attention_backend _native_math"):
-        prepare_denoiser(make_unet(), Namespace(**{**PLAIN, "attention_backend": "_native_math"}))
+        prepare_denoiser(make_unet(), MemoryConfig(attention_backend="_native_math"))
 
 
 def test_an_unknown_attention_backend_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="--attention_backend nonsense does not work here: "):
-        prepare_denoiser(make_unet(), Namespace(**{**PLAIN, "attention_backend": "nonsense"}))
+        prepare_denoiser(make_unet(), MemoryConfig(attention_backend="nonsense"))
 
 
 def test_xformers_where_it_does_not_work_is_one_sentence() -> None:
     with pytest.raises(
         ValueError, match=r"--enable_xformers_memory_efficient_attention does not work here .* leave it"
     ):
-        prepare_denoiser(make_unet(), Namespace(**{**PLAIN, "enable_xformers_memory_efficient_attention": True}))
+        prepare_denoiser(make_unet(), MemoryConfig(enable_xformers_memory_efficient_attention=True))

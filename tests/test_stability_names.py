@@ -29,7 +29,7 @@ from rdm_diffusers.hub import comfyui_name, export_lora, write_card, write_comfy
 from rdm_diffusers.hub.comfyui import as_comfyui, comfyui_node
 from rdm_diffusers.hub.stability_names import stability_names
 from rdm_diffusers.pipelines import StudentConfig
-from rdm_diffusers.training.setup import make_scheduler
+from rdm_diffusers.training.assembly import make_scheduler
 
 NAME = "StableDiffusionXLPipeline"
 FAMILY = FAMILIES[NAME]

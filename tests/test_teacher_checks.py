@@ -14,9 +14,9 @@ from torch import nn
 
 import train_rdm_full
 import train_rdm_lora
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import FAMILIES, PromptOptions
-from rdm_diffusers.training import setup
-from rdm_diffusers.training.arguments import parse_args
+from rdm_diffusers.training.assembly import lora_config
 from rdm_diffusers.training.optimizers import NonFiniteError, RoleOptimizer
 from rdm_diffusers.training.teacher_checks import check_layers, check_with_teacher
 
@@ -68,7 +68,7 @@ def test_every_name_of_a_list_of_layers_gets_its_lora(teacher_folder: Path) -> N
         ["--pretrained_model", str(teacher_folder), "--lora_layers", "attn1.to_q, to_out.0", "--rank", "2"]
     )
     assert check_with_teacher(args) is None
-    names = setup.lora_config(FAMILIES["StableDiffusionPipeline"], args).target_modules
+    names = lora_config(FAMILIES["StableDiffusionPipeline"], args.student).target_modules
     assert names == {"attn1.to_q", "to_out.0"}
 
 
@@ -88,7 +88,6 @@ def test_a_rank_that_no_adapted_layer_holds_is_refused(complaint) -> None:
     [
         ({"resolution": 30}, "--resolution is 30; this teacher needs a multiple of 4."),
         ({"max_sequence_length": 77}, "A StableDiffusionPipeline reads a fixed number of tokens; leave"),
-        ({"debias_pool": 9}, "--debias_pool is 9; latents are 8 x 8 here, so it must be at most 8."),
         ({"num_student_steps": 463, "eta": 0}, "--num_student_steps is 463, for which the stock scheduler of --eta 0"),
         ({"attention_backend": "sage"}, "--attention_backend sage does not work here: "),
         ({"hub_model_id": "no name"}, "'no name' is no name of a repository; give NAME or USER/NAME"),
@@ -167,7 +166,7 @@ def stepped(max_grad_norm: float, gradient: float) -> torch.Tensor:
 def test_a_largest_norm_of_0_clips_nothing_and_a_gradient_that_is_not_finite_is_still_refused() -> None:
     assert stepped(0.0, 50.0).tolist() == [50.0] * 4
     assert stepped(1.0, 50.0).norm() == pytest.approx(1.0, rel=1e-5)
-    assert parse_args(["--max_grad_norm", "0"]).max_grad_norm == 0
+    assert parse_args(["--max_grad_norm", "0"]).optimisation.max_grad_norm == 0
     for bad in (float("nan"), float("inf")):
         with pytest.raises(NonFiniteError):
             stepped(0.0, bad)

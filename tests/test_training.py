@@ -83,7 +83,7 @@ def test_a_reused_rollout_is_made_once_for_all_the_updates_that_it_serves(argv) 
     depths = [len(collect(it.run, rollout).trajectory.x_t) for rollout in range(2)]
     it.networks.calls.clear()
     train_run(it)
-    samples, updates, fake_updates = 8, 4, it.args.fake_updates_per_step
+    samples, updates, fake_updates = 8, 4, it.config.method.fake_updates_per_step
     anew = samples * updates // 2  # at every second visit, the predictions at the stored states
     assert it.networks.calls == {
         "student forward": samples * (sum(depths) + updates) + anew,
@@ -214,7 +214,7 @@ def test_a_launcher_that_promised_more_processes_than_there_are_is_told_so(argv,
     with pytest.raises(
         ValueError, match=r"The launcher was asked for 2 processes and made 1, .*; launch with torchrun"
     ):
-        make_accelerator(it.args)
+        make_accelerator(it.config.output)
 
 
 def test_speed_and_peak_memory_are_always_logged(argv, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ class CountedDraws(Draws):
 def test_no_random_number_of_a_run_is_used_twice(argv) -> None:
     options = {**GNDMR, "reuse_rollouts": 2, "checkpointing_steps": 4, "max_train_steps": 4, "num_renoisings": 2}
     it = make_run(argv(**options, black_box_form="perturbation", num_perturbations=2, steps_per_rollout=2))
-    draws = CountedDraws(it.args.seed, it.args.group_size)
+    draws = CountedDraws(it.config.optimisation.seed, it.config.method.group_size)
     object.__setattr__(draws, "counts", Counter())
     train_run(
         SimpleNamespace(

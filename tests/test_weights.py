@@ -15,8 +15,8 @@ from parts_families import make_pipeline
 from safetensors.torch import load_file, save_file
 
 from rdm_diffusers import RdmDistillationPipeline
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import check_pipeline, load_teacher, load_vae, pipeline_config
-from rdm_diffusers.training.arguments import parse_args
 from rdm_diffusers.training.memory_plan import plan_memory
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bounds import FREE_TEXT, PATH, Bound
+from ..config.record import without_folders
 from ..evaluation.records import JSON_FILE, read_json
 from ..families import CARD
 from ..hub import finish_exports, student_files, write_card
@@ -15,7 +16,6 @@ from ..links import write_inside
 from ..parsing import Parser
 from ..pipelines import is_student
 from ..program import run_program
-from ..training.record import without_folders
 
 BOUNDS: dict[str, Bound] = {"folder": PATH, "name": FREE_TEXT, "evaluation": PATH}
 

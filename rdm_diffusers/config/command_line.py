@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..bounds import PATH, TOKEN, Bound, Interval, OneOf
+from ..bounds import PATH, TOKEN, Bound, OneOf
 from ..families import use_token
 from ..parsing import Parser, set_bounds
 from .fields import Setting, settings_of
 from .record import command_line
-from .run_config import RunConfig, all_settings, read_yaml, subjects_of
 from .retired import RETIRED, retirement
+from .run_config import RunConfig, all_settings, read_yaml, subjects_of
 from .secrecy import refuse_secrets
 
 TOKEN_SAFE_TRACKERS = ("tensorboard", "none")  # the others keep the command line

@@ -1,4 +1,4 @@
-"""What a run takes where nothing is given: the tiny teachers' own defaults, presets, and what follows from other flags."""
+"""What a run takes where nothing is given: the tiny teachers' defaults, presets, what follows from other flags."""
 
 from __future__ import annotations
 

@@ -13,7 +13,11 @@ from .run_config import all_settings
 TEACHER = "pretrained_model_name_or_path"
 PATHS = {each.name for each in all_settings() if each.flag.is_path}
 FLAGS = {f"--{name}" for each in all_settings() if each.flag.is_path for name in each.names}
-UNSHOWN = ("--config", "--hub_token", "--resume_from_checkpoint")  # with their values: a secret, and what nobody else has
+UNSHOWN = (
+    "--config",
+    "--hub_token",
+    "--resume_from_checkpoint",
+)  # with their values: a secret, and what nobody else has
 
 
 def command_line(script: str, words: Sequence[str]) -> str:
@@ -59,9 +63,7 @@ def _cleaned(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def training_record(
-    arguments: Mapping[str, Any], updates: int, averaged: bool | None = None
-) -> dict[str, Any]:
+def training_record(arguments: Mapping[str, Any], updates: int, averaged: bool | None = None) -> dict[str, Any]:
     """`StudentConfig.training`: the `command`, all `arguments`, and what was done.
 
     Args:

@@ -155,8 +155,14 @@ class RunConfig:
         lines = [f"# Starts this run again: accelerate launch train_rdm_{self.student.kind}.py --config THIS_FILE",
                  f"student: {self.student.kind}"]  # fmt: skip
         for subject, kind in subjects_of(self.student.kind).items():
-            named = {each.names[0]: written[each.name] for each in settings_of(kind) if written.get(each.name) is not None}
-            lines += ["", f"# {subject}", yaml.safe_dump(named, sort_keys=False, allow_unicode=True).rstrip()] if named else []
+            named = {
+                each.names[0]: written[each.name] for each in settings_of(kind) if written.get(each.name) is not None
+            }
+            lines += (
+                ["", f"# {subject}", yaml.safe_dump(named, sort_keys=False, allow_unicode=True).rstrip()]
+                if named
+                else []
+            )
         return "\n".join(lines) + "\n"
 
 
@@ -188,7 +194,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(f"--config {path} cannot be read ({reason}); give a YAML file of flags and values.") from error
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise ValueError(f"--config {path} holds no flags; give a YAML file of flags and values, `rank: 32` for example.")
+        raise ValueError(
+            f"--config {path} holds no flags; give a YAML file of flags and values, `rank: 32` for example."
+        )
     return settings
 
 

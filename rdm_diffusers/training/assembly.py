@@ -100,12 +100,12 @@ def make_networks(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.optimisation.seed)
             adapters = lora_config(family, config.student)
-            return SharedBase(teacher, adapters, fold_adapters=config.fold_adapters, family=family, **common)
+            return SharedBase(teacher, adapters, config.fold_adapters, family, *common.values())
     denoisers = {STUDENT: trained(), FAKE_SCORE: trained(), TEACHER: teacher}
     for denoiser in denoisers.values():
         prepare_denoiser(denoiser, config.memory)
     dtype = None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision]
-    return SeparateNetworks(denoisers, compute_dtype=dtype, family=family, **common)
+    return SeparateNetworks(denoisers, family, *common.values(), compute_dtype=dtype)
 
 
 def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator) -> Networks:
@@ -131,8 +131,7 @@ def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, 
     for denoiser in networks.modules:
         compile_blocks(denoiser, config.memory)
     if config.method.fake_score_steps:
-        separate = isinstance(networks, SeparateNetworks)
-        fake_score = networks.denoisers[FAKE_SCORE] if separate else teacher.denoiser
+        fake_score = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else teacher.denoiser
         networks.tell_steps(
             fake_score.get_submodule(teacher.family.time_embedding_name), config.method.num_student_steps
         )
@@ -179,9 +178,9 @@ def make_objective(config: RunConfig) -> GNDM:
     return GNDM(
         group_size=method.group_size,
         gndm_lambda=method.gndm_lambda,
-        advantage_normalization=method.advantage_normalization,
+        normalization=method.advantage_normalization,
         bias_estimator=method.bias_estimator,
-        steps_per_rollout=method.steps_per_rollout,
+        states=method.steps_per_rollout,
         pool_steps=method.pool_steps,
     )
 
@@ -191,7 +190,17 @@ def teacher_contrast(run: Distillation, teacher: Teacher, count: int) -> float |
     """The standard deviation of the teacher's latents, over `count` pictures of 20 steps; None if none are wanted."""
     if count == 0:
         return None
-    raise NotImplementedError  # merged from the method's branch
+    prompts = run.prompts.prompts
+    conditioning = run.prompts.once([i * len(prompts) // count for i in range(count)])
+    generators = [run.draws.generator("contrast", i) for i in range(count)]
+    noise = torch.stack([torch.randn(run.latent_shape, generator=generator) for generator in generators])
+    scheduler = make_scheduler(teacher, CONTRAST_STEPS, eta=0.0)
+    trajectory = rollout(
+        partial(run.networks.predict, TEACHER), scheduler, [noise.to(run.draws.device)], conditioning,
+        micro_batch_size=run.micro_batch_size,
+    )  # fmt: skip
+    run.networks.calls.clear()
+    return trajectory.next[-1].std().item()
 
 
 def make_state(networks: Networks, accelerator: Accelerator, config: RunConfig) -> TrainState:

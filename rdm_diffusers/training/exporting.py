@@ -94,8 +94,9 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
         raise ValueError(f"{file} does not fit {name} ({error}); is that still the teacher of the run?") from error
     averaged = file.stem == AVERAGED
     training = training_record(read_arguments(checkpoint), updates_of(checkpoint), averaged)
-    weights, scheduler = networks.student_weights(), make_scheduler(
-        teacher, config.method.num_student_steps, config.method.eta
+    weights, scheduler = (
+        networks.student_weights(),
+        make_scheduler(teacher, config.method.num_student_steps, config.method.eta),
     )
     if config.is_lora:
         origin = {"revision": config.teacher.revision, "variant": config.teacher.variant, "training": training}
@@ -105,7 +106,7 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
 
 
 def _make_networks(teacher: Teacher, config: RunConfig) -> Networks:
-    """The student's parameters in the order of the run; nothing is sampled with these, so that one network is enough."""
+    """The student's parameters in the order of the run; nothing is sampled with these, so one network will do."""
     return make_networks(
         config.changed("memory", gradient_checkpointing=False),
         teacher.family,

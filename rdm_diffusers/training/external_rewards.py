@@ -162,14 +162,13 @@ def load_rewards(config: RunConfig, device: torch.device) -> list[WeightedReward
         )
     if loaded and rewards.reward_share > 0.5 and rewards.reward_combination == "share":
         print(
-            f"warning: --reward_share {rewards.reward_share} lets the rewards outweigh fidelity; above 0.5 is not advised."
+            f"warning: --reward_share {rewards.reward_share} lets the rewards outweigh fidelity; "
+            "above 0.5 is not advised."
         )
     return loaded
 
 
-def join_rewards(
-    loaded: list[WeightedReward], teacher: Teacher, draws: Draws, config: RunConfig
-) -> ExternalRewards:
+def join_rewards(loaded: list[WeightedReward], teacher: Teacher, draws: Draws, config: RunConfig) -> ExternalRewards:
     """Rewards as a run asks them: through the teacher's decoder, and joined as the arguments say."""
     teacher.pipeline.vae.to(draws.device)
     weights = {weighted.reward.name: weighted.weight for weighted in loaded}
@@ -177,7 +176,13 @@ def join_rewards(
         teacher.pipeline.vae.enable_gradient_checkpointing()
     return ExternalRewards(
         rewards=[weighted.reward for weighted in loaded],
-        combination=GNDMR(config.method.group_size, weights, config.rewards.reward_share, config.rewards.reward_combination, config.rewards.projection_guard),
+        combination=GNDMR(
+            config.method.group_size,
+            weights,
+            config.rewards.reward_share,
+            config.rewards.reward_combination,
+            config.rewards.projection_guard,
+        ),
         decode=partial(teacher.family.decode, teacher.pipeline),
         draws=draws,
         micro_batch_size=config.optimisation.train_batch_size,

@@ -12,13 +12,13 @@ import torch
 from diffusers.training_utils import free_memory
 
 from ..config import RunConfig
+from ..config.record import shown_arguments
 from ..errors import explain, one_line
 from ..evaluation import as_table, put, save_samples, tiny_metrics, write_metrics
 from ..families import Teacher, load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
 from ..tiny import is_tiny
-from ..config.record import shown_arguments
 from .assembly import DTYPES, load
 
 PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,12 +23,12 @@ from ..families import Conditioning, check_kinds_of_files, check_lora, family_of
 from ..families.quantization import NEEDS_GPU
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..prediction import NoiseSchedule
+from ..sharding import is_sharded_launch
 from ..tiny import MAX_SEQUENCE_LENGTHS
 from . import memory_model as model
+from .assembly import CONTRAST_STEPS, DTYPES, lora_config, prompt_options
 from .embeddings import embed_prompts
 from .finish import PICTURES_AT_ONCE
-from ..sharding import is_sharded_launch
-from .assembly import CONTRAST_STEPS, DTYPES, lora_config, prompt_options
 
 GIB = 2**30
 FLOAT = 4  # bytes of a float32
@@ -97,7 +97,7 @@ class _Planner:
     """
 
     def __init__(self, config: RunConfig, device_type: str):
-        args = argparse.Namespace(**config.as_arguments(), num_processes=int(os.environ.get('WORLD_SIZE','1')))
+        args = argparse.Namespace(**config.as_arguments(), num_processes=int(os.environ.get("WORLD_SIZE", "1")))
         args.fold_adapters = config.fold_adapters
         self.run = config
         self.args, self.device_type, self.options = args, device_type, prompt_options(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
@@ -19,8 +19,8 @@ from ..config import LoraStudentConfig, RunConfig, TeacherConfig
 from ..families import Family, Teacher, check_lora, coming_from_hub, family_of, pipeline_config
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
-from .memory_model import meta_models, meta_pipeline
 from .assembly import lora_config, make_scheduler, prompt_options
+from .memory_model import meta_models, meta_pipeline
 from .speed import prepare_denoiser
 
 ADAPTED = (nn.Linear, nn.Conv2d, nn.Conv3d)  # the kinds of layers that a LoRA is made for
@@ -98,8 +98,8 @@ def _check_steps(config: RunConfig, teacher: Teacher) -> None:
         make_scheduler(teacher, steps, config.method.eta)
     except ValueError as error:
         raise ValueError(
-            f"--num_student_steps is {steps}, for which the stock scheduler of --eta {config.method.eta:g} lays no grid of as "
-            "many times; choose another number, 1 to 8 is usual."
+            f"--num_student_steps is {steps}, for which the stock scheduler of --eta {config.method.eta:g} lays no "
+            "grid of as many times; choose another number, 1 to 8 is usual."
         ) from error
 
 

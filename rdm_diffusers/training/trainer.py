@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..config import RunConfig
 from ..config.record import training_record
 from ..evaluation.digests import digest_of_texts
@@ -55,8 +53,8 @@ class TrainOutput:
 class Trainer:
     """One run, from its configuration to its student on the Hub.
 
-    The steps are methods, in the order `check`, `load`, `train`, `export`, `evaluate`, `push`; each does those before it
-    that have not been done, as far as `train`. From the first one on, no other run may use the folder, until `close`.
+    The steps are methods, in the order `check`, `load`, `train`, `export`, `evaluate`, `push`; `load` and `train` do
+    those before them that have not been done. From the first on, no other run may use the folder, until `close`.
 
     Args:
         config: the run's, of a LoRA student or a full one.
@@ -142,11 +140,9 @@ class Trainer:
         if not self._first("load"):
             return
         config, accelerator = self.config, self.accelerator
-        if accelerator.is_main_process:
-            write_whole(self.folder / CONFIG_FILE, config.as_yaml())
         self.teacher = load(config, accelerator.device)
         self.texts = read_texts(self.teacher, self.prompts, config, accelerator)
-        self.networks = networks_of_run(config, self.teacher, self.texts.nothing, accelerator)
+        self.networks = self.make_networks()
         self.distillation = make_distillation(
             self.teacher, self.networks, self.texts, self.rewards, config, accelerator
         )
@@ -157,10 +153,16 @@ class Trainer:
         if self.checkpoint:
             go_on_from(self.checkpoint, self.folder, self.state, accelerator)
 
+    def make_networks(self) -> Networks:
+        """The three roles; a subclass may have others."""
+        return networks_of_run(self.config, self.teacher, self.texts.nothing, self.accelerator)
+
     def train(self) -> TrainOutput:
-        """Trains to the end, or until a signal or `stop`, which leave a checkpoint."""
+        """Trains to the end, or until a signal or `stop`, which leave a checkpoint. Writes `config.yaml` before."""
         self.load()
         start_trackers(self.accelerator, self.config)
+        if self.accelerator.is_main_process:
+            write_whole(self.folder / CONFIG_FILE, self.config.as_yaml())
         number = train(self)
         end_trackers(self.accelerator)
         return TrainOutput(self.state.update, number)
@@ -195,7 +197,7 @@ class Trainer:
         source, scheduler = self.config.teacher, self.distillation.scheduler
         training = training_record(self.arguments, self.state.update)
         if isinstance(self.networks, SeparateNetworks):
-            trained = self.networks.denoisers[STUDENT].config
+            trained: Any = self.networks.denoisers[STUDENT].config
             export_full(self.folder, self.teacher, weights, trained, scheduler, training)
         else:
             origin = {"revision": source.revision, "variant": source.variant, "training": training}
