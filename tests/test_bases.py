@@ -28,7 +28,7 @@ import rdm_diffusers.pipelines.saving
 from rdm_diffusers import RdmDistillationPipeline, RdmScheduler, RdmStableDiffusionPipeline
 from rdm_diffusers.families import FAMILIES, rebuilt
 from rdm_diffusers.pipelines import CLASSES
-from rdm_diffusers.pipelines.bases import check_base
+from rdm_diffusers.pipelines.pipeline_rdm import check_noise_schedule
 from rdm_diffusers.pipelines.student_config import StudentConfig
 from rdm_diffusers.tiny import resolve_teacher
 
@@ -95,19 +95,21 @@ def student_of(name: str, scheduler: RdmScheduler) -> StudentConfig:
 
 def test_flow_bases_of_whatever_shift_are_taken_and_those_of_another_range_of_times_are_not() -> None:
     student = student_of("FluxPipeline", RdmScheduler(**FLOW))
-    check_base(student, "base", FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True))
+    check_noise_schedule(student, "base", FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True))
     with pytest.raises(ValueError, match="with another noise schedule than that of base"):
-        check_base(student, "base", FlowMatchEulerDiscreteScheduler(num_train_timesteps=500))
+        check_noise_schedule(student, "base", FlowMatchEulerDiscreteScheduler(num_train_timesteps=500))
 
 
 def test_zero_terminal_snr_is_the_same_schedule_in_every_stock_scheduler() -> None:
     zero = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     student = student_of("StableDiffusionPipeline", RdmScheduler(beta_start=1e-4, beta_end=0.02, **zero))
     for stock in (DDIMScheduler, EulerDiscreteScheduler):
-        check_base(student, "base", stock(beta_start=1e-4, beta_end=0.02, beta_schedule="scaled_linear", **zero))
+        check_noise_schedule(
+            student, "base", stock(beta_start=1e-4, beta_end=0.02, beta_schedule="scaled_linear", **zero)
+        )
     with pytest.raises(ValueError, match="with another noise schedule"):
         plain = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="scaled_linear", prediction_type="v_prediction")
-        check_base(student, "base", DDIMScheduler(**plain))
+        check_noise_schedule(student, "base", DDIMScheduler(**plain))
 
 
 def saved(pipeline, folder: Path) -> dict:
@@ -119,7 +121,7 @@ def test_disabled_adapters_are_not_fused_when_saving(pipeline, tmp_path: Path, c
     pipeline.disable_lora()
     logging.getLogger("rdm_diffusers").propagate = True
     saved(pipeline, tmp_path)
-    assert caplog.text.count("adapters of the UNet2DConditionModel are disabled, so that it is saved without") == 1
+    assert caplog.text.count("adapters of the UNet2DConditionModel are disabled, so it is saved without them") == 1
     teacher = StableDiffusionPipeline.from_pretrained(resolve_teacher("tiny")).unet.state_dict()
     unet = StableDiffusionPipeline.from_pretrained(tmp_path).unet.state_dict()
     assert unet.keys() == teacher.keys() and all(torch.equal(unet[name], teacher[name]) for name in unet)

@@ -90,7 +90,7 @@ def test_a_time_without_noise_is_finite_for_betas_that_begin_with_zero() -> None
 
 
 def test_epsilon_prediction_with_zero_terminal_snr_is_refused() -> None:
-    said = "Epsilon prediction with zero terminal SNR says nothing of x0 at the noisiest time; set rescale_betas_zero"
+    said = "Epsilon prediction with zero terminal SNR does not determine x0 at the noisiest time; set rescale_betas"
     with pytest.raises(ValueError, match=said):
         RdmScheduler(rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match=said):
@@ -229,7 +229,7 @@ def test_a_number_beside_timesteps_is_refused_as_lcm_refuses_it(timesteps: list[
 @pytest.mark.parametrize("kind", ["sigmas", "timesteps"])
 def test_a_number_beside_a_flow_grid_of_another_length_is_refused(kind: str) -> None:
     grid = [1.0, 0.5] if kind == "sigmas" else [1000.0, 500.0]
-    with pytest.raises(ValueError, match="num_inference_steps is 4, and a grid of 2 is given as well; give one of"):
+    with pytest.raises(ValueError, match="num_inference_steps is 4, and a grid of 2 steps is given; give one of"):
         RdmScheduler(**FLOW).set_timesteps(4, **{kind: grid})
     RdmScheduler(**FLOW).set_timesteps(2, **{kind: grid})
 
@@ -237,9 +237,9 @@ def test_a_number_beside_a_flow_grid_of_another_length_is_refused(kind: str) -> 
 def test_requests_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="Both timesteps and sigmas are given; give one of them"):
         RdmScheduler(**FLOW).set_timesteps(timesteps=[1000, 500], sigmas=[1.0, 0.5])
-    with pytest.raises(ValueError, match="sigmas are of flow matching, and this student is not; give timesteps"):
+    with pytest.raises(ValueError, match="sigmas are for flow matching, which this student does not use; give"):
         RdmScheduler().set_timesteps(sigmas=[1.0, 0.5])
-    with pytest.raises(ValueError, match="must be of whole timesteps"):
+    with pytest.raises(ValueError, match="must consist of whole timesteps"):
         RdmScheduler().set_timesteps(timesteps=[999, 499.5])
     for grid in ([float("nan")], [1.0, float("nan")], [float("inf"), 1.0]):
         with pytest.raises(ValueError, match="must descend strictly and lie between 0 and 1000"):

@@ -124,7 +124,7 @@ def test_a_stock_pipeline_becomes_a_student_and_shares_its_components(student: P
     assert torch.equal(draw(pipeline), draw(RdmDistillationPipeline.from_pretrained(student)))
     again = RdmDistillationPipeline.from_pipe(pipeline)
     assert again.student == pipeline.student and again.unet is pipeline.unet
-    with pytest.raises(ValueError, match="A stock pipeline knows no student; give its folder or Hub id as `student`"):
+    with pytest.raises(ValueError, match="A stock pipeline has no student; give its folder or Hub id as `student`"):
         RdmDistillationPipeline.from_pipe(stock)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..families import Conditioning
 from ..schedulers import RdmScheduler
-from ..schedulers.log_density import gaussian_log_prob
+from ..schedulers.transitions import gaussian_log_prob
 from .rollout import PredictX0, Trajectory, predict_in_parts
 
 IMPORTANCE_WEIGHTINGS = ("none", "clipped", "self_normalized")

@@ -1,4 +1,8 @@
-"""The student's README.md, a model card made from what lies in its folder."""
+"""The student's README.md, a model card that is made from the files in its folder.
+
+The metadata are huggingface_hub's `ModelCardData`. The text has a template of our own, because neither `ModelCard` nor
+diffusers' `load_or_create_model_card` escapes foreign text (prompts, names, licences) in what it fills in.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +27,9 @@ from .student_files import student_files
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 NEW_CARD = "README.new.md"
-FLOAT32 = "dtype=torch.float32"  # else text encoders come as they were stored, which may be half as precise
+FLOAT32 = "dtype=torch.float32"  # otherwise text encoders load as they were stored, perhaps in half precision
 MARK = "\n<!-- written by rdm-diffusers; edited since, if this is not its digest: {} -->\n"
-# What a card tells of the training, where all that a row names is known.
+# The table of the training. A row is left out if one of its values is unknown.
 ROWS = {
     "student": "{size}; {num_student_steps} steps, eta {eta}",
     "R_dm": "{algorithm}, groups of {group_size}, lambda {gndm_lambda}, teacher's guidance {guidance_scale}",
@@ -46,31 +50,29 @@ def write_card(folder: Path, name: str | None = None, overwrite: bool = False) -
 
     Args:
         folder: the student's.
-        name: what the card tells its reader to load it by; the folder's path by default.
-        overwrite: whether a card that somebody has edited is replaced, too.
+        name: the name that readers load the student by; the folder's path by default.
+        overwrite: whether to replace a card that somebody has edited, too.
 
     Returns:
-        The file: `README.md`, or beside one that somebody has edited `README.new.md`.
+        The file: `README.md`, or `README.new.md` beside a card that somebody has edited.
 
     Raises:
-        ValueError: if the folder holds no student, a damaged one, or links that leave it, or if its teacher's
-            configuration cannot be had.
+        ValueError: if the folder holds no student, a damaged one, or links that leave it, or if the teacher's
+            configuration cannot be read.
     """
-    student_files(folder)  # first, as links may lead to what is no student's
-    text = str(render(facts_of(folder, name or str(folder))))
-    card = folder / CARD
-    fresh = overwrite or not card.exists() or is_untouched(card.read_text("utf-8", "replace"))
-    return write_inside(folder, CARD if fresh else NEW_CARD, f"{text}{MARK.format(digest_of(text))}")
+    student_files(folder)  # first, because it refuses links out of the folder
+    text, card = str(render(facts_of(folder, name or str(folder)))), folder / CARD
+    replace = overwrite or not card.exists() or is_untouched(card.read_text("utf-8", "replace"))
+    return write_inside(folder, CARD if replace else NEW_CARD, f"{text}{MARK.format(_digest_of(text))}")
 
 
 def is_untouched(card: str) -> bool:
     """Whether a card is as it was written, by the digest at its end."""
     text, mark, digest = card.rpartition(MARK.split("{")[0])
-    return bool(mark) and digest.startswith(digest_of(text))
+    return bool(mark) and digest.startswith(_digest_of(text))
 
 
-def digest_of(text: str) -> str:
-    """Some letters that another text would not have."""
+def _digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -82,7 +84,7 @@ def render(facts: CardFacts) -> ModelCard:
     classes = [student.pipeline_class, *([scheduler_class] if student.is_lora else []), facts.vae_class]
     template = Environment(finalize=escaped).from_string(TEMPLATE.read_text("utf-8"))
     content = template.render(
-        card_data=Markdown(card_data(facts).to_yaml()),
+        card_data=Markdown(_card_data(facts).to_yaml()),
         facts=facts,
         student=student,
         command=fenced(student.training["command"], "bash") if student.training.get("command") else None,
@@ -105,8 +107,8 @@ def render(facts: CardFacts) -> ModelCard:
     return ModelCard(content)
 
 
-def card_data(facts: CardFacts) -> ModelCardData:
-    """The metadata that the Hub reads."""
+def _card_data(facts: CardFacts) -> ModelCardData:
+    """The metadata for the Hub."""
     student = facts.student
     tags = ["diffusers", *(["lora"] if student.is_lora else []), "text-to-image", "distillation", "few-step", "rdm"]
     optional: dict[str, Any] = {tag: plain(student.license[tag]) for tag in LICENSE_TAGS if tag in student.license}
@@ -123,14 +125,15 @@ def card_data(facts: CardFacts) -> ModelCardData:
 
 
 def hyperparameters(facts: CardFacts) -> dict[str, str]:
-    """The rows of `ROWS`, as far as they are known."""
-    known = {name: value for name, value in {**facts.student.arguments, **_derived(facts)}.items() if value is not None}
-    named = {label: [name for _, name, _, _ in Formatter().parse(row) if name] for label, row in ROWS.items()}
-    return {label: row.format(**known) for label, row in ROWS.items() if known.keys() >= set(named[label])}
+    """The rows of `ROWS` whose values are all known."""
+    entries = {**facts.student.arguments, **_derived(facts)}
+    values = {name: value for name, value in entries.items() if value is not None}
+    needed = {label: {name for _, name, _, _ in Formatter().parse(row) if name} for label, row in ROWS.items()}
+    return {label: row.format(**values) for label, row in ROWS.items() if values.keys() >= needed[label]}
 
 
 def _derived(facts: CardFacts) -> dict[str, Any]:
-    """What the rows name beyond the run's arguments; None where it is not known."""
+    """The values in the rows that are no arguments of the run; None if unknown."""
     own, training = facts.student.arguments, facts.student.training
     sizes = [own.get(name) for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes")]
     lora = f"LoRA, rank {own.get('rank')}, alpha {own.get('lora_alpha')}{'' if facts.student.is_lora else ', fused'}"
@@ -149,7 +152,7 @@ def _derived(facts: CardFacts) -> dict[str, Any]:
 
 
 def _base_arguments(facts: CardFacts) -> list[str]:
-    """What stock diffusers loads the base model of a LoRA by, as code."""
+    """The arguments with which stock diffusers loads a LoRA's base model, as code."""
     student = facts.student
     base = f"TINY_TEACHERS[{quoted(student.teacher)}]" if facts.is_embedded else quoted(student.teacher)
     vae = [f"vae={facts.vae_class}.from_pretrained({quoted(student.vae)})"] if facts.vae_class else []

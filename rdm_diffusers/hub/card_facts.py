@@ -1,4 +1,4 @@
-"""What a student's folder tells of it, for its card."""
+"""What a model card states about a student, read from the student's folder."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from safetensors import SafetensorError, safe_open
 from ..families import FAMILIES, LORA_FILE, absent_components, family_of, pipeline_config
 from ..json_files import described
 from ..pipelines import StudentConfig
-from ..pipelines.lora_file import REMEDY
+from ..pipelines.student_config import REMEDY
 from ..tiny import is_tiny
-from .card_metrics import read_evaluation, read_metrics
+from .card_metrics import EVALUATION_FILE, METRICS_FILE, read_record
 from .student_files import is_hub_id, read_scheduler
 
-PROMPT = "a photograph of an astronaut riding a horse"  # where nothing says what the teacher draws
+PROMPT = "a photograph of an astronaut riding a horse"  # if no prompts are recorded
 TINY_PROMPT = "a red seven on a blue background"
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card tells.
+    """What a card states.
 
     Args:
-        name: what the student is loaded by: a folder or a Hub id.
+        name: the folder or Hub id that readers load the student by.
         student: its configuration.
         scheduler: the configuration of its stock scheduler.
         absent: components that the base model, or a full student, was saved without.
-        vae_class: the class of the autoencoder, for a student with another one than its base model's.
-        prompts: of the pictures, or else one as an example.
-        pictures: paths of the student's pictures in the folder, one a prompt.
-        comfyui: path of the file for ComfyUI in the folder, if there is one, and ComfyUI can have the base model.
-        weights_dtype: of the student's weights in the folder, `float32` for example.
+        vae_class: the autoencoder's class, if the student has another autoencoder than its base model.
+        prompts: of the pictures; without pictures one example.
+        pictures: their paths in the folder, one for each prompt.
+        comfyui: path of the file for ComfyUI in the folder, if there is one and ComfyUI can load the base model.
+        weights_dtype: of the student's weights in the folder, for example `float32`.
         samples: whether there is a `samples.png`.
-        metrics, evaluation: what those files hold, if they are there.
-        trained: False for a card that waits for its student.
+        metrics, evaluation: the contents of these files, if they exist.
+        trained: False for a card that is written before the training.
     """
 
     name: str
@@ -56,26 +56,26 @@ class CardFacts:
 
     @property
     def teacher(self) -> str:
-        """The base model by its name; never this machine's path to it."""
+        """The base model's name, never its local path."""
         return Path(self.student.teacher or "an unknown teacher").name if self.is_local else str(self.student.teacher)
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the base model is one of this package's own."""
+        """Whether this package includes the base model."""
         return is_tiny(self.student.teacher or "")
 
     @property
     def is_local(self) -> bool:
-        """Whether the base model is nothing that the Hub knows."""
+        """Whether the base model is not on the Hub."""
         return self.is_embedded or not is_hub_id(self.student.teacher or "")
 
 
 def facts_of(folder: Path, name: str) -> CardFacts:
-    """What a student's folder tells; the base model's parts are looked up where the base model is."""
+    """The facts about a student in a folder; those about its base model are read from the base model."""
     student = StudentConfig.load(str(folder))
     family_of({"_class_name": student.pipeline_class})
     source = str(student.base_model_name_or_path) if student.is_lora else str(folder.resolve())
-    config, metrics = pipeline_config(source, revision=student.revision), read_metrics(folder)
+    config, metrics = pipeline_config(source, revision=student.revision), read_record(folder / METRICS_FILE)
     embedded = is_tiny(student.teacher or "")
     return CardFacts(
         name=name,
@@ -84,23 +84,23 @@ def facts_of(folder: Path, name: str) -> CardFacts:
         absent=list(absent_components(config)),
         vae_class=config["vae"][1] if student.vae else None,
         prompts=(metrics or {}).get("prompts") or [TINY_PROMPT if embedded else PROMPT],
-        pictures=sorted(_relative(folder, "pictures/*.png"), key=lambda path: (len(path), path)),
-        comfyui=None if embedded else next(_relative(folder, "comfyui/*.safetensors"), None),
+        pictures=sorted(_paths(folder, "pictures/*.png"), key=lambda path: (len(path), path)),
+        comfyui=None if embedded else next(_paths(folder, "comfyui/*.safetensors"), None),
         weights_dtype=_dtype_of(folder, student),
         samples=(folder / "samples.png").exists(),
         metrics=metrics,
-        evaluation=read_evaluation(folder),
+        evaluation=read_record(folder / EVALUATION_FILE),
     )
 
 
-def _relative(folder: Path, pattern: str) -> Iterator[str]:
+def _paths(folder: Path, pattern: str) -> Iterator[str]:
     return (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
 
 
 def _dtype_of(folder: Path, student: StudentConfig) -> str | None:
-    """The precision of a student's weights; None where they are not there."""
-    where = LORA_FILE if student.is_lora else f"{FAMILIES[student.pipeline_class].denoiser_name}/*.safetensors"
-    for path in folder.glob(where):
+    """The dtype of a student's weights; None without weights."""
+    pattern = LORA_FILE if student.is_lora else f"{FAMILIES[student.pipeline_class].denoiser_name}/*.safetensors"
+    for path in folder.glob(pattern):
         try:
             with safe_open(path, "pt") as file:
                 return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")

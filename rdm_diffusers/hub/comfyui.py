@@ -1,9 +1,9 @@
 """A LoRA student as one file for ComfyUI, and for U-Nets also for kohya's tools and the AUTOMATIC1111 web UI.
 
-U-Nets' files carry kohya's names, `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`. The path
-is diffusers' for Stable Diffusion 1 and 2, and Stability's for SDXL, because that is what kohya's tools and the web UI
-know of each. Transformers' files carry diffusers' names, with the alpha folded into the second matrix. diffusers itself
-loads all three kinds.
+U-Nets' files have kohya's names, `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`. The path
+is diffusers' for Stable Diffusion 1 and 2, and Stability's for SDXL, because kohya's tools and the web UI expect these.
+Transformers' files have diffusers' names, with the alpha multiplied into the second matrix. diffusers itself loads all
+three kinds.
 """
 
 from __future__ import annotations
@@ -21,38 +21,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..families import FAMILIES, LORA_FILE, Family, fetch, pipeline_config
+from ..json_files import read_object
 from ..pipelines import StudentConfig
+from ..pipelines.student_config import REMEDY
 from ..tiny import resolve_teacher
 from .stability_names import stability_names
 
 logger = logging.get_logger(__name__)
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-DISCRETE = {"v_prediction": "v_prediction", "sample": "x0"}  # predictions in ComfyUI's words; checkpoints tell few
-SDXL_BASE = "sdxl_base_v1-0"  # what kohya's tools call it, and AUTOMATIC1111's web UI knows it by
+DISCRETE = {"v_prediction": "v_prediction", "sample": "x0"}  # ComfyUI's names of predictions, if not epsilon
+SDXL_BASE = "sdxl_base_v1-0"  # the base model's name for kohya's tools and AUTOMATIC1111's web UI
 
 
 def has_comfyui(pipeline_class: str) -> bool:
-    """Whether ComfyUI reads LoRAs of students of a stock pipeline, given by its name."""
+    """Whether ComfyUI reads LoRAs for a stock pipeline, given by its name."""
     return FAMILIES[pipeline_class].comfyui_keys is not None
 
 
 def check_comfyui(pipeline_class: str) -> None:
-    """Refuses families whose LoRAs ComfyUI does not read.
-
-    Args:
-        pipeline_class: the stock pipeline's name.
-
-    Raises:
-        ValueError: naming the formats that there are.
-    """
+    """Raises ValueError, with the formats that exist, for a stock pipeline whose LoRAs ComfyUI does not read."""
     if not has_comfyui(pipeline_class):
         others = "lora or full" if FAMILIES[pipeline_class].has_lora else "full"
         raise ValueError(f"ComfyUI reads no LoRAs of students of {pipeline_class}; export them with --format {others}.")
 
 
 def comfyui_name(folder: Path) -> str:
-    """The name of a student's file for ComfyUI, after its folder; never one that diffusers would take for its own."""
+    """The file's name, after the student's folder, but never one that diffusers would load as its own."""
     name = folder.resolve().name or "student"
     return f"{name}-comfyui.safetensors" if f"{name}.safetensors".endswith(LORA_FILE) else f"{name}.safetensors"
 
@@ -67,36 +62,37 @@ def write_comfyui(
     """Writes the LoRA of a student's folder as one file.
 
     Args:
-        folder: a LoRA student's: its `pytorch_lora_weights.safetensors` and `rdm_config.json` are read.
+        folder: a LoRA student's.
         target: the file; its folder is made.
         pipeline_class: the stock pipeline's name.
-        dtype: of the weights; as in the folder by default. Alphas are float32.
-        config: of the base model's network; by default it is read where the base model is, if it is needed.
+        dtype: of the weights; unchanged by default. Alphas are float32.
+        config: of the base model's network; if it is needed and not given, it is read from the base model.
 
     Raises:
-        ValueError: if ComfyUI reads no LoRAs of this family, or if the configuration is needed and cannot be had.
+        ValueError: if ComfyUI reads no LoRAs of this family, or if a file is missing or damaged.
     """
     check_comfyui(pipeline_class)
     family, student = FAMILIES[pipeline_class], StudentConfig.load(str(folder))
     weights, header = read_lora(folder)
     alpha = json.loads(header[LORA_ADAPTER_METADATA_KEY])[f"{family.denoiser_name}.lora_alpha"]
     if family.comfyui_keys == "stability" and config is None:
-        config = network_config(student)
+        config = _network_config(student)
     tensors = as_comfyui(weights, alpha, family, config or {})
     rank = max(tensor.shape[0] for name, tensor in weights.items() if name.endswith(DOWN))
-    shown = _header(target.stem, family, student, weights)
-    folded = not any(name.endswith(".alpha") for name in tensors)
-    shown |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank if folded else alpha))}
-    cast = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    has_alphas = any(name.endswith(".alpha") for name in tensors)
+    metadata = _metadata(target.stem, family, student, weights)
+    metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(alpha if has_alphas else rank))}
+    if dtype is not None:  # alphas stay as they are, because bfloat16 cannot represent every one of them
+        tensors = {name: each if name.endswith(".alpha") else each.to(dtype) for name, each in tensors.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(cast, target, {"format": "pt", **shown})
+    save_file({name: each.contiguous() for name, each in tensors.items()}, target, {"format": "pt", **metadata})
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights of a LoRA student's folder, by their names in diffusers, and the header of their file.
+    """A LoRA student's weights, by their names in diffusers, and the header of their file.
 
     Raises:
-        ValueError: if the file is missing or damaged, or its header holds no adapter.
+        ValueError: if the file is missing or damaged, or its header describes no adapter.
     """
     path = folder / LORA_FILE
     try:
@@ -105,24 +101,17 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         json.loads(header[LORA_ADAPTER_METADATA_KEY])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); download or export the student again.") from error
+        raise ValueError(f"{path} is missing or damaged ({error}); {REMEDY}.") from error
     return weights, header
 
 
-def network_config(student: StudentConfig) -> dict[str, Any]:
-    """The configuration of a LoRA student's network, as its base model has it.
-
-    Raises:
-        ValueError: if it cannot be had, saying why and what to do.
-    """
+def _network_config(student: StudentConfig) -> dict[str, Any]:
+    """The configuration of the base model's network."""
     base = student.base_model_name_or_path or ""
-    pipeline_config(base, revision=student.revision)  # says in one sentence what is wrong with a base model
+    pipeline_config(base, revision=student.revision)  # reports in one sentence what is wrong with a base model
     path, folder = f"{FAMILIES[student.pipeline_class].denoiser_name}/config.json", Path(resolve_teacher(base))
     file = folder / path if folder.is_dir() else fetch("teacher", base, path, revision=student.revision)
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} is missing or damaged; save or download the base model again.") from error
+    return read_object(file, "save or download the base model again", finite=False)
 
 
 def as_comfyui(
@@ -130,15 +119,15 @@ def as_comfyui(
 ) -> dict[str, Tensor]:
     """A LoRA's weights under the names that ComfyUI reads.
 
-    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, or has Stability's path, with an alpha for every
-    module. Those of transformers keep their names; `alpha / rank` goes into the second matrices, as readers take a
-    missing alpha for the rank.
+    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, perhaps with Stability's path, and every module
+    has an alpha. Transformers' names stay; their second matrices are multiplied by `alpha / rank`, because readers
+    take a missing alpha to be the rank.
 
     Args:
-        weights: `[rank, ...]` and `[..., rank]` by their names in diffusers, the component's name first.
+        weights: `[rank, ...]` and `[..., rank]` by their names in diffusers, which begin with the component.
         alpha: the LoRA's, for all modules.
         family: the teacher's.
-        config: of the teacher's network; used if the family's names are Stability's.
+        config: of the teacher's network; used only for Stability's names.
     """
     if family.comfyui_keys == "diffusers":
         return {
@@ -147,39 +136,34 @@ def as_comfyui(
         }
     split = {name: name.removeprefix(f"{family.denoiser_name}.").rpartition(".lora_") for name in weights}
     paths = _paths({path for path, _, _ in split.values()}, family, config)
-    named = {}
+    tensors = {}
     for name, tensor in weights.items():
         path, _, matrix = split[name]
         module = f"lora_unet_{paths[path].replace('.', '_')}"
-        named[f"{module}.{'lora_down' if matrix == 'A.weight' else 'lora_up'}.weight"] = tensor
-        named[f"{module}.alpha"] = torch.tensor(float(alpha))
-    return named
+        tensors[f"{module}.{'lora_down' if matrix == 'A.weight' else 'lora_up'}.weight"] = tensor
+        tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+    return tensors
 
 
 def _paths(modules: Iterable[str], family: Family, config: Mapping[str, Any]) -> dict[str, str]:
-    """What the modules are called, by their paths in diffusers."""
+    """The modules' paths in the file, by those in diffusers."""
     if family.comfyui_keys == "stability":
         try:
             return stability_names(modules, config)
         except ValueError as reason:
             logger.warning(
-                f"The file for ComfyUI keeps diffusers' names of blocks, which ComfyUI reads and kohya's tools and the "
-                f"AUTOMATIC1111 web UI do not: this U-Net is not laid out as Stability's, {reason}."
+                f"The file for ComfyUI keeps diffusers' block names, which ComfyUI reads, but kohya's tools and the "
+                f"AUTOMATIC1111 web UI do not, because this U-Net is not laid out as Stability's: {reason}."
             )
     return {path: path for path in modules}
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Alphas stay as they are: not every one of them is a number of bfloat16."""
-    return (tensor if dtype is None or name.endswith(".alpha") else tensor.to(dtype)).contiguous()
-
-
-def _header(title: str, family: Family, student: StudentConfig, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """What tools show of the file, in the words of ModelSpec and of kohya's tools."""
+def _metadata(title: str, family: Family, student: StudentConfig, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """The file's metadata, in the terms of ModelSpec and of kohya's tools."""
     widths = [tensor.shape[1] for name, tensor in weights.items() if name.endswith(f"attn2.to_k{DOWN}")]
     prediction_type = student.scheduler["prediction_type"]
     architecture = family.architecture(widths[0] if widths else None, prediction_type)
-    header = {
+    metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
@@ -190,21 +174,21 @@ def _header(title: str, family: Family, student: StudentConfig, weights: Mapping
         "ss_network_module": "networks.lora",
     }
     if prediction_type in ("epsilon", "v_prediction"):
-        header["modelspec.prediction_type"] = prediction_type.removesuffix("_prediction")
-        header["ss_v2"] = str("-v2-" in architecture)
-    return header | ({"ss_base_model_version": SDXL_BASE} if "-xl-" in architecture else {})
+        metadata["modelspec.prediction_type"] = prediction_type.removesuffix("_prediction")
+        metadata["ss_v2"] = str("-v2-" in architecture)
+    return metadata | ({"ss_base_model_version": SDXL_BASE} if "-xl-" in architecture else {})
 
 
 def _usage_hint(student: StudentConfig) -> str:
-    """How the student is sampled, in ComfyUI's words, where a CFG of 1 is off."""
-    told = student.call_arguments.get("guidance_scale")
+    """How to sample the student, in ComfyUI's terms, where a CFG of 1 is off."""
+    guidance = student.call_arguments.get("guidance_scale")
     hint = f"{student.num_inference_steps} steps, CFG 1, sampler {comfyui_sampler(student)}"
     node = (comfyui_node(student) or "").replace("*", "")
-    return ", ".join(filter(None, (hint, node, f"embedded guidance {told}" if told else "")))
+    return ", ".join(filter(None, (hint, node, f"embedded guidance {guidance}" if guidance else "")))
 
 
 def comfyui_node(student: StudentConfig) -> str | None:
-    """The node that has ComfyUI take the network's output and times as the student does; None where it does anyway."""
+    """The node that makes ComfyUI use the student's prediction type and times; None if it needs none."""
     sampling = DISCRETE.get(student.scheduler.get("prediction_type", ""))
     if sampling is None:
         return FAMILIES[student.pipeline_class].comfyui_shift

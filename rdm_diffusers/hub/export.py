@@ -1,4 +1,4 @@
-"""Writes a student in files that stock diffusers loads, and that our pipeline upgrades."""
+"""Writes a student as files that stock diffusers loads, and that our pipeline loads with its trained settings."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
 def export_lora(
     folder: Path, teacher: Teacher, weights: Mapping[str, Tensor], scheduler: RdmScheduler, **origin
 ) -> None:
-    """Writes `pytorch_lora_weights.safetensors`, `scheduler/`, `rdm_config.json`, and a file for ComfyUI if it has one.
+    """Writes `pytorch_lora_weights.safetensors`, `scheduler/`, `rdm_config.json`, and if possible a file for ComfyUI.
 
     Args:
-        folder: an existing folder; an older student in it is replaced, whole or not at all.
+        folder: an existing folder; an older student in it is replaced, as a whole or not at all.
         teacher: the teacher that the LoRA belongs to, with its adapters.
         weights: the student's (`Networks.student_weights`).
         scheduler: the student's sampler with its trained grid.
@@ -51,12 +51,12 @@ def export_lora(
         stock.save_pretrained(new / "scheduler")
         names["weights_sha256"] = digest_of_lora(new / LORA_FILE)
         names["scheduler_sha256"] = digest_of(read_scheduler(new))
-        student_config(teacher, scheduler, **names, **origin).save(new)
+        _student_config(teacher, scheduler, **names, **origin).save(new)
         _add_comfyui(new, teacher.family.pipeline_class.__name__, teacher.denoiser.config)
 
 
 def _add_comfyui(folder: Path, pipeline_class: str, config: Mapping | None = None) -> None:
-    """Writes `comfyui/<folder's name>.safetensors`, deep enough not to be found by `load_lora_weights`."""
+    """Writes `comfyui/<folder's name>.safetensors`, in a subfolder where `load_lora_weights` does not find it."""
     if has_comfyui(pipeline_class):
         write_comfyui(folder, folder / COMFYUI_FOLDER / comfyui_name(folder), pipeline_class, config=config)
 
@@ -72,11 +72,9 @@ def export_full(
     """Writes a whole stock pipeline: the teacher's, with the student's network and scheduler, and `rdm_config.json`.
 
     Args:
-        folder: an existing folder; an older student in it is replaced, whole or not at all.
-        teacher: the teacher, which lends its text encoders and autoencoder.
-        weights: the student's (`Networks.student_weights`).
+        folder, weights, scheduler: as in `export_lora`.
+        teacher: the teacher, whose text encoders and autoencoder the student shares.
         config: the student network's configuration.
-        scheduler: the student's sampler with its trained grid.
         training: as in `StudentConfig`.
 
     Raises:
@@ -87,18 +85,13 @@ def export_full(
     denoiser.load_state_dict(weights, assign=True)
     pipeline_class = CLASSES[teacher.family.pipeline_class.__name__]
     pipeline = rebuilt(pipeline_class, teacher.pipeline, **{teacher.family.denoiser_name: denoiser})
-    pipeline.student = student_config(teacher, scheduler, base_model_name_or_path=None, training=training or {})
+    pipeline.student = _student_config(teacher, scheduler, base_model_name_or_path=None, training=training or {})
     with replacing(folder) as new:
         pipeline.save_pretrained(new)
 
 
 def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a LoRA student's files anew, as `export_lora` does, with weights of another precision.
-
-    Args:
-        source: the student's folder.
-        folder: an existing one.
-        dtype: of the weights.
+    """Writes a LoRA student's files again, from one folder into another, with weights of another precision.
 
     Raises:
         WritingError: for example on a full disk.
@@ -113,12 +106,7 @@ def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def write_full(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a student as a whole stock pipeline, with a LoRA added to its base's weights (in float32).
-
-    Args:
-        source: the student's folder, LoRA or full.
-        folder: an existing one.
-        dtype: of all networks' weights.
+    """Writes a student as a whole stock pipeline of a precision; a LoRA is added to its base's weights in float32.
 
     Raises:
         WritingError: for example on a full disk.
@@ -126,17 +114,16 @@ def write_full(source: Path, folder: Path, dtype: torch.dtype) -> None:
     pipeline = RdmDistillationPipeline.from_pretrained(source, dtype=torch.float32)
     denoiser = FAMILIES[StudentConfig.load(str(source)).pipeline_class].denoiser(pipeline)
     if getattr(denoiser, "peft_config", None):
-        denoiser.fuse_lora()  # in place, because a large network should not be here twice
+        denoiser.fuse_lora()  # in place, because memory may not hold a large network twice
         denoiser.unload_lora()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module) and part.dtype != dtype:
-            torch.nn.Module.to(part, dtype)  # diffusers' own warns of modules that stay in float32 where there are none
+            torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns without cause of float32 modules
     with writing(folder):
         pipeline.save_pretrained(folder)
 
 
-def student_config(teacher: Teacher, scheduler: RdmScheduler, **origin) -> StudentConfig:
-    """What a student's folder says of it."""
+def _student_config(teacher: Teacher, scheduler: RdmScheduler, **origin) -> StudentConfig:
     revision = origin.get("revision") or origin.get("training", {}).get("arguments", {}).get("revision")
     return StudentConfig(
         pipeline_class=teacher.family.pipeline_class.__name__,

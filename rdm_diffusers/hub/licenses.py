@@ -1,4 +1,4 @@
-"""The licence of a base model, as its own card tells it; a student comes under the same."""
+"""The licence of a base model, from its own card; a student comes under the same."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from ..families import CARD, fetch
 from ..tiny import is_tiny
 
 MAX_CHARACTERS = 2**16  # of a card's beginning
-MAX_BRACKETS = 500  # in its metadata; PyYAML takes a time that grows with the square of their number
+MAX_BRACKETS = 500  # in its metadata; PyYAML's time grows with the square of their number
 LICENSE_TAGS = ("license", "license_name", "license_link")
 
 
 def license_of(name_or_path: str, revision: str | None = None) -> dict[str, str]:
-    """The licence tags of a base model.
+    """Those of `LICENSE_TAGS` that a base model's card has; none if there is no readable card.
 
     Args:
         name_or_path: an embedded teacher's name, a folder, or a Hub id.
         revision: of a Hub repository.
-
-    Returns:
-        Those of `LICENSE_TAGS` that its card has; none where there is no card that can be read.
     """
     if is_tiny(name_or_path):
         return {"license": "apache-2.0"}
@@ -46,11 +43,10 @@ def license_of(name_or_path: str, revision: str | None = None) -> dict[str, str]
 
 
 def _metadata(card: Path) -> dict[str, Any]:
-    """What stands between the two lines `---` at the top of a card.
+    """The metadata at the top of a card.
 
-    Raises:
-        ValueError, OSError, YAMLError, RecursionError: if it cannot be read, is large or deep, or refers to parts of
-            itself, which a few lines can multiply until no memory holds them.
+    It is parsed here and not by `ModelCard`, which would hang on a card that is deep, or that refers to parts of itself
+    and so multiplies a few lines until no memory holds them; those raise an error, as unreadable cards do.
     """
     with open(card, encoding="utf-8") as file:
         lines = file.read(MAX_CHARACTERS).splitlines()

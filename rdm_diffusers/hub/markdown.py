@@ -1,4 +1,4 @@
-"""Foreign text in a card: the one place where prompts, names and licences become markdown, code or metadata."""
+"""Foreign text in a card: prompts, names and licences become markdown, code or metadata only here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..credentials import without_secrets
 from ..evaluation.records import table
 
 JOINERS = "\u200c\u200d"  # not printable, but a part of words and of emoji
-# `&` and `<` also begin what a backslash does not stop; `_` inside words means nothing.
+# A backslash does not disable `&` and `<`; `_` inside words has no meaning.
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
 
@@ -21,13 +21,13 @@ class Markdown(str):
 
 
 def plain(text: Any) -> str:
-    """A text in one line without control characters, passwords and tokens: for metadata, and for what follows here."""
+    """A text in one line, without control characters, passwords and tokens; for metadata."""
     line = re.sub(r"\s+", " ", str(text))
     return without_secrets("".join(letter for letter in line if letter.isprintable() or letter in JOINERS))
 
 
 def escaped(text: Any) -> Markdown:
-    """A text that reads in a card as it is written: no markup, no HTML, no link, no end of a table's cell."""
+    """A text that a card shows as it is: no markup, no HTML, no link, no end of a table's cell."""
     if isinstance(text, Markdown):
         return text
     marked = SPECIAL.sub(lambda found: f"\\{found[0]}", plain(text))
@@ -35,7 +35,7 @@ def escaped(text: Any) -> Markdown:
 
 
 def code(text: Any) -> Markdown:
-    """A text as code in a line; a table's cell cannot hold it, if it has a `|`."""
+    """A text as inline code; not for a table's cell, which a `|` in it would end."""
     inside = plain(text)
     ticks = "`" * (_longest_run(inside) + 1)
     space = " " if inside[:1] == "`" or inside[-1:] == "`" or not inside else ""
@@ -50,7 +50,7 @@ def fenced(text: Any, language: str) -> Markdown:
 
 
 def quoted(text: str | None) -> Markdown:
-    """A Python string, as code; what cannot be seen in it, and what could end the code, is written as an escape."""
+    """A Python string literal; invisible characters, and backticks that could end the code, become escapes."""
     written = json.dumps(text and without_secrets(text), ensure_ascii=False)
     hidden = {"`"} if "```" in written else set()
     return Markdown("".join(_escape(each) if each in hidden or not each.isprintable() else each for each in written))

@@ -18,8 +18,8 @@ from ..links import real_path
 from .student_files import check_secrets, check_student, components_of, is_hub_id, is_students, student_files
 
 COMMIT_MESSAGE = "Student of rdm_diffusers"
-PATIENCE = 120.0  # seconds without a sign of the Hub; huggingface_hub itself waits for ever where it uploads
-TRANSPORT = "TransportError"  # what httpx and httpx2 call errors of the way
+PATIENCE = 120.0  # seconds to wait for an answer of the Hub; huggingface_hub itself waits forever during uploads
+TRANSPORT = "TransportError"  # the name of connection errors in httpx and httpx2
 ADVICE = {
     401: "log in again with `hf auth login`",
     403: "make a token that may write there at https://huggingface.co/settings/tokens, or choose another name",
@@ -29,7 +29,7 @@ ADVICE = {
 
 
 class PushError(OSError):
-    """A student that is not on the Hub; after a push, its message ends with the command that tries again."""
+    """A push, or the check before it, failed; after a push the message ends with the command that tries again."""
 
 
 def push_student(
@@ -71,7 +71,7 @@ def push_student(
     files = student_files(folder)
     check_secrets(files, token)
     retry = retry or retry_command(folder, repo_id, private, revision, commit_message, tag)
-    with telling(*unfinished(repo_id, retry), token):
+    with _push_errors(*unfinished(repo_id, retry), token):
         api = HfApi(token=token)
         repo_id = _open(api, repo_id, private, revision)
         commit = api.create_commit(
@@ -102,7 +102,7 @@ def check_push(
     """
     token = token or get_token()
     check_repo_id(repo_id)
-    with telling(f"Nothing can be pushed to {repo_id}", ".", token):
+    with _push_errors(f"Nothing can be pushed to {repo_id}", ".", token):
         return _open(HfApi(token=token), repo_id, private, revision)
 
 
@@ -117,7 +117,7 @@ def known_tags(repo_id: str, *, private: bool | None, revision: str | None, retr
     """
     token = get_token()
     check_repo_id(repo_id)
-    with telling(*unfinished(repo_id, retry), token):
+    with _push_errors(*unfinished(repo_id, retry), token):
         api = HfApi(token=token)
         return {tag.name for tag in api.list_repo_refs(_open(api, repo_id, private, revision)).tags}
 
@@ -173,7 +173,11 @@ def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) 
 
 
 def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOperationAdd]:
-    """What goes up, links by what they stand for; the card with the repository's name."""
+    """The files to upload, links resolved, and the card with the repository's name.
+
+    `upload_folder` would make the same commit, but it cannot change the card, and `*` in its patterns also matches `/`,
+    so that `pictures/*.png` would delete a user's `pictures/mine/a.png`.
+    """
     sources: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): real_path(folder, file) for file in files}
     if CARD in sources:
         card = (folder / CARD).read_text("utf-8", "surrogateescape")
@@ -184,7 +188,7 @@ def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOpe
 def _removals(
     api: HfApi, repo_id: str, revision: str | None, folder: Path, files: list[Path]
 ) -> list[CommitOperationDelete]:
-    """What another student left in the repository, which would be loaded together with this one; never a card."""
+    """The files of an earlier student, which would be loaded together with this one's; never a card."""
     known = api.model_info(repo_id, revision=revision, timeout=PATIENCE)
     names = {file.rfilename for file in known.siblings or []}
     index = api.hf_hub_download(repo_id, INDEX, revision=known.sha) if INDEX in names else None
@@ -206,24 +210,24 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
 
 
 @contextmanager
-def telling(what: str, what_next: str, token: str | None) -> Iterator[None]:
-    """Says in one sentence what failed, why, and what to do; gives up on a Hub that is silent for `PATIENCE`.
+def _push_errors(what: str, what_next: str, token: str | None) -> Iterator[None]:
+    """Turns errors into one sentence: what failed, why, and what to do; stops waiting for the Hub after `PATIENCE`.
 
     Raises:
-        PushError: for any error, as those of the way to the Hub are the HTTP library's, which was httpx and is httpx2.
+        PushError: for any error; connection errors are those of the HTTP library, which was httpx and is httpx2.
     """
     session = get_session()
     before, session.timeout = session.timeout, PATIENCE
     try:
         yield
     except Exception as error:
-        reason = reason_of(error).replace(token, "...") if token else reason_of(error)
+        reason = _reason_of(error).replace(token, "...") if token else _reason_of(error)
         raise PushError(f"{what} ({reason}){what_next}") from error
     finally:
         session.timeout = before
 
 
-def reason_of(error: BaseException) -> str:
+def _reason_of(error: BaseException) -> str:
     """Why a request failed, without a line break or a full stop."""
     causes = [error]
     while causes[-1].__cause__ is not None:

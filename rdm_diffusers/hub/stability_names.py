@@ -1,8 +1,8 @@
-"""Stability's names for a U-Net's modules, those of SDXL's original checkpoint, which every reader of SDXL knows.
+"""Stability's names for a U-Net's modules, as in SDXL's original checkpoint, which every program for SDXL reads.
 
-diffusers counts blocks, and layers inside them. Stability counts what runs one after the other: `input_blocks` are the
+diffusers counts blocks, and layers inside them. Stability counts in the order of execution: `input_blocks` are the
 first convolution, each layer on the way down, and each downsampling; `output_blocks` are the layers on the way up. In
-each of these a residual block is 0 and an attention 1; an upsampling is 2 in the output block that it ends.
+each of these the residual block is 0 and the attention 1; an upsampling is 2 in the output block that it ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IN_RESIDUAL_BLOCKS = {
 }
 DOWN, UP = {"DownBlock2D", "CrossAttnDownBlock2D"}, {"UpBlock2D", "CrossAttnUpBlock2D"}
 MIDDLE = {"UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None}
-MOST_BLOCKS = 10  # diffusers' own loader takes `input_blocks_10` for a part of `input_blocks_1`
+MAX_BLOCKS = 10  # diffusers' own loader confuses `input_blocks_10` with a part of `input_blocks_1`
 
 
 def stability_names(paths: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -40,16 +40,16 @@ def stability_names(paths: Iterable[str], config: Mapping[str, Any]) -> dict[str
         config: the network's configuration.
 
     Raises:
-        ValueError: if a module has no such name, or not one that diffusers reads; its text is the end of a sentence
-            that gives the reason.
+        ValueError: if a module has no such name, or not one that diffusers reads; its text gives the reason and
+            completes a sentence.
     """
     _check_layout(config)
-    parts = {**OUTSIDE_BLOCKS, **_in_blocks(config["layers_per_block"], len(config["down_block_types"]))}
+    parts = {**OUTSIDE_BLOCKS, **_block_names(config["layers_per_block"], len(config["down_block_types"]))}
     return {path: _name(path, parts) for path in paths}
 
 
 def _check_layout(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for what is laid out otherwise than SDXL."""
+    """Raises ValueError for a layout other than SDXL's."""
     layers, down, up = (config.get(name) for name in ("layers_per_block", "down_block_types", "up_block_types"))
     if not (isinstance(down, list | tuple) and isinstance(up, list | tuple)):
         raise ValueError("its configuration names no blocks")
@@ -60,12 +60,12 @@ def _check_layout(config: Mapping[str, Any]) -> None:
         raise ValueError(f"it has blocks of another kind, {', '.join(kinds) or config['mid_block_type']}")
     if "UpBlock2D" in up[:-1]:
         raise ValueError("it has an upsampling after a block without attention")
-    if len(down) * (layers + 1) > MOST_BLOCKS:
-        raise ValueError(f"it has {len(down)} blocks of {layers} layers, more than are told apart by such names")
+    if len(down) * (layers + 1) > MAX_BLOCKS:
+        raise ValueError(f"it has {len(down)} blocks of {layers} layers, more than such names can distinguish")
 
 
-def _in_blocks(layers: int, blocks: int) -> dict[str, str]:
-    """Stability's paths of all residual blocks, attentions and samplings on the ways down and up."""
+def _block_names(layers: int, blocks: int) -> dict[str, str]:
+    """Stability's paths of all residual blocks, attentions and samplings on the way down and up."""
     names = {}
     for block in range(blocks):
         first = block * (layers + 1)
@@ -80,7 +80,7 @@ def _in_blocks(layers: int, blocks: int) -> dict[str, str]:
 
 
 def _name(path: str, parts: Mapping[str, str]) -> str:
-    """A module's path, of which a part has the name that `parts` gives."""
+    """A module's path, with the name that `parts` gives its beginning."""
     part = next((part for part in parts if f"{path}.".startswith(f"{part}.")), None)
     if part is None:
         raise ValueError(f"its {path} has no such name")

@@ -20,7 +20,7 @@ from ..json_files import described, digest_of, read_object
 from ..links import real_path
 from ..pipelines import StudentConfig, is_student
 from ..pipelines.lora_file import check_lora_file
-from ..pipelines.student_checks import REMEDY, check_scheduler, warn_of_change
+from ..pipelines.student_config import REMEDY, check_scheduler, warn_of_change
 from ..tiny import is_tiny
 
 SCHEDULER = "scheduler/scheduler_config.json"

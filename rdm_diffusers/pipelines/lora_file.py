@@ -1,4 +1,4 @@
-"""The file of a LoRA student, looked through before diffusers and peft build layers after what its header says."""
+"""The file of a LoRA student, checked before diffusers and peft build layers from its header."""
 
 from __future__ import annotations
 
@@ -15,30 +15,25 @@ from safetensors import SafetensorError, safe_open
 
 from ..families import LORA_FILE, fetch
 from ..json_files import Kinds, check_kinds, described, parse_object
-from .student_checks import REMEDY, warn_of_change
+from .student_config import REMEDY, TEXT, check_ranges, warn_of_change
 
 MAX_HEADER = 2**20  # bytes of the adapter's description
-# peft and diffusers take names for regular expressions; a name of this kind says little as one, and ends.
+# peft and diffusers read names as regular expressions; one of this kind matches little, and quickly.
 NAME = re.compile(r"[A-Za-z0-9_.]{1,400}")
 MATRIX = re.compile(r"lora_([AB])(\.bias|\.weight)")
-TEXT = (str, type(None))
-KINDS: dict[str, Kinds] = {  # what students' adapters differ in
+KINDS: dict[str, Kinds] = {  # the entries in which students' adapters differ
     "r": int, "lora_alpha": float, "target_modules": list, "lora_dropout": float, "base_model_name_or_path": TEXT,
     "revision": TEXT, "peft_version": TEXT, "task_type": TEXT, "inference_mode": bool,
 }  # fmt: skip
 RANGES: dict[str, tuple[float, float]] = {"r": (1, 16_384), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 1)}
+ADAPTERS = "its adapter's "
 
 
 def check_lora_of(name: str, component: str, digest: str | None, **hub_options: Any) -> None:
-    """As `check_lora_file`, for the LoRA of a student's folder or Hub repository.
-
-    Args:
-        name: the folder, or the Hub id.
-        component, digest: as in `check_lora_file`.
-        hub_options: as of `hf_hub_download`.
+    """`check_lora_file` for the LoRA of a student's folder or Hub repository.
 
     Raises:
-        ValueError, ImportError: as `check_lora_file`, or if it cannot be had from the Hub.
+        ValueError, ImportError: as `check_lora_file`, or if the Hub does not give it.
     """
     folder = Path(name)
     path = folder / LORA_FILE if folder.is_dir() else fetch("student", name, LORA_FILE, **hub_options)
@@ -46,13 +41,13 @@ def check_lora_of(name: str, component: str, digest: str | None, **hub_options: 
 
 
 def check_lora_file(path: Path, component: str, digest: str | None = None) -> None:
-    """Refuses a file that is no LoRA student's, or that would have peft do more than add such a LoRA.
+    """Refuses a file that is no LoRA student's, or with which peft would do more than add such a LoRA.
 
-    Only the header is looked into. A file that is not as it was exported is warned of.
+    Only the header is checked. A file that changed after its export is warned of.
 
     Args:
         path: of `pytorch_lora_weights.safetensors`.
-        component: the pipeline's that the LoRA belongs to, `unet` or `transformer`.
+        component: the pipeline's component that the LoRA belongs to, `unet` or `transformer`.
         digest: of its contents (`StudentConfig.weights_sha256`); None for those of version 0.1.0, which recorded none.
 
     Raises:
@@ -63,8 +58,8 @@ def check_lora_file(path: Path, component: str, digest: str | None = None) -> No
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
-        adapter = {} if header is None else _parsed(header, component)
-        check_adapter(adapter)
+        adapter = {} if header is None else _parse_header(header, component)
+        _check_adapter(adapter)
         _check_tensors(shapes, component, adapter.get("r"))
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({described(error)}); {REMEDY}.") from error
@@ -73,9 +68,9 @@ def check_lora_file(path: Path, component: str, digest: str | None = None) -> No
 
 
 def digest_of_lora(path: Path) -> str:
-    """SHA-256 of what a LoRA's file holds, its tensors and its adapter's description, in whatever order they lie.
+    """SHA-256 of a LoRA file's tensors and adapter description, in sorted order.
 
-    Not of its bytes, as safetensors writes its header in a random order.
+    Not of its bytes, because safetensors writes its header in a random order.
     """
     digest = hashlib.sha256()
     with safe_open(path, "pt") as file:
@@ -88,10 +83,10 @@ def digest_of_lora(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _parsed(header: str, component: str) -> dict[str, Any]:
+def _parse_header(header: str, component: str) -> dict[str, Any]:
     """The description of the component's adapter."""
     if len(header) > MAX_HEADER:
-        raise ValueError(f"its adapter's description has more than {MAX_HEADER} characters")
+        raise ValueError(f"{ADAPTERS}description has more than {MAX_HEADER} characters")
     entries, prefix = parse_object(header), f"{component}."
     for name in entries:
         if not name.startswith(prefix):
@@ -99,41 +94,28 @@ def _parsed(header: str, component: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in entries.items()}
 
 
-def check_adapter(adapter: Mapping[str, Any]) -> None:
-    """Refuses a description of an adapter that a student's is never: with patterns, extra layers, or other methods.
-
-    Args:
-        adapter: the entries of a `LoraConfig`.
-
-    Raises:
-        ValueError: naming the first entry that is wrong.
-        ImportError: if a newer peft wrote it.
-    """
+def _check_adapter(adapter: Mapping[str, Any]) -> None:
+    """Refuses entries of a `LoraConfig` that no student has: patterns, extra layers, other methods."""
     from peft import LoraConfig  # slow to import
 
-    usual = LoraConfig().to_dict()
-    for name in adapter.keys() - usual.keys():
+    defaults = LoraConfig().to_dict()
+    for name in adapter.keys() - defaults.keys():
         raise ImportError(
             f"The LoRA names {name[:80]!r}, which this peft does not know; upgrade with `pip install --upgrade peft`."
         )
-    check_kinds(adapter, KINDS, "its adapter's ")
-    for name, (low, high) in RANGES.items():
-        if name in adapter and not low <= adapter[name] <= high:
-            raise ValueError(f"its adapter's {name} is {adapter[name]}, and should be from {low:g} to {high:g}")
+    check_kinds(adapter, KINDS, ADAPTERS)
+    check_ranges(adapter, RANGES, ADAPTERS)
     for module in adapter.get("target_modules", []):
         if not isinstance(module, str) or not NAME.fullmatch(module):
-            raise ValueError(f"its adapter's target_modules hold {str(module)[:80]!r}, which is no module's name")
+            raise ValueError(f"{ADAPTERS}target_modules hold {str(module)[:80]!r}, which is no module's name")
     for name, value in adapter.items():
-        if name not in KINDS and not (_is_nothing(value) or value == usual[name]):
-            raise ValueError(f"its adapter's {name} is {str(value)[:80]!r}, and no student's is")
-
-
-def _is_nothing(value: Any) -> bool:
-    return value is None or value is False or value in ([], {}, "", "gaussian")
+        unset = value is None or value is False or value in ([], {}, "", "gaussian")
+        if name not in KINDS and not (unset or value == defaults[name]):
+            raise ValueError(f"{ADAPTERS}{name} is {str(value)[:80]!r}, and no student's is")
 
 
 def _check_tensors(shapes: Mapping[str, list[int]], component: str, rank: int | None) -> None:
-    """Every tensor is a matrix of a LoRA of the component, of the rank that is described."""
+    """Refuses tensors that are no matrices of a LoRA of this component and rank."""
     if not shapes:
         raise ValueError("it holds no tensors")
     for name, shape in shapes.items():

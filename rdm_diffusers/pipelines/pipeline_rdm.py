@@ -12,6 +12,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
 from diffusers.utils import logging
 
 from ..families import (
@@ -25,48 +30,48 @@ from ..families import (
     load_vae,
     pipeline_config,
     rebuilt,
+    schedule_of,
 )
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
-from .auto_pipelines import register
-from .bases import check_base
 from .lora_file import check_lora_of
-from .saving import forget_origins, stock_parts
+from .saving import remove_origins, stock_parts
 from .student_config import StudentConfig, is_student
 
 logger = logging.get_logger(__name__)
 CLASSES: dict[str, type[RdmDistillationPipeline]] = {}
-# What a call takes from the student where it is not given.
+# The call's arguments that default to the student's.
 TRAINED = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+TOLERANCE = 1e-5  # of squared alphas; zero terminal SNR is 0 in some stock schedulers and 6e-8 in others
 
 
 class RdmDistillationPipeline(DiffusionPipeline):
-    """A few-step student, behaving as its stock pipeline but with the trained number of steps and guidance off.
+    """A few-step student: its stock pipeline, but with the trained number of steps and with guidance off by default.
 
-    This class dispatches: `from_pretrained` gives `RdmStableDiffusionPipeline` and the like, each also an instance of
-    its stock pipeline. Saved folders name stock classes only, so stock diffusers loads them too.
+    This class dispatches: `from_pretrained` returns `RdmStableDiffusionPipeline` and the like, each also an instance
+    of its stock pipeline. Saved folders name stock classes only, so stock diffusers loads them too.
 
-    A student needs no guidance and gets none, unless a call asks for it (`guidance_scale` above 1, at twice the cost,
-    and not what it was trained for). Without it a negative prompt has no effect, of which a warning reminds.
+    A student is trained without guidance; a call may still ask for it (`guidance_scale` above 1), at twice the cost.
+    Without guidance a negative prompt has no effect, and a warning says so.
     """
 
     _student: StudentConfig | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A subclass names its stock pipeline second, and is found by that one's name."""
+        """Registers a subclass under the name of its stock pipeline, its second base."""
         super().__init_subclass__(**kwargs)
         stock = cls.__bases__[1]
-        cls.__call__ = few_step_call(stock)
+        cls.__call__ = _few_step_call(stock)
         CLASSES[stock.__name__] = cls
-        register(cls, stock)
+        _register_for_auto_pipelines(cls, stock)
 
     @property
     def student(self) -> StudentConfig | None:
         """How it is sampled by default; None for a pipeline without a student.
 
-        A pipeline that another one lent its scheduler, as diffusers' AutoPipelines do, is of the same student.
+        Pipelines that share a scheduler, as diffusers' AutoPipelines do, share the student.
         """
         return self._student or getattr(getattr(self, "scheduler", None), "student", None)
 
@@ -81,12 +86,12 @@ class RdmDistillationPipeline(DiffusionPipeline):
         The subclasses also load folders of their stock pipeline, and are then called as it.
 
         Args:
-            pretrained_model_name_or_path: a LoRA student, whose teacher is found by itself, or a full one.
+            pretrained_model_name_or_path: a LoRA student, whose teacher is loaded automatically, or a full one.
             kwargs: as in diffusers; `dtype` or `torch_dtype` (float32 by default), `revision`, `token`, and so on.
 
         Raises:
-            ValueError: if it is no student, of a family that is not supported, or made by a newer release; if it or its
-                teacher cannot be had from the Hub.
+            ValueError: if it is no student, of an unsupported family, or made by a newer release, or if the Hub does
+                not give it or its teacher.
         """
         name = str(pretrained_model_name_or_path)
         if cls is not RdmDistillationPipeline and (Path(name) / INDEX).exists() and not is_student(name):
@@ -105,19 +110,19 @@ class RdmDistillationPipeline(DiffusionPipeline):
         Args:
             base: a folder or a Hub id, of the teacher's family.
             lora: the student's folder or Hub id.
-            kwargs: as in `from_pretrained`; the Hub's options hold for the student.
+            kwargs: as in `from_pretrained`; the Hub's options apply to the student.
 
         Raises:
             ValueError: if `lora` is no LoRA student, or `base` of another family, prediction type or noise schedule.
         """
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        found = StudentConfig.load(str(lora), **hub)
-        if not found.is_lora:
+        student = StudentConfig.load(str(lora), **hub)
+        if not student.is_lora:
             raise ValueError(f"{lora} is a full student, which stands alone; load it with from_pretrained.")
         base_class = pipeline_config(str(base), **{**hub, "revision": None})["_class_name"]
-        if base_class != found.pipeline_class:
-            raise ValueError(f"{lora} is a student of a {found.pipeline_class}, and {base} is a {base_class}.")
-        student = replace(found, base_model_name_or_path=str(base), revision=None, variant=None)
+        if base_class != student.pipeline_class:
+            raise ValueError(f"{lora} is a student of a {student.pipeline_class}, and {base} is a {base_class}.")
+        student = replace(student, base_model_name_or_path=str(base), revision=None, variant=None)
         return CLASSES[student.pipeline_class]._load(str(lora), student, kwargs)._as(student)
 
     @classmethod
@@ -132,15 +137,15 @@ class RdmDistillationPipeline(DiffusionPipeline):
             kwargs: components to replace, and the Hub's options.
 
         Raises:
-            ValueError: if a stock pipeline comes without a student, or with one of another family, prediction type or
-                noise schedule.
+            ValueError: if a stock pipeline is given without a student, or with one of another family, prediction type
+                or noise schedule.
         """
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         config = getattr(pipeline, "student", None) if student is None else StudentConfig.load(str(student), **hub)
         if config is None and cls is not RdmDistillationPipeline:
             return super().from_pipe(pipeline, **kwargs)
         if config is None:
-            raise ValueError("A stock pipeline knows no student; give its folder or Hub id as `student`.")
+            raise ValueError("A stock pipeline has no student; give its folder or Hub id as `student`.")
         target = CLASSES[config.pipeline_class]
         if not isinstance(pipeline, target.__bases__[1]):
             kind = type(pipeline).__name__
@@ -148,7 +153,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
             check_lora_of(str(student), FAMILIES[config.pipeline_class].denoiser_name, config.weights_sha256, **hub)
-            check_base(config, "the pipeline", shared.scheduler)
+            check_noise_schedule(config, "the pipeline", shared.scheduler)
             shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
         return shared._as(config)
 
@@ -162,13 +167,13 @@ class RdmDistillationPipeline(DiffusionPipeline):
     def _load(cls, name: str, student: StudentConfig, kwargs: dict[str, Any]) -> RdmDistillationPipeline:
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         if not student.is_lora:
-            # Resolved, because a student's folder may be called as an embedded teacher is.
+            # Resolved, because a student's folder may have the name of an embedded teacher.
             folder = str(Path(name).resolve()) if Path(name).is_dir() else name
             return cls._load_stock("student", folder, hub, kwargs)
         base, base_hub = str(student.base_model_name_or_path), {**hub, "revision": student.revision}
         options: dict[str, Any] = {"variant": student.variant, **kwargs}
         config = pipeline_config(base, **base_hub)
-        check_base(student, base, load_scheduler("teacher", base, config, **base_hub))
+        check_noise_schedule(student, base, load_scheduler("teacher", base, config, **base_hub))
         if student.vae is not None and "vae" not in kwargs:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
@@ -180,7 +185,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
 
     @classmethod
     def _load_stock(cls, what: str, name: str, hub: dict[str, Any], options: dict[str, Any]) -> RdmDistillationPipeline:
-        """A pipeline of this class, loaded as stock diffusers does, but all of it in float32 unless told otherwise."""
+        """A pipeline of this class, loaded as stock diffusers does, but in float32 by default."""
         dtype = {} if "torch_dtype" in options else {"dtype": torch.float32}
         config = pipeline_config(name, **hub)
         check_pipeline(what, name, config, options.keys(), variant=options.get("variant"), **hub)
@@ -191,9 +196,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves a full student as a stock folder with an `rdm_config.json`; active adapters are fused into the copy.
 
-        Args:
-            save_directory: where to.
-            kwargs: as in diffusers, `push_to_hub` and `repo_id` among them.
+        `kwargs` are those of diffusers, `push_to_hub` and `repo_id` included.
         """
         family, student = FAMILIES[type(self).__bases__[1].__name__], self.student
         parts = stock_parts(self, family)
@@ -208,7 +211,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
         folder, push = Path(save_directory), kwargs.pop("push_to_hub", False)
         hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if key in kwargs}
         stock.save_pretrained(folder, **kwargs)
-        forget_origins(folder)
+        remove_origins(folder)
         alone = replace(student, base_model_name_or_path=None, revision=None, variant=None, vae=None)
         alone.save(folder)
         if push:
@@ -216,10 +219,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
 
 
 @contextmanager
-def drawing_from(
-    scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None
-) -> Iterator[None]:
-    """Inside, `scheduler.step` draws from `generator` where it is given none, as by stock flow pipelines."""
+def _draws_from(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None) -> Iterator[None]:
+    """Makes `scheduler.step` draw from `generator` by default; stock flow pipelines pass it none."""
     if generator is None or "generator" not in inspect.signature(scheduler.step).parameters:
         yield
         return
@@ -227,29 +228,24 @@ def drawing_from(
     try:
         yield
     finally:
-        del scheduler.step  # the class's own shows again
+        del scheduler.step  # the class's method shows again
 
 
-def _guided(arguments: dict[str, Any]) -> bool:
-    """Whether a call asks for guidance itself."""
-    return any((arguments.get(name) or 0) > 1 for name in ("guidance_scale", "true_cfg_scale"))
-
-
-def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
-    """The stock pipeline's `__call__`, with the student's settings where none are given, and seeds for every draw."""
+def _few_step_call(stock: type[DiffusionPipeline]) -> Callable:
+    """The stock pipeline's `__call__`, with the student's settings as defaults and `generator` for every draw."""
     signature = inspect.signature(stock.__call__)
     trained = [name for name in TRAINED if name in signature.parameters]
 
     @wraps(stock.__call__)
     def __call__(self, *args, **kwargs):  # noqa: N807 - becomes the class's
-        call = signature.bind_partial(self, *args, **kwargs)
-        if self.student and call.arguments.get("negative_prompt") and not _guided(call.arguments):
+        call, student = signature.bind_partial(self, *args, **kwargs), self.student
+        guided = any((call.arguments.get(name) or 0) > 1 for name in ("guidance_scale", "true_cfg_scale"))
+        if student and call.arguments.get("negative_prompt") and not guided:
             logger.warning("A student is sampled without guidance, so that its negative prompt has no effect.")
         given = {name: value for name, value in call.arguments.items() if name not in trained or value is not None}
-        student = self.student
         own = {"num_inference_steps": student.num_inference_steps, **student.call_arguments} if student else {}
         call.arguments = own | given
-        with drawing_from(self.scheduler, call.arguments.get("generator")):
+        with _draws_from(self.scheduler, call.arguments.get("generator")):
             return stock.__call__(*call.args, **call.kwargs)
 
     defaults = [
@@ -258,3 +254,45 @@ def few_step_call(stock: type[DiffusionPipeline]) -> Callable:
     ]
     setattr(__call__, "__signature__", signature.replace(parameters=defaults))  # noqa: B010 - functions have no such field
     return __call__
+
+
+def _register_for_auto_pipelines(pipeline_class: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:
+    """Lets `from_pipe` of diffusers' AutoPipelines accept a few-step pipeline.
+
+    For text to image it stays a few-step pipeline; for the other tasks it becomes the stock one of its family.
+    """
+    key = next((key for key, each in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if each is stock), None)
+    if key is not None:
+        AUTO_TEXT2IMAGE_PIPELINES_MAPPING[f"rdm-{key}"] = pipeline_class
+        for mapping in (AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING):
+            if key in mapping:
+                mapping[f"rdm-{key}"] = mapping[key]
+
+
+def check_noise_schedule(student: StudentConfig, name: str, scheduler: SchedulerMixin) -> None:
+    """Refuses a base model whose outputs mean something else than the teacher's, on which a student would draw noise.
+
+    Args:
+        student: its configuration.
+        name: of the base model, for the error.
+        scheduler: the base model's, of any solver.
+
+    Raises:
+        ValueError: if the prediction type or the noise schedule is another.
+    """
+    family, own = FAMILIES[student.pipeline_class], RdmScheduler.from_config(student.scheduler)
+    prediction_type = family.prediction_type(scheduler)
+    if prediction_type != own.config.prediction_type:
+        raise ValueError(
+            f"The student was distilled from a teacher of prediction type {own.config.prediction_type}, and {name} is "
+            f"of {prediction_type}; give a base of {own.config.prediction_type}."
+        )
+    ours, theirs = own.schedule, schedule_of(family, scheduler)
+    same = ours.num_train_timesteps == theirs.num_train_timesteps
+    if same and ours.alphas_cumprod is not None and theirs.alphas_cumprod is not None:
+        same = torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod.cpu().float(), rtol=0, atol=TOLERANCE)
+    if not same:
+        raise ValueError(
+            f"The student was distilled with another noise schedule than that of {name}; give a base with the "
+            "teacher's betas (see its scheduler_config.json)."
+        )

@@ -1,4 +1,4 @@
-"""What of a few-step pipeline is saved: stock parts only, with the adapters that it draws with added to the weights."""
+"""How a few-step pipeline is saved: as stock components only, with its active adapters added to the weights."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..families import Family
 from ..schedulers import RdmScheduler
 
 logger = logging.get_logger(__name__)
-STEPS = 50  # what a stochastic stock scheduler without a student's grid is made for
+STEPS = 50  # of a stochastic stock scheduler without a student's grid
 FLOW = ("num_train_timesteps", "shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
 
 
 def stock_parts(pipeline: DiffusionPipeline, family: Family) -> dict[str, Any]:
-    """The components of a pipeline that stock diffusers would not load as they are, in a form that it does."""
-    adapted = {name: part for name, part in pipeline.components.items() if getattr(part, "peft_config", None)}
-    parts = {name: merged(part) for name, part in adapted.items()}
+    """Replacements for the components of a pipeline that stock diffusers would not load as they are."""
+    components = pipeline.components.items()
+    parts = {name: _merge_adapters(part) for name, part in components if getattr(part, "peft_config", None)}
     return {**parts, "scheduler": stock_scheduler(pipeline.scheduler, family)}
 
 
-def merged(network: Any) -> Any:
-    """A copy without adapters: those that are active are added to its weights, those that are disabled are left out."""
+def _merge_adapters(network: Any) -> Any:
+    """A copy without adapters: active ones are added to its weights, disabled ones are left out."""
     network = copy.deepcopy(network)
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     if layers and all(layer.disable_adapters for layer in layers):
-        logger.warning("The adapters of the %s are disabled, so that it is saved without.", type(network).__name__)
+        logger.warning("The adapters of the %s are disabled, so it is saved without them.", type(network).__name__)
     for layer in layers:
         if layer.disable_adapters and layer.merged:
             layer.unmerge()
@@ -44,7 +44,7 @@ def merged(network: Any) -> Any:
 
 
 def stock_scheduler(scheduler: SchedulerMixin, family: Family) -> SchedulerMixin:
-    """A scheduler of diffusers itself that samples as this one does, as far as there is one."""
+    """The scheduler of diffusers that samples as this one does."""
     if not isinstance(scheduler, RdmScheduler):
         return scheduler
     config, own = scheduler.config, scheduler.student_grid
@@ -54,8 +54,8 @@ def stock_scheduler(scheduler: SchedulerMixin, family: Family) -> SchedulerMixin
     return family.stock_scheduler(scheduler, len(own or range(STEPS)), config.eta)
 
 
-def forget_origins(folder: Path) -> None:
-    """Takes out of a saved pipeline's configurations what folder its parts were loaded from."""
+def remove_origins(folder: Path) -> None:
+    """Removes the local paths that components were loaded from out of a saved pipeline's configurations."""
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None):

@@ -1,8 +1,13 @@
-"""`rdm_config.json`: what a student's folder says beside its stock diffusers files."""
+"""`rdm_config.json`: what a student's folder holds besides its stock diffusers files.
+
+A damaged or hostile file is refused in one sentence, before anything is loaded.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -11,11 +16,44 @@ from typing import Any
 
 from ..families import STUDENT_CONFIG, check_no_checkpoint, fetch
 from ..folders import ASIDE
-from ..json_files import described, digest_of, read_object
-from .student_checks import REMEDY, check_student_entries, warn_of_change
+from ..json_files import Kinds, check_kinds, described, digest_of, is_kind, read_object
 
 DIGEST = "digest"
-FORMAT_VERSION = 1  # raised when older releases would sample a student wrongly, not when something is added
+FORMAT_VERSION = 1  # raised only when older releases would sample a student wrongly
+REMEDY = "download or export the student again"
+TEXT: Kinds = (str, type(None))
+STUDENT_KINDS: dict[str, Kinds] = {
+    "base_model_name_or_path": TEXT, "pipeline_class": str, "scheduler": dict, "num_inference_steps": int,
+    "call_arguments": dict, "revision": TEXT, "variant": TEXT, "vae": TEXT, "license": dict, "training": dict,
+    "weights_sha256": TEXT, "scheduler_sha256": TEXT, "version": TEXT, "format_version": int,
+}  # fmt: skip
+TRAINING_KINDS: dict[str, Kinds] = {
+    "command": TEXT, "arguments": dict, "updates": (int, type(None)), "averaged": (bool, type(None)),
+}  # fmt: skip
+ARGUMENT_KINDS: dict[str, Kinds] = {  # those that code reads
+    "pretrained_model_name_or_path": TEXT, "student": TEXT, "algorithm": TEXT, "reward": (list, type(None)),
+    "resolution": (int, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
+    "gradient_accumulation_steps": (int, type(None)),
+}  # fmt: skip
+SCHEDULER_KINDS: dict[str, Kinds] = {
+    "_class_name": str, "num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": str,
+    "trained_betas": (list, type(None)), "rescale_betas_zero_snr": bool, "prediction_type": str, "eta": float,
+    "student_timesteps": (list, type(None)), "student_sigmas": (list, type(None)), "timestep_spacing": str,
+    "shift": float, "steps_offset": int,
+}  # fmt: skip
+CALL_KINDS: dict[str, Kinds] = {
+    "guidance_scale": float, "true_cfg_scale": float, "height": int, "width": int, "max_sequence_length": int,
+    "use_resolution_binning": bool,
+}  # fmt: skip
+MAX_TRAIN_TIMESTEPS = 100_000
+# The lowest and the highest value of each number. No teacher draws pictures of 8,192 pixels a side.
+RANGES: dict[str, tuple[float, float]] = {
+    "format_version": (1, math.inf), "num_inference_steps": (1, 1000), "eta": (0, 1),
+    "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
+    "beta_start": (0, 1), "beta_end": (0, 1), "shift": (1e-3, 1e3), "steps_offset": (0, 1000),
+    "guidance_scale": (0, 1000), "true_cfg_scale": (0, 1000), "height": (8, 8192), "width": (8, 8192),
+    "max_sequence_length": (1, 8192),
+}  # fmt: skip
 
 
 def is_student(folder: str | Path) -> bool:
@@ -24,7 +62,7 @@ def is_student(folder: str | Path) -> bool:
 
 
 def package_version() -> str | None:
-    """This package's release; None where it is not installed."""
+    """This package's release; None if it is not installed."""
     try:
         return version("rdm-diffusers")
     except PackageNotFoundError:
@@ -40,15 +78,15 @@ class StudentConfig:
         pipeline_class: the stock pipeline's class name.
         scheduler: the configuration of `RdmScheduler`, the trained grid and eta included.
         num_inference_steps: the trained number of steps.
-        call_arguments: what else the stock pipeline is called with: the value that means that guidance is off, and what
-            differs from its own defaults of the pictures' size and of the tokens that are read.
+        call_arguments: of the stock pipeline: the guidance value that means "off", and the picture size and the number
+            of tokens if they differ from the pipeline's defaults.
         revision, variant: of the base model.
-        vae: another autoencoder than the base model's, a folder or a Hub id.
+        vae: a folder or Hub id, if the autoencoder is not the base model's.
         license: the base model's licence tags, as in a model card: `license`, `license_name`, `license_link`.
         training: how it was trained, for readers: the `command`, the number of `updates`, whether its weights are
-            `averaged`, and all `arguments`, the teacher and the method among them; empty if unknown.
-        weights_sha256, scheduler_sha256: digests of what a LoRA student's weights and its stock scheduler's
-            configuration hold, by which damage is noticed; None where they are not known.
+            `averaged`, and all `arguments`; empty if unknown.
+        weights_sha256, scheduler_sha256: digests of a LoRA student's weights and of its stock scheduler's
+            configuration, which reveal damage; None if unknown.
         version: the release of this package that made it.
         format_version: of this file.
     """
@@ -75,16 +113,16 @@ class StudentConfig:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of the training; empty if unknown."""
+        """The training's arguments; empty if unknown."""
         return self.training.get("arguments", {})
 
     @property
     def teacher(self) -> str | None:
-        """What it was distilled from; of a full student of a local folder only that folder's name."""
+        """The teacher's name; for a full student of a local folder only that folder's name."""
         return self.base_model_name_or_path or self.arguments.get("pretrained_model_name_or_path")
 
     def save(self, folder: Path) -> None:
-        """Writes `rdm_config.json` into the folder, with a digest of what it says."""
+        """Writes `rdm_config.json` into the folder, with a digest of its contents."""
         entries = json.loads(json.dumps(asdict(self)))
         (folder / STUDENT_CONFIG).write_text(json.dumps({**entries, DIGEST: digest_of(entries)}, indent=2) + "\n")
 
@@ -93,7 +131,7 @@ class StudentConfig:
         """Reads a student's configuration from a folder or a Hub repository.
 
         Raises:
-            ValueError: if there is none, if it does not hold what it should, or if a newer release made it.
+            ValueError: if there is none, if an entry is wrong, or if a newer release made it.
         """
         path = Path(name_or_path) / STUDENT_CONFIG
         if not Path(name_or_path).is_dir():
@@ -111,20 +149,77 @@ class StudentConfig:
         digest = entries.pop(DIGEST, None)  # version 0.1.0 wrote none
         _check_release(name_or_path, entries)
         try:
-            check_student_entries(entries)
+            _check_entries(entries)
             if digest not in (None, digest_of(entries)):
                 warn_of_change(path, DIGEST)
-            known = {each.name for each in fields(cls)}  # a newer release may tell more
-            return cls(**{name: value for name, value in entries.items() if name in known})
+            names = {each.name for each in fields(cls)}  # a newer release may add entries
+            return cls(**{name: value for name, value in entries.items() if name in names})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({described(error)}); {REMEDY}.") from error
 
 
+def warn_of_change(path: Path, entry: str) -> None:
+    """Warns that a student's file changed after its export, as an entry of `rdm_config.json` shows."""
+    warnings.warn(
+        f"{path} was changed since it was exported, as {entry} in rdm_config.json says; if nobody did that on purpose, "
+        f"{REMEDY}.",
+        stacklevel=4,
+    )
+
+
 def _check_release(name: str, entries: Mapping[str, Any]) -> None:
-    """Refuses what a newer release made, before anything else of it is looked at, as that may have changed."""
+    """Refuses a newer release's file before any other entry is checked, because those may have changed."""
     made = entries.get("format_version")
     if type(made) is int and made > FORMAT_VERSION:
         raise ValueError(
             f"{name} was made by rdm-diffusers {entries.get('version')}, which is newer than this "
             f"{package_version()}; upgrade with `pip install --upgrade rdm-diffusers`."
         )
+
+
+def _check_entries(entries: Mapping[str, Any]) -> None:
+    """Raises ValueError with the first wrong entry; the dataclass itself refuses missing ones."""
+    check_kinds(entries, STUDENT_KINDS)
+    check_ranges(entries, RANGES)
+    check_scheduler(entries.get("scheduler", {}), "scheduler's ")
+    call = entries.get("call_arguments", {})
+    unknown = [name for name in call if name not in CALL_KINDS]
+    if unknown:
+        raise ValueError(f"call_arguments has {unknown[0][:40]!r}, with which no student is called")
+    check_kinds(call, CALL_KINDS, "call_arguments' ")
+    check_ranges(call, RANGES, "call_arguments' ")
+    license_tags, training = entries.get("license", {}), entries.get("training", {})
+    check_kinds(license_tags, dict.fromkeys(license_tags, str), "license's ")
+    check_kinds(training, TRAINING_KINDS, "training's ")
+    arguments = training.get("arguments", {})
+    check_kinds(arguments, ARGUMENT_KINDS, "training's argument ")
+    if not all(isinstance(reward, str) for reward in arguments.get("reward") or []):
+        raise ValueError("training's argument reward should hold text")
+
+
+def check_scheduler(config: Mapping[str, Any], inside: str = "") -> None:
+    """Refuses numbers that no scheduler has, or that would fill the memory.
+
+    Args:
+        config: of our scheduler or a stock one; entries that ours does not have are not checked.
+        inside: its name in the error.
+
+    Raises:
+        ValueError: naming the first wrong entry, and what it should be.
+    """
+    check_kinds(config, SCHEDULER_KINDS, inside)
+    check_ranges(config, RANGES, inside)
+    last = config.get("num_train_timesteps", 1000)
+    for name, highest in (("trained_betas", 1), ("student_timesteps", last), ("student_sigmas", 1)):
+        values = config.get(name) or []
+        if len(values) > MAX_TRAIN_TIMESTEPS:
+            raise ValueError(f"{inside}{name} has {len(values)} numbers")
+        if not all(is_kind(value, float) and 0 <= value <= highest for value in values):
+            raise ValueError(f"{inside}{name} should hold numbers from 0 to {highest}")
+
+
+def check_ranges(entries: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], inside: str = "") -> None:
+    """Raises ValueError with the first entry outside its range."""
+    for name, (low, high) in ranges.items():
+        if name in entries and not low <= entries[name] <= high:
+            raise ValueError(f"{inside}{name} is {entries[name]}, and should be from {low:g} to {high:g}")

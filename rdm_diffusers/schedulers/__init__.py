@@ -1,6 +1,6 @@
 """The student's few-step sampler."""
 
-from .output import RdmSchedulerOutput
 from .scheduling_rdm import RdmScheduler
+from .transitions import RdmSchedulerOutput
 
 __all__ = ["RdmScheduler", "RdmSchedulerOutput"]

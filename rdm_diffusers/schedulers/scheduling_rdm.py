@@ -1,4 +1,4 @@
-"""The student's few-step sampler: one linear-Gaussian kernel for every prediction type and stochasticity."""
+"""The student's few-step sampler: one Gaussian transition for every prediction type and stochasticity."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..prediction import NoiseSchedule, expand, to_x0
-from . import grids
-from .configurations import check_settings, defaults_of, translated
-from .log_density import gaussian_log_prob
-from .output import RdmSchedulerOutput
+from .configurations import check_settings, translate_config
+from .grids import check_grid, check_request, make_grid
+from .transitions import RdmSchedulerOutput, gaussian_log_prob
 
-FINAL = -1  # the time after the last step: no noise is left
+FINAL = -1  # the time after the last step, where no noise is left
 
 
 class RdmScheduler(SchedulerMixin, ConfigMixin):
@@ -38,12 +37,11 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             schedule, as in `DDIMScheduler`; unused for flow.
         prediction_type: `epsilon`, `v_prediction`, `sample` or `flow_prediction`; the last makes the schedule flow.
         eta: stochasticity in [0, 1].
-        student_timesteps: the student's own grid, descending; used whenever as many steps are asked for.
+        student_timesteps: the student's own grid, descending; used whenever its number of steps is requested.
         student_sigmas: the same for flow, descending from at most 1; final values, never shifted again.
-        timestep_spacing: how other grids are laid; only `trailing` starts at pure noise, so only it is known.
-        shift: the flow shift of grids without a student's own.
-        use_dynamic_shifting, time_shift_type, shift_terminal: of the same grids, as in
-            `FlowMatchEulerDiscreteScheduler`: whether `mu` takes the place of the shift and as what, and their end.
+        timestep_spacing: of other grids; only `trailing` starts at pure noise, so only it is supported.
+        shift, use_dynamic_shifting, time_shift_type, shift_terminal: of other flow grids, as in
+            `FlowMatchEulerDiscreteScheduler`.
         steps_offset: kept for the teacher's configuration; trailing grids do not use it.
 
     Raises:
@@ -85,27 +83,22 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             self.betas, self.alphas_cumprod = noise.betas, noise.alphas_cumprod
         if prediction_type == "epsilon" and self.alphas_cumprod is not None and not self.alphas_cumprod[-1]:
             raise ValueError(
-                "Epsilon prediction with zero terminal SNR says nothing of x0 at the noisiest time; set "
+                "Epsilon prediction with zero terminal SNR does not determine x0 at the noisiest time; set "
                 "rescale_betas_zero_snr to false, or prediction_type to the network's own."
             )
         self.schedule = NoiseSchedule(self.alphas_cumprod, num_train_timesteps)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self.step_index: int | None = None  # the number of steps taken, counted by `step` with a scalar time
+        self.begin_index: int | None = None
         self._train_steps = num_train_timesteps if self.alphas_cumprod is None else len(self.alphas_cumprod)
         unshifted = 0.0 if time_shift_type == "exponential" else 1.0
-        self._lay(self.student_grid or self._grid(min(50, self._train_steps), [], unshifted))
+        self._set_grid(self.student_grid or self._make_grid(min(50, self._train_steps), [], unshifted))
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler from the configuration of one of its own kind or of a stock one, whose noise schedule it takes.
-
-        Args:
-            config: of flow matching where its class knows nothing else, as `FlowMatchEulerDiscreteScheduler`.
-            return_unused_kwargs, kwargs: as in diffusers.
-        """
-        config = translated(config, defaults_of(cls)) if isinstance(config, dict) else config
+        """A scheduler from its own configuration, or from that of a stock scheduler, whose noise schedule it takes."""
+        config = translate_config(config, cls) if isinstance(config, dict) else config
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
@@ -115,19 +108,9 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             return [sigma * self.config.num_train_timesteps for sigma in self.config.student_sigmas]
         return self.config.student_timesteps
 
-    @property
-    def step_index(self) -> int | None:
-        """How many steps lie behind, counted by `step` with a scalar time; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """The first index, as pipelines that start midway set it."""
-        return self._begin_index
-
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Starts the count of `step_index` at `begin_index`."""
-        self._begin_index = begin_index
+        """Records the first index, as pipelines that start midway do."""
+        self.begin_index = begin_index
 
     def set_timesteps(
         self,
@@ -137,15 +120,15 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Lays the grid for sampling.
+        """Sets the grid for sampling.
 
-        With other numbers of steps than it was trained with, a student is sampled on the grid that its exported stock
-        scheduler lays, where that lays one: even from its first sigma to its last for flow, and for stochastic students
-        of the rest fewer steps of its own.
+        With another number of steps than it was trained with, a student is sampled on the grid of its exported stock
+        scheduler, if that has one: for flow even from its first sigma to its last, for other stochastic students
+        fewer of its own steps.
 
         Args:
-            num_inference_steps: as many steps as the student was trained with give the student's grid.
-            device: where the times are put.
+            num_inference_steps: the number of steps; the trained number gives the student's own grid.
+            device: of the times.
             timesteps: an explicit descending grid.
             sigmas: the same for flow; a student's are final, others are shifted as stock schedulers shift them. Even
                 ones, 1 to 1/K, count as a number of steps, because stock flow pipelines always pass them.
@@ -155,37 +138,29 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             ValueError: if no number and no grid is given or they contradict each other, the number is not in
                 [1, num_train_timesteps], the grid does not descend within the range, or a needed `mu` is missing.
         """
-        grids.check_request(num_inference_steps, timesteps, sigmas, self.schedule.is_flow)
+        check_request(num_inference_steps, timesteps, sigmas, self.schedule.is_flow)
         given = next((list(grid) for grid in (timesteps, sigmas) if grid is not None), [])
         count = len(given) if num_inference_steps is None else num_inference_steps
         if not 1 <= count <= self._train_steps:
             raise ValueError(f"num_inference_steps is {count}; it must lie between 1 and {self._train_steps}.")
-        self._lay(given if timesteps is not None else self._grid(count, given, mu), device)
+        self._set_grid(given if timesteps is not None else self._make_grid(count, given, mu), device)
 
-    def _lay(self, grid: list, device: str | torch.device | None = None) -> None:
+    def _make_grid(self, count: int, sigmas: Sequence[float], mu: float | None) -> list:
+        return make_grid(self.config, self.student_grid, self._train_steps, count, sigmas, mu)
+
+    def _set_grid(self, grid: list, device: str | torch.device | None = None) -> None:
         is_flow = self.schedule.is_flow
-        grids.check_grid(grid, self._train_steps - (not is_flow), whole=not is_flow)
+        check_grid(grid, self._train_steps - (not is_flow), whole=not is_flow)
         self.timesteps = torch.tensor(grid, dtype=torch.float32 if is_flow else torch.int64, device=device)
         self.sigmas = torch.cat([self.schedule.sigma(self.timesteps), torch.zeros(1, device=device)])
         self.num_inference_steps = len(grid)
-        self._step_index = self._begin_index = None
-
-    def _grid(self, count: int, sigmas: list[float], mu: float | None) -> list:
-        """The times of so many steps, or of such sigmas."""
-        own = self.student_grid
-        if own is not None and count == len(own) and (not sigmas or grids.are_even(sigmas)):
-            return own
-        if self.schedule.is_flow:
-            return [sigma * self._train_steps for sigma in grids.flow_sigmas(self.config, count, sigmas, mu)]
-        if own is not None and count < len(own) and self.config.eta:
-            return grids.picked_times(own, count)
-        return grids.trailing_times(self._train_steps, count)
+        self.step_index = self.begin_index = None
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """The sample unchanged; here for interchangeability with other schedulers."""
+        """The sample unchanged; pipelines call it on every scheduler."""
         return sample
 
     def index_for_timestep(self, timestep: Tensor | float) -> Tensor:
@@ -201,7 +176,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         return on_grid.int().argmax(-1)
 
     def previous_timestep(self, timestep: Tensor | float) -> Tensor:
-        """The next lower time of the grid for each `timestep`, shaped as it; `FINAL` (-1) below the last."""
+        """The grid's next lower time for each `timestep`, of the same shape; `FINAL` (-1) below the last."""
         following = torch.cat([self.timesteps, self.timesteps.new_full((1,), FINAL)])
         times = torch.as_tensor(timestep, device=self.timesteps.device)
         return following[(self.timesteps >= times[..., None]).sum(-1)]
@@ -223,7 +198,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         eta = self.config.eta if eta is None else eta
         x0, sample = x0.float(), sample.float()
         alpha, sigma = self.schedule.scales(timestep, sample)
-        sigma = sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # without noise there is none to keep: 0 / 0 is 0
+        sigma = sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # at sigma 0, sample - alpha x0 is 0 too: 0 / tiny is 0
         last = expand(next_timestep < 0, sample)
         next_alpha, next_sigma = self.schedule.scales(next_timestep.clamp(min=0), sample)
         next_alpha, next_sigma = next_alpha.masked_fill(last, 1.0), next_sigma.masked_fill(last, 0.0)
@@ -247,37 +222,37 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             model_output: the denoiser's output `[B, ...]`, of the configured prediction type.
             timestep: its time, a scalar or one per sample `[B]`; on the grid.
             sample: the noisy sample `[B, ...]`.
-            generator: draws the noise; a list of one per sample makes each sample independent of its batch.
-            stochasticity: overrides the configured `eta`; not called so, because stock pipelines pass an `eta` of 0 to
-                every scheduler that takes one.
-            return_log_prob: whether to state the log-density of the draw.
+            generator: of the noise; a list with one for each sample makes samples independent of their batch.
+            stochasticity: replaces the configured `eta`. It is not named `eta`, because stock pipelines pass an `eta`
+                of 0 to every scheduler that takes one.
+            return_log_prob: whether to return the log-density of the draw.
             return_dict: False gives the tuple `(prev_sample, pred_original_sample)`.
 
         Raises:
             ValueError: if a time is not on the grid.
         """
         times = torch.as_tensor(timestep, device=sample.device)
-        x0, mean, std = self._onwards(model_output, times, sample, stochasticity)
+        x0, mean, std = self._next_step(model_output, times, sample, stochasticity)
         prev_sample = mean
         if (std > 0).any():
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=model_output.dtype)
             prev_sample = mean + std * noise.float()
         if times.ndim == 0:
-            self._step_index = int(self.index_for_timestep(times)) + 1
+            self.step_index = int(self.index_for_timestep(times)) + 1
         prev_sample, x0 = prev_sample.to(model_output.dtype), x0.to(model_output.dtype)
         if not return_dict:
             return prev_sample, x0
         log_prob = gaussian_log_prob(prev_sample, mean, std) if return_log_prob else None
         return RdmSchedulerOutput(prev_sample, x0, mean, std, log_prob)
 
-    def _onwards(self, model_output: Tensor, times: Tensor, sample: Tensor, eta: float | None) -> tuple[Tensor, ...]:
+    def _next_step(self, model_output: Tensor, times: Tensor, sample: Tensor, eta: float | None) -> tuple[Tensor, ...]:
         """The x0 prediction, and the mean and the standard deviation of the step to the grid's next time."""
-        self.index_for_timestep(times)  # refuses times that are not on the grid
+        self.index_for_timestep(times)  # raises for times that are not on the grid
         x0 = self.pred_original_sample(model_output, times, sample)
         return x0, *self.transition(x0, sample, times, self.previous_timestep(times).to(sample.device), eta)
 
     def pred_original_sample(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
-        """The x0 that `model_output` means at `timestep`, float32 `[B, ...]`. Gradients flow to both tensors."""
+        """The x0 that `model_output` predicts at `timestep`, float32 `[B, ...]`. Gradients flow to both tensors."""
         alpha, sigma = self.schedule.scales(timestep, sample)
         return to_x0(self.config.prediction_type, model_output, sample, alpha, sigma)
 
@@ -289,7 +264,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         prev_sample: Tensor,
         stochasticity: float | None = None,
     ) -> Tensor:
-        """Log-density that a network with this output would give a stored transition from `sample` to `prev_sample`.
+        """Log-density of a stored transition from `sample` to `prev_sample` under a network with this output.
 
         Returns:
             `[B]` in nats, float64, summed over all dimensions; 0 for the deterministic last step. Gradients flow to
@@ -299,11 +274,11 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             ValueError: if a time is not on the grid.
         """
         times = torch.as_tensor(timestep, device=sample.device)
-        _, mean, std = self._onwards(model_output, times, sample, stochasticity)
+        _, mean, std = self._next_step(model_output, times, sample, stochasticity)
         return gaussian_log_prob(prev_sample, mean, std)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`alpha x0 + sigma noise` at times `[B]` or one for all, in the dtype of the samples and on their device."""
+        """`alpha x0 + sigma noise` at times `[B]` or a scalar, in the samples' dtype and on their device."""
         times = torch.as_tensor(timesteps, device=original_samples.device)
         return self.schedule.add_noise(original_samples, noise, times).to(original_samples.dtype)
 

@@ -1,7 +1,8 @@
-"""What a step of `RdmScheduler` gives."""
+"""One step of `RdmScheduler`: what it returns, and its log-density."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from diffusers.utils import BaseOutput
@@ -17,7 +18,7 @@ class RdmSchedulerOutput(BaseOutput):
         pred_original_sample: the x0 prediction `[B, ...]`, in the dtype of the model output.
         mean: the transition's mean `[B, ...]`, float32.
         std: the transition's standard deviation `[B, 1, ...]` or a scalar, float32; 0 at the last step and for eta 0.
-        log_prob: the log-density of `prev_sample` in nats `[B]`, float64, if it was asked for; 0 at the last step.
+        log_prob: the log-density of `prev_sample` in nats `[B]`, float64, on request; 0 at the last step.
     """
 
     prev_sample: Tensor
@@ -25,3 +26,15 @@ class RdmSchedulerOutput(BaseOutput):
     mean: Tensor
     std: Tensor
     log_prob: Tensor | None = None
+
+
+def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log-density in nats `[B]`, float64, of `sample [B, ...]` under N(mean, std^2); 0 where std is 0.
+
+    Gradients flow to all three.
+    """
+    mean, std = mean.double(), std.double()
+    deterministic = std == 0
+    safe = std.masked_fill(deterministic, 1.0)
+    density = -0.5 * ((sample.double() - mean) / safe) ** 2 - safe.log() - 0.5 * math.log(2 * math.pi)
+    return density.masked_fill(deterministic, 0.0).flatten(1).sum(1)
