@@ -27,7 +27,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from rdm_diffusers.evaluation.features import load_features
-from rdm_diffusers.evaluation.image_files import list_images
+from rdm_diffusers.evaluation.pictures import list_images
 from rdm_diffusers.evaluation.report import machine
 from rdm_diffusers.frechet import GaussianStatistics, frechet_distance
 

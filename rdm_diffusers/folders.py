@@ -37,21 +37,22 @@ def digest_of_file(path: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Holds a lock that ends with the process, however that ends; the file is there as long as it is held.
 
     `filelock` is not used, because where `flock` is missing it falls back to files, which the dead hold for ever.
 
     Args:
         path: the lock's file.
+        wait: whether to wait until no living process holds it.
 
     Yields:
         Whether there is a lock; False where the file system has none.
 
     Raises:
-        HeldError: if a living process holds it.
+        HeldError: if a living process holds it, unless `wait` is set.
     """
-    descriptor = _take(path)
+    descriptor = _take(path, wait)
     try:
         yield descriptor is not None
     finally:
@@ -61,12 +62,12 @@ def locked(path: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _take(path: Path) -> int | None:
+def _take(path: Path, wait: bool = False) -> int | None:
     while True:
         descriptor = None
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             _refuse_held(descriptor, error)
             return None

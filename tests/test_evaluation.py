@@ -262,7 +262,7 @@ def test_any_teacher_with_a_prompt_file_is_drawn_without_a_reference(
             "The student 'missing' is no local folder, is not in the cache, and the Hub cannot be reached",
         ),
         (["--images", ".", "--reward", "tiny_bold"], "No prompts: give --prompts"),
-        (["--images", ".", "--solver", "ddim"], "--solver are a teacher's; a student is sampled as it was trained"),
+        (["--images", ".", "--solver", "ddim"], "Only a teacher is sampled with --solver; leave this out"),
         (["--teacher", "tiny", "--student", "x"], "not allowed with argument"),
     ],
 )

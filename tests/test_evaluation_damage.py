@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rdm_diffusers.evaluation import command
-from rdm_diffusers.evaluation.batches import images_per_second, note_batch
+from rdm_diffusers.evaluation.digests import sealed, unsealed
 from rdm_diffusers.evaluation.features import load_features
-from rdm_diffusers.evaluation.image_files import read_image, save_image
+from rdm_diffusers.evaluation.pictures import read_image, save_image
 from rdm_diffusers.evaluation.prompt_sets import load_prompt_set
 from rdm_diffusers.evaluation.records import read_json
 from rdm_diffusers.evaluation.references import load_reference, save_reference
-from rdm_diffusers.evaluation.sampling import drawing_alone, read_record
-from rdm_diffusers.evaluation.sealing import sealed, unsealed
+from rdm_diffusers.evaluation.sampling import LOCK, images_per_second, log_batch, read_record
+from rdm_diffusers.folders import locked
 
 MEASURED = ["--num_images", "44", "--batch_size", "11", "--reward", "tiny_bold"]
 
@@ -112,7 +112,7 @@ def test_the_speed_leaves_out_damaged_lines_and_says_so(tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     picture.touch()
     for seconds in (9.0, 2.0, 1.0):
-        note_batch(tmp_path, 0, [picture] * 4, seconds)
+        log_batch(tmp_path, 0, [picture] * 4, seconds)
     assert images_per_second(tmp_path) == pytest.approx(8 / 3)
     path = tmp_path / "speed-0.jsonl"
     lines = path.read_text().splitlines()
@@ -125,7 +125,7 @@ def test_the_speed_leaves_out_damaged_lines_and_says_so(tmp_path: Path) -> None:
         "[" * 9999,
     ):
         path.write_text("\n".join([lines[0], damaged, lines[2]]) + "\n")
-        with pytest.warns(UserWarning, match=r"speed-0.jsonl is damaged in line 2; what it says of the speed is left"):
+        with pytest.warns(UserWarning, match=r"speed-0.jsonl is damaged in line 2; the speed is computed without"):
             assert images_per_second(tmp_path) == pytest.approx(4)
     path.write_bytes(b"\xff\xfe\0")
     with pytest.warns(UserWarning, match="is damaged in line 1"):
@@ -138,14 +138,14 @@ def test_a_line_that_a_kill_cut_short_spoils_no_other(tmp_path: Path) -> None:
     picture, path = tmp_path / "a.png", tmp_path / "speed-0.jsonl"
     picture.touch()
     path.write_text('{"images": 1, "seconds": 5.0}\n{"images": 8, "sec')
-    note_batch(tmp_path, 0, [picture], 0.5)
+    log_batch(tmp_path, 0, [picture], 0.5)
     with pytest.warns(UserWarning, match="is damaged in line 2"):
         assert images_per_second(tmp_path) == 2
 
 
 def test_pictures_without_the_record_of_what_they_are_are_not_taken(folder: Path) -> None:
     (folder / "images.json").unlink()
-    with pytest.raises(ValueError, match=r"holds pictures without the images\.json that says what they are; choose an"):
+    with pytest.raises(ValueError, match=r"holds pictures without their settings \(images\.json\); choose another"):
         draw(folder)
 
 
@@ -164,7 +164,7 @@ def test_a_changed_number_in_a_record_is_noticed(drawn: tuple[Path, dict], folde
     path = folder / "evaluation.json"
     value = str(drawn[1]["fd_to_data"]["value"])
     path.write_text(path.read_text().replace(value, "1" + value))
-    with pytest.raises(ValueError, match=r"is no JSON of rdm-evaluate \(it was changed since it was written\)"):
+    with pytest.raises(ValueError, match=r"is not a record of rdm-evaluate \(it was changed since it was written\)"):
         read_json(folder)
     record = {"a": [1, 2.5], "b": {"c": None}}
     assert unsealed(json.dumps(sealed(record))) == unsealed(json.dumps(record)) == record
@@ -182,7 +182,7 @@ def test_a_changed_number_in_a_record_is_noticed(drawn: tuple[Path, dict], folde
 )  # fmt: skip
 def test_an_evaluation_of_wrong_types_is_one_sentence(record: dict, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"is no JSON of rdm-evaluate \(.*\); give its evaluation\.json"):
+    with pytest.raises(ValueError, match=r"is not a record of rdm-evaluate \(.*\); give its evaluation\.json"):
         read_json(tmp_path)
 
 
@@ -203,16 +203,17 @@ def test_a_kill_while_it_is_written_leaves_the_evaluation_that_was_there(
 
 
 def test_two_evaluations_do_not_draw_into_one_folder_and_a_dead_one_is_in_nobodys_way(folder: Path) -> None:
-    with drawing_alone(folder / "images"), pytest.raises(ValueError, match="Another rdm-evaluate draws into"):
+    holder = f"process {os.getpid()} on .*"
+    with locked(folder / LOCK), pytest.raises(ValueError, match=rf"Another rdm-evaluate \({holder}\) draws into"):
         draw(folder)
     child = os.fork()
     if child == 0:
-        with drawing_alone(folder / "images"):
+        with locked(folder / LOCK):
             os._exit(0)
     os.waitpid(child, 0)
     (folder / "images" / ".process-7.png").write_bytes(b"half a picture")
     draw(folder)
-    assert not list((folder / "images").glob(".*"))
+    assert not [*folder.glob(".*"), *(folder / "images").glob(".*")]
 
 
 def spoil(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -236,7 +237,7 @@ def test_damaged_statistics_of_a_reference_are_refused(damage: str, folder: Path
         path.write_bytes(path.read_bytes().replace(b'num_images\\": null', b'num_images\\": 1234', 1))
     else:
         path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"holds no statistics of ours \(.*\); make them anew"):
+    with pytest.raises(ValueError, match=r"holds no statistics of rdm-evaluate \(.*\); make them again"):
         load_reference(str(path), "data", features)
 
 
@@ -259,7 +260,7 @@ def test_statistics_of_version_0_1_0_which_hold_no_digest_are_read(folder: Path,
         (np.zeros(8), np.eye(8), r"has statistics of \[8\] and \[8, 8\] numbers, and --features tiny has 64 features"),
         (np.zeros(64), np.eye(8), "give a reference made with the same"),
         (np.zeros((64, 1)), np.eye(64), "give a reference made with the same"),
-        (np.full(64, np.nan), np.eye(64), "no pictures have such statistics; make it anew"),
+        (np.full(64, np.nan), np.eye(64), "no pictures have such statistics; make it again"),
         (np.zeros(64), np.triu(np.ones((64, 64))), "no pictures have such statistics"),
         (np.array(["a"]), np.eye(64), "is damaged, or has no mu and sigma"),
     ],
@@ -277,7 +278,7 @@ def test_a_damaged_prompt_set_is_one_sentence(content: str, tmp_path: Path) -> N
         (tmp_path / f"{style}.json").write_text('["a prompt"]')
     assert load_prompt_set(f"hpdv2={tmp_path}") == ["a prompt"] * 4
     (tmp_path / "photo.json").write_text(content)
-    with pytest.raises(ValueError, match=r"The prompts hpdv2 could not be had \(.*\); connect"):
+    with pytest.raises(ValueError, match=r"The prompts hpdv2 could not be loaded \(.*\); connect"):
         load_prompt_set(f"hpdv2={tmp_path}")
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from rdm_diffusers.evaluation import command
 from rdm_diffusers.evaluation.digests import digest_of_files, digest_of_tensors, digest_of_texts
 from rdm_diffusers.evaluation.features import load_features, resize_clean
-from rdm_diffusers.evaluation.image_files import list_images, read_batches, save_image
 from rdm_diffusers.evaluation.intervals import distance_with_interval, weights_without_each_group
 from rdm_diffusers.evaluation.measuring import measure_reward
+from rdm_diffusers.evaluation.pictures import list_images, read_batches, save_image
 from rdm_diffusers.evaluation.prompt_sets import load_prompt_set
 from rdm_diffusers.evaluation.records import compare
 from rdm_diffusers.evaluation.references import Reference, load_reference, save_reference
@@ -116,9 +116,12 @@ def test_statistics_of_other_features_and_damaged_ones_are_refused(tmp_path: Pat
     other = copy.copy(features)
     object.__setattr__(other, "weights_sha256", "0" * 64)
     save_reference(Reference(STANDARD, "", "x"), other, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"was made with other features .*; make it anew with --features tiny"):
+    with pytest.raises(ValueError, match=r"was made with other features .*; make it again with --features tiny"):
         load_reference(str(tmp_path / "other.safetensors"), "data", features)
-    for name, sentence in {"a.safetensors": "holds no statistics of ours", "a.npz": "has no mu and sigma"}.items():
+    for name, sentence in {
+        "a.safetensors": "holds no statistics of rdm-evaluate",
+        "a.npz": "has no mu and sigma",
+    }.items():
         (tmp_path / name).write_bytes(b"nothing")
         with pytest.raises(ValueError, match=sentence):
             load_reference(str(tmp_path / name), "data", features)
@@ -190,7 +193,7 @@ def test_prompt_sets_are_read_from_copies_of_their_datasets(tmp_path: Path) -> N
 
 def test_prompt_sets_out_of_reach_are_one_sentence(tmp_path: Path) -> None:
     for name in ("hpdv2", "coco", "parti", f"hpdv2={tmp_path}"):
-        with pytest.raises(ValueError, match=r"The prompts \w+ could not be had \(.*\); connect to the network"):
+        with pytest.raises(ValueError, match=r"The prompts \w+ could not be loaded \(.*\); connect to the network"):
             load_prompt_set(name)
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match=r"empty\.txt holds no prompts; write one a line"):
@@ -249,7 +252,9 @@ def test_unlike_evaluations_are_refused_naming_what_differs_unless_it_is_let_dif
     for key in outer:
         place = place[key]
     place[name] = value
-    with pytest.raises(ValueError, match=f"cannot be compared, their settings differ: {path} is .* and {value}"):
+    with pytest.raises(
+        ValueError, match=f"cannot be compared, because their settings differ: {path} is .* and {value}"
+    ):
         compare(a, b)
     assert "| fd_to_data |" in compare(a, b, [path.split(".")[0]])
 
@@ -257,5 +262,5 @@ def test_unlike_evaluations_are_refused_naming_what_differs_unless_it_is_let_dif
 def test_what_is_no_evaluation_cannot_be_compared(two_folders, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("[]")
     for path in (tmp_path / "other.json", tmp_path / "missing.json"):
-        with pytest.raises(ValueError, match="is no JSON of rdm-evaluate"):
+        with pytest.raises(ValueError, match="is not a record of rdm-evaluate"):
             command.main(["compare", str(two_folders[0]), str(path)])

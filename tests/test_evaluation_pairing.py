@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rdm_diffusers.evaluation.pairing import as_paired, natural, pair
+from rdm_diffusers.evaluation.given import describe_pairs, natural_key, pair
 
 
 def paths(*names: str) -> list[Path]:
@@ -18,10 +18,10 @@ def test_pictures_are_in_the_order_of_their_numbers_and_it_is_said_how_they_are_
     prompts = [f"prompt {i}" for i in range(20)]
     assert pair(sorted(names), prompts) == names
     assert pair(sorted(names), prompts, 11) == names[:11]
-    assert as_paired(names, prompts) == (
+    assert describe_pairs(names, prompts) == (
         "Pictures and prompts are paired in their order: 0.png with 'prompt 0', ..., 11.png with 'prompt 11'."
     )
-    assert sorted(paths("b2.png", "a10.png", "a.png", "a9.jpg"), key=natural) == paths(
+    assert sorted(paths("b2.png", "a10.png", "a.png", "a9.jpg"), key=natural_key) == paths(
         "a9.jpg", "a10.png", "a.png", "b2.png"
     )
 
@@ -40,15 +40,15 @@ def test_pictures_are_in_the_order_of_their_numbers_and_it_is_said_how_they_are_
 )
 def test_pictures_that_are_numbered_from_0_or_1_or_as_many_as_the_prompts_are_paired(names: list, count: int) -> None:
     found = pair(paths(*names), ["prompt"] * count)
-    assert found == sorted(paths(*names), key=natural)
+    assert found == sorted(paths(*names), key=natural_key)
 
 
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (["0.png", "1.png", "3.png"], "after number 1 comes 3.png"),
+        (["0.png", "1.png", "3.png"], "number 1 is followed by 3.png"),
         (["2.png", "3.png"], "the first is 2.png"),
-        (["0.png", "0.jpg", "1.png"], "after number 0 comes 0"),
+        (["0.png", "0.jpg", "1.png"], "number 0 is followed by 0"),
         (["cat.png", "dog.png"], "their names do not differ in one number alone"),
         (["p0_s0.png", "p0_s1.png", "p1_s0.png", "p1_s1.png"], "their names do not differ in one number alone"),
     ],

@@ -38,7 +38,7 @@ def test_a_reward_that_raises_is_named_with_its_place_and_mended_the_run_is_as_i
     options = dict(algorithm="gndmr", reward=f"{reward}:judge")
     fault.touch()
     with pytest.raises(
-        RewardError, match=r"The reward judge raised KeyError at .*reward.py:7 .'colour'.; mend it"
+        RewardError, match=r"The reward judge raised KeyError at .*reward.py:7 .'colour'.; fix it"
     ) as raised:
         train_rdm_lora.main(argv("run", **options))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]

@@ -228,7 +228,7 @@ def test_a_class_that_needs_arguments(complaint, user_file) -> None:
     path = user_file("class Needy:\n    def __init__(self, size):\n        pass\n")
     said = complaint(f"{path}:Needy")
     assert said.startswith(f"The class Needy in {path} could not be made without arguments (TypeError: ")
-    assert said.endswith("; mend it, or name an instance.")
+    assert said.endswith("; fix it, or name an instance.")
 
 
 def test_a_class_whose_instances_cannot_be_called(complaint, user_file) -> None:
@@ -263,7 +263,7 @@ LEAVES = ("sys.exit(0)", "raise SystemExit", "raise BaseException('gone')", "rai
 @pytest.mark.parametrize("leave", LEAVES)
 def test_a_reward_that_ends_the_program_is_an_error_with_its_name(user_file, leave: str) -> None:
     path = user_file(f"import sys\n\ndef score(images, prompts):\n    {leave}\n")
-    with pytest.raises(RewardError, match=rf"^The reward score raised .* at {path}:4 \(.*\); mend it\."):
+    with pytest.raises(RewardError, match=rf"^The reward score raised .* at {path}:4 \(.*\); fix it\."):
         evaluate(reward_of(f"{path}:score"), noisy_images(), PROMPTS)
 
 

@@ -2,12 +2,20 @@
 
 from .features import FEATURES, Features, load_features
 from .intervals import Distance, distance_with_interval
-from .metrics import Metrics, evaluation_prompts, measure, measure_images
 from .prompt_sets import PROMPT_SETS, load_prompt_set
 from .records import compare
 from .references import Reference, load_reference, save_reference
-from .report import as_table, save_samples, student_sampler, tiny_metrics, write_metrics
-from .samplers import FLOW_SOLVERS, TEACHER_SOLVERS, Sampler, solvers_of, teacher_sampler
+from .report import (
+    Metrics,
+    as_table,
+    evaluation_prompts,
+    measure,
+    measure_images,
+    save_samples,
+    tiny_metrics,
+    write_metrics,
+)
+from .samplers import FLOW_SOLVERS, TEACHER_SOLVERS, Sampler, solvers_of, student_sampler, teacher_sampler
 from .subjects import put
 
 __all__ = [

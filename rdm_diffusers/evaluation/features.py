@@ -1,4 +1,4 @@
-"""The networks in whose features Fréchet distances are measured, each with the resizing that belongs to it."""
+"""The feature networks of Fréchet distances, each with its own resizing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from torch import Tensor
 from ..tiny.classifier import FEATURE_DIM, load_classifier
 from ..tiny.handwriting import IMAGE_SIZE
 from .digests import digest_of_tensors
-from .image_files import read_batches
+from .pictures import read_batches
 
 EXTRA = "pip install 'rdm-diffusers[eval]'"
-INCEPTION_SIZE = 299
-INCEPTION_FEATURES = 2048
-INCEPTION_LAYER = str(INCEPTION_FEATURES)
+INCEPTION_SIZE, INCEPTION_FEATURES = 299, 2048
+INCEPTION_LAYER = str(INCEPTION_FEATURES)  # torch-fidelity's name of the layer
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Features:
         name: one of `FEATURES`.
         dimensions: D.
         extract: pictures `[B, 3, H, W]`, uint8, on any device -> features `[B, D]`, float32. No gradients.
-        resize: how pictures come to the network's size, in words.
+        resize: how pictures are resized for the network, in words.
         weights_sha256: of the weights' names and numbers.
     """
 
@@ -51,7 +50,7 @@ class Features:
         return torch.cat([self.extract(batch.to(device)).float().cpu() for batch in batches])
 
     def as_dict(self) -> dict[str, str]:
-        """What of it moves a number, for JSON."""
+        """What affects a distance, for JSON."""
         return {"name": self.name, "resize": self.resize, "weights_sha256": self.weights_sha256}
 
 
@@ -60,11 +59,11 @@ def load_features(name: str, weights: str | None = None, device: torch.device | 
 
     Args:
         name: one of `FEATURES`.
-        weights: the Inception weights' file, where they are not to be downloaded.
-        device: where it works.
+        weights: the Inception weights' file; None to download them.
+        device: where it runs.
 
     Raises:
-        ValueError: one sentence, if the weights are missing, damaged or out of reach.
+        ValueError: one sentence, if the weights are missing, damaged or cannot be downloaded.
         ImportError: naming the extra, if the package is missing.
     """
     if weights is not None and not Path(weights).is_file():
@@ -73,16 +72,16 @@ def load_features(name: str, weights: str | None = None, device: torch.device | 
 
 
 def _tiny(weights: str | None, device: torch.device) -> Features:
-    """The tiny teachers' classifier; it knows their pictures' size only."""
+    """The tiny teachers' classifier, for pictures of their size only."""
     if weights is not None:
-        raise ValueError("The tiny feature net is shipped with the package; leave --feature_weights out.")
+        raise ValueError("The package contains the tiny feature network; leave --feature_weights out.")
     network = load_classifier().to(device)
 
     def extract(images: Tensor) -> Tensor:
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
-                f"The tiny feature net reads pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not {images.shape[-2]} x "
-                f"{images.shape[-1]}; use --features inception."
+                f"The tiny feature network reads pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not "
+                f"{images.shape[-2]} x {images.shape[-1]}; use --features inception."
             )
         return network.features(images.float() / 255)
 
@@ -117,11 +116,10 @@ def _clean(weights: str | None, device: torch.device) -> Features:
         from cleanfid.inception_torchscript import InceptionV3W
     except ImportError as error:
         raise ImportError(f"--features inception-clean needs clean-fid: {EXTRA}.") from error
-    with tempfile.TemporaryDirectory() as folder:  # it looks for a file of this name
-        place = Path(folder) / "inception-2015-12-05.pt"
+    with tempfile.TemporaryDirectory() as folder:
         try:
             if weights is not None:
-                shutil.copyfile(weights, place)
+                shutil.copyfile(weights, Path(folder) / "inception-2015-12-05.pt")  # the name that clean-fid expects
             network = InceptionV3W(folder, download=weights is None).to(device).eval()
         except (OSError, RuntimeError) as error:
             raise _unloadable(weights, error) from error
@@ -134,24 +132,24 @@ def _clean(weights: str | None, device: torch.device) -> Features:
 
 
 def resize_clean(image: Tensor) -> Tensor:
-    """`[3, H, W]` uint8 -> `[3, 299, 299]` float32 in [0, 255]: bicubic with antialiasing, each channel by itself."""
+    """`[3, H, W]` uint8 -> `[3, 299, 299]` float32 in [0, 255]: bicubic with antialiasing, channel by channel."""
     size = (INCEPTION_SIZE, INCEPTION_SIZE)
     channels = [Image.fromarray(channel.numpy()).resize(size, Image.Resampling.BICUBIC) for channel in image.float()]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 255)
 
 
 def _read_tensors(path: str) -> Mapping[str, Tensor]:
-    """The tensors of a safetensors file, or of a `.pth` that holds nothing but tensors: none of its code is run."""
+    """The tensors of a safetensors file, or of a `.pth` that holds only tensors; no code in it is executed."""
     try:
-        found = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-        return {name: tensor for name, tensor in dict(found).items() if isinstance(tensor, Tensor)}
-    except Exception as error:  # torch.load has many
+        content = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        return {name: tensor for name, tensor in dict(content).items() if isinstance(tensor, Tensor)}
+    except Exception as error:  # torch.load raises many kinds
         raise _unloadable(path, error) from error
 
 
 @contextmanager
 def _as_file(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """A temporary file of tensors, for a library that reads any pickle without asking."""
+    """A temporary file of tensors, for a library that unpickles any file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"
         torch.save(dict(tensors), path)

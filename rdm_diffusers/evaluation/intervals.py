@@ -1,12 +1,13 @@
-"""How far a Fréchet distance of few pictures can be trusted.
+"""Confidence intervals of Fréchet distances between few pictures.
 
-The distance of N pictures is too large by about b / N (arXiv 1911.07023), and it scatters. A bootstrap is no help with
-the first: pictures drawn twice look like fewer pictures. The grouped jackknife (Quenouille 1956, Tukey 1958) tells
-both. The pictures are dealt at random to G groups, and d_g is the distance d without group g. Then, with f = 1 - 1 / G,
-d - f sum(d_g - d) is the distance without b / N, and f sum(d_g - mean d_g)^2 is the square of its standard error.
+The distance of N pictures is too large by about b / N (arXiv 1911.07023), and it scatters. A bootstrap does not remove
+the first error, because pictures drawn twice look like fewer pictures. The grouped jackknife (Quenouille 1956, Tukey
+1958) estimates both. The pictures are assigned at random to G groups, and d_g is the distance d without group g. Then,
+with f = 1 - 1 / G, d - f sum(d_g - d) is the distance without b / N, and f sum(d_g - mean d_g)^2 is the square of its
+standard error.
 
 Where prompts have several pictures each, the sample is balanced, and leaving pictures out at random would unbalance it.
-So a prompt's pictures are dealt to different groups, those that remain take over the weight of those left out, and
+So a prompt's pictures are assigned to different groups, those that remain take over the weight of those left out, and
 f = 1 - 1 / min(pictures of a prompt, G): the stratified jackknife. The interval is then for other seeds; where every
 prompt has one picture, it is for other seeds and other prompts of the kind.
 """
@@ -21,21 +22,21 @@ from torch import Tensor
 from ..frechet import FrechetReference, GaussianStatistics
 
 GROUPS = 20
-STUDENT_T = 2.093  # 97.5% of Student's t with 19 degrees of freedom
+STUDENT_T = 2.093  # 97.5% quantile of Student's t with 19 degrees of freedom
 CONFIDENCE = 0.95
 ENOUGH = 10  # pictures for each feature dimension
 
 
 @dataclass(frozen=True)
 class Distance:
-    """A Fréchet distance with what is known of its error; the reference is taken as it is.
+    """A Fréchet distance with its error; the reference's own error is not included.
 
     Args:
-        value: of these pictures, as other programs give it.
+        value: of these pictures, as other programs compute it.
         low, high: the 95% interval of what as many pictures give on average; None for fewer than 40.
         standard_error: of `value`.
-        extrapolated: the distance of infinitely many pictures, estimated; it scatters as `value` does. None where the
-            pictures are too few to tell.
+        extrapolated: the estimated distance of infinitely many pictures; it scatters as `value` does. None for fewer
+            than 10 D pictures.
         num_images, dimensions: N and D.
         warning: a sentence if N is less than 10 D.
     """
@@ -61,7 +62,7 @@ def distance_with_interval(features: Tensor, reference: GaussianStatistics, num_
 
     Args:
         features: `[N, D]`; picture i was drawn for prompt i modulo `num_prompts`.
-        reference: the reference's.
+        reference: statistics of the same features.
         num_prompts: how many different prompts there are; None if unknown.
 
     Raises:
@@ -88,9 +89,9 @@ def jackknife(features: Tensor, value: float, target: FrechetReference, num_prom
 
     Args:
         features: `[N, D]`; picture i was drawn for prompt i modulo `num_prompts`.
-        value: the distance of all.
+        value: the distance of all of them.
         target: the reference.
-        num_prompts: 1 to N, or more.
+        num_prompts: at least 1; may exceed N.
     """
     each = max(1, len(features) // num_prompts)
     strata = torch.arange(len(features)) % num_prompts if each > 1 else torch.zeros(len(features), dtype=torch.long)
@@ -105,10 +106,10 @@ def jackknife(features: Tensor, value: float, target: FrechetReference, num_prom
 
 
 def weights_without_each_group(strata: Tensor) -> list[Tensor]:
-    """The weights `[N]` of pictures where one group is left out: 0 for the group's, and the total of a stratum stays.
+    """For each group the weights `[N]` of all pictures without it: 0 in the group, and every stratum keeps its total.
 
     Args:
-        strata: `[N]`, each picture's, 0 and up; none of one picture only.
+        strata: `[N]`, the stratum of each picture, counted from 0; every stratum has at least two pictures.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(strata), generator=generator)
@@ -125,7 +126,7 @@ def weights_without_each_group(strata: Tensor) -> list[Tensor]:
 
 
 def too_few(count: int, dimensions: int) -> str | None:
-    """A sentence where there are fewer than 10 pictures for each dimension."""
+    """A warning for fewer than 10 pictures for each dimension."""
     if count >= ENOUGH * dimensions:
         return None
     return (

@@ -1,4 +1,4 @@
-"""`evaluation.json`: numbers, and every setting that moves one; the same as a table; two of them side by side."""
+"""`evaluation.json`: metrics, and every setting that affects them; as a table, and two of them side by side."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from ..folders import write_whole
-from .sealing import unsealed
+from .digests import unsealed
 
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
+Row = tuple[float | None, float | None, str]  # value, standard error, 95% interval in words
 NOTE = "All numbers are of the picture files, 8 bits a channel, so that drawn and given pictures are measured alike."
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes `evaluation.md` and, last of all, `evaluation.json`, each as a whole."""
+    """Writes `evaluation.md`, then `evaluation.json`; after a kill each is complete or as it was."""
     write_whole(folder / TABLE_FILE, as_markdown(record))
     write_whole(folder / JSON_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An `evaluation.json`, or that of a folder.
+    """The record in an `evaluation.json`, or in that of a folder.
 
     Raises:
-        ValueError: if there is none, or if it was changed since it was written.
+        ValueError: if there is none, if it was changed since it was written, or if it lacks an entry.
     """
     path = path / JSON_FILE if path.is_dir() else path
     try:
@@ -36,13 +37,13 @@ def read_json(path: Path) -> dict[str, Any]:
         if not {"kind", "name"} <= record["subject"].keys():
             raise ValueError("its subject has no name")
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no JSON of rdm-evaluate ({error}); give its {JSON_FILE}.") from error
+        raise ValueError(f"{path} is not a record of rdm-evaluate ({error}); give its {JSON_FILE}.") from error
     return record
 
 
-def rows_of(metrics: Mapping[str, Any]) -> dict[str, tuple[float | None, float | None, str]]:
+def rows_of(metrics: Mapping[str, Any]) -> dict[str, Row]:
     """Metric -> its value, its standard error, and its 95% interval in words."""
-    rows: dict[str, tuple[float | None, float | None, str]] = {}
+    rows: dict[str, Row] = {}
     for name, measured in metrics.items():
         if name == "rewards":
             rows |= {each: _row_of_mean(reward) for each, reward in measured.items()}
@@ -54,7 +55,7 @@ def rows_of(metrics: Mapping[str, Any]) -> dict[str, tuple[float | None, float |
     return rows
 
 
-def _row_of_mean(reward: Mapping[str, float | None]) -> tuple[float | None, float | None, str]:
+def _row_of_mean(reward: Mapping[str, float | None]) -> Row:
     mean, error = reward["mean"], reward["standard_error"]
     if mean is None or error is None:
         return mean, None, ""
@@ -73,16 +74,9 @@ def number(value: float | None) -> str:
 def as_markdown(record: Mapping[str, Any]) -> str:
     """A record as a table of its metrics and a table of its settings."""
     rows = [[name, number(value), interval] for name, (value, _, interval) in rows_of(record["metrics"]).items()]
-    lines = [
-        f"# {record['subject']['name']}",
-        "",
-        *table(["", "value", "95% interval"], rows),
-        "",
-        *record["notes"],
-        "",
-    ]
-    told = {**record["subject"], **record["settings"]}
-    settings = [[name, str(value), ""][:2] for name, value in flattened(told)]
+    settings = [[name, str(value)] for name, value in flattened({**record["subject"], **record["settings"]})]
+    metrics = table(["", "value", "95% interval"], rows)
+    lines = [f"# {record['subject']['name']}", "", *metrics, "", *record["notes"], ""]
     return "\n".join([*lines, *table(["setting", "value"], settings)]) + "\n"
 
 
@@ -105,28 +99,28 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = 
 
     Args:
         a, b: records of evaluations.
-        ignore: settings that may differ, with all that is under them: `versions`, `versions.torch`.
+        ignore: settings that may differ, with all their parts: `versions`, or `versions.torch`.
 
     Raises:
-        ValueError: if another setting that moves a number differs, naming each with both values.
+        ValueError: if other settings differ, naming each with both values.
     """
     left, right = dict(flattened(a["settings"])), dict(flattened(b["settings"]))
-    unlike = [name for name in dict.fromkeys([*left, *right]) if left.get(name) != right.get(name)]
-    unlike = [name for name in unlike if not any(f"{name}.".startswith(f"{each}.") for each in ignore)]
-    if unlike:
-        told = "; ".join(f"{name} is {left.get(name)} and {right.get(name)}" for name in unlike)
+    differing = [name for name in dict.fromkeys([*left, *right]) if left.get(name) != right.get(name)]
+    differing = [name for name in differing if not any(f"{name}.".startswith(f"{each}.") for each in ignore)]
+    if differing:
+        both = "; ".join(f"{name} is {left.get(name)} and {right.get(name)}" for name in differing)
         raise ValueError(
-            f"These two evaluations cannot be compared, their settings differ: {told}. Evaluate one anew with the "
-            "other's, or let them differ with --ignore NAME."
+            f"These two evaluations cannot be compared, because their settings differ: {both}. Evaluate one again with "
+            "the other's settings, or allow differences with --ignore NAME."
         )
     names = [f"{record['subject']['kind']} {record['subject']['name']}" for record in (a, b)]
-    ours, theirs = rows_of(a["metrics"]), rows_of(b["metrics"])
-    rows = [[name, *_pair(ours[name], theirs[name])] for name in ours if name in theirs]
+    left_rows, right_rows = rows_of(a["metrics"]), rows_of(b["metrics"])
+    rows = [[name, *_difference(left_rows[name], right_rows[name])] for name in left_rows if name in right_rows]
     return "\n".join(table(["", *names, "difference"], rows))
 
 
-def _pair(a: tuple[float | None, float | None, str], b: tuple[float | None, float | None, str]) -> list[str]:
-    """Both values and the second less the first, with its standard error as if the pictures were independent."""
+def _difference(a: Row, b: Row) -> list[str]:
+    """Both values and the second minus the first, with its standard error as if the pictures were independent."""
     if a[0] is None or b[0] is None:
         return [number(a[0]), number(b[0]), "-"]
     error = "" if a[1] is None or b[1] is None else f" ± {(a[1] ** 2 + b[1] ** 2) ** 0.5:.2g}"

@@ -1,4 +1,4 @@
-"""What pictures are compared with: a folder, or statistics that were made of one."""
+"""References of Fréchet distances: the statistics of a folder of pictures, computed or read from a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from ..folders import aside_of
 from ..frechet import GaussianStatistics
 from ..tiny import is_tiny
 from ..tiny.reference import load_statistics
-from .digests import digest_of_files, digest_of_tensors
+from .digests import digest_of_files, digest_of_tensors, sealed, unsealed
 from .features import Features
-from .image_files import list_images
-from .sealing import sealed, unsealed
+from .pictures import list_images
 
 FILES = (".safetensors", ".npz")
 
@@ -32,8 +31,8 @@ class Reference:
 
     Args:
         statistics: the features'.
-        source: what they were made of, in words.
-        sha256: of the pictures where these are known, else of the statistics.
+        source: a folder, a file or a tiny teacher.
+        sha256: of the pictures if they are available, else of the statistics.
         num_images: how many; None if unknown.
     """
 
@@ -43,7 +42,7 @@ class Reference:
     num_images: int | None = None
 
     def as_dict(self) -> dict[str, str | int | None]:
-        """What of it moves a number, for JSON: not where it was found."""
+        """What affects a distance, for JSON; the place does not."""
         return {"sha256": self.sha256, "num_images": self.num_images}
 
 
@@ -55,11 +54,10 @@ def load_reference(place: str, kind: str, features: Features, device: torch.devi
             other programs write; or `tiny`, `tiny-v`, `tiny-flow`.
         kind: `data` or `teacher`.
         features: the network.
-        device: where it works.
+        device: where the network runs.
 
     Raises:
-        ValueError: one sentence, if there is nothing of that kind, if it is damaged, or if it was made with other
-            features.
+        ValueError: one sentence, if the place does not exist, is damaged, or was made with other features.
     """
     reference = _load(place, kind, features, device)
     mean, covariance = reference.statistics.mean, reference.statistics.covariance
@@ -69,13 +67,13 @@ def load_reference(place: str, kind: str, features: Features, device: torch.devi
             f"and --features {features.name} has {features.dimensions} features; give a reference made with the same."
         )
     if not (mean.isfinite().all() and covariance.isfinite().all() and torch.allclose(covariance, covariance.T)):
-        raise ValueError(f"--reference_{kind} {place} is damaged: no pictures have such statistics; make it anew.")
+        raise ValueError(f"--reference_{kind} {place} is damaged: no pictures have such statistics; make it again.")
     return reference
 
 
 def _load(place: str, kind: str, features: Features, device: torch.device | str) -> Reference:
     if is_tiny(place):
-        return _shipped(place, kind, features)
+        return _tiny_reference(place, kind, features)
     path = Path(place)
     if path.suffix in FILES and not path.is_dir():
         if not path.is_file():
@@ -87,60 +85,61 @@ def _load(place: str, kind: str, features: Features, device: torch.device | str)
 
 
 def save_reference(reference: Reference, features: Features, path: Path) -> None:
-    """Writes statistics, with what they were made of, to be given in the folder's place the next time.
-
-    With them are their digest and that of the notes, so that damage is noticed.
-    """
-    tensors = {"mean": reference.statistics.mean, "covariance": reference.statistics.covariance}
-    made = {
+    """Writes statistics that `load_reference` reads in place of the pictures, with digests that reveal damage."""
+    tensors = _as_tensors(reference.statistics)
+    origin = {
         "features": features.as_dict(),
         "source_sha256": reference.sha256,
         "num_images": reference.num_images,
         "statistics_sha256": digest_of_tensors(tensors),
     }
-    save_file(tensors, aside_of(path), {"reference": json.dumps(sealed(made))})
+    save_file(tensors, aside_of(path), {"reference": json.dumps(sealed(origin))})
     aside_of(path).replace(path)
 
 
-def _shipped(name: str, kind: str, features: Features) -> Reference:
+def _as_tensors(statistics: GaussianStatistics) -> dict[str, torch.Tensor]:
+    return {"mean": statistics.mean, "covariance": statistics.covariance}
+
+
+def _tiny_reference(name: str, kind: str, features: Features) -> Reference:
     if features.name != "tiny":
-        raise ValueError(f"The statistics of {name} are in the tiny feature net's features; add --features tiny.")
+        raise ValueError(f"The statistics of {name} are of the tiny feature network; add --features tiny.")
     statistics = load_statistics(name)[kind]
-    digest = digest_of_tensors({"mean": statistics.mean, "covariance": statistics.covariance})
-    return Reference(statistics, f"{name}, shipped", digest)
+    return Reference(statistics, f"{name}, shipped", digest_of_tensors(_as_tensors(statistics)))
 
 
 def _read_safetensors(path: Path, features: Features) -> Reference:
     try:
         with safe_open(path, "pt") as file:
-            text = file.metadata()["reference"]
+            origin = _read_origin(file.metadata()["reference"])
             tensors = {name: file.get_tensor(name) for name in ("mean", "covariance")}
-        made = _made(text)
-        if made["statistics_sha256"] not in (None, digest_of_tensors(tensors)):
+        if origin["statistics_sha256"] not in (None, digest_of_tensors(tensors)):
             raise ValueError("they were changed since they were written")
-        statistics, name = GaussianStatistics(tensors["mean"], tensors["covariance"]), made["features"]["name"]
+        statistics, name = GaussianStatistics(**tensors), origin["features"]["name"]
     except (SafetensorError, KeyError, TypeError, ValueError, OSError, AttributeError) as error:
-        raise ValueError(f"{path} holds no statistics of ours ({error}); make them anew from the pictures.") from error
-    if made["features"] != features.as_dict():
         raise ValueError(
-            f"{path} was made with other features ({name}, or other weights of it); make it anew "
+            f"{path} holds no statistics of rdm-evaluate ({error}); make them again from the pictures."
+        ) from error
+    if origin["features"] != features.as_dict():
+        raise ValueError(
+            f"{path} was made with other features ({name}, or other weights of it); make it again "
             f"with --features {features.name}."
         )
-    return Reference(statistics, str(path), made["source_sha256"], made["num_images"])
+    return Reference(statistics, str(path), origin["source_sha256"], origin["num_images"])
 
 
-def _made(text: str) -> dict[str, Any]:
-    """What statistics were made of; version 0.1.0 noted no digest of them, and that of the pictures by another name."""
-    if "statistics_sha256" in json.loads(text):
+def _read_origin(text: str) -> dict[str, Any]:
+    """What statistics were made of; in version 0.1.0 without their digest, and with another name of the pictures'."""
+    origin = json.loads(text)
+    if "statistics_sha256" in origin:
         return unsealed(text)
-    older = json.loads(text)
-    if older.keys() != {"features", "sha256", "num_images"}:
-        raise ValueError("their notes are damaged")
-    return {**older, "source_sha256": older["sha256"], "statistics_sha256": None}
+    if origin.keys() != {"features", "sha256", "num_images"}:
+        raise ValueError("the notes on their origin are damaged")
+    return {**origin, "source_sha256": origin["sha256"], "statistics_sha256": None}
 
 
 def _read_npz(path: Path) -> Reference:
-    """The `mu` and `sigma` of pytorch-fid and clean-fid; which features they are of is not written in them."""
+    """The `mu` and `sigma` of pytorch-fid and clean-fid, which do not name their features."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
@@ -148,5 +147,5 @@ def _read_npz(path: Path) -> Reference:
         raise ValueError(
             f"{path} is damaged, or has no mu and sigma; give statistics as pytorch-fid or clean-fid write."
         ) from error
-    digest = digest_of_tensors({"mean": mean, "covariance": covariance})
-    return Reference(GaussianStatistics(mean, covariance), str(path), digest)
+    statistics = GaussianStatistics(mean, covariance)
+    return Reference(statistics, str(path), digest_of_tensors(_as_tensors(statistics)))

@@ -1,51 +1,108 @@
-"""The end of a run: the student beside its teacher, as pictures, as `metrics.json`, and as a table."""
+"""The metrics and pictures at the end of a run: the student beside its teacher."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from ..folders import write_whole
-from ..pipelines import RdmDistillationPipeline, StudentConfig
+from ..frechet import GaussianStatistics, frechet_distance
+from ..pipelines import RdmDistillationPipeline
 from ..tiny import TINY_NAME
-from ..tiny.reference import load_quality
-from .metrics import Metrics, measure
+from ..tiny.captions import CAPTIONS, parse_caption
+from ..tiny.classifier import load_classifier
+from ..tiny.reference import load_quality, load_statistics
 from .pictures import labelled_rows, to_pil
-from .samplers import Sampler, solvers_of, teacher_sampler
+from .records import number
+from .samplers import (
+    TEACHER_STEPS,
+    Sampler,
+    solvers_of,
+    student_sampler,
+    student_settings,
+    teacher_options,
+    teacher_sampler,
+)
 
-TEACHER_STEPS = 50
-READING = ("max_sequence_length", "height", "width", "use_resolution_binning")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors")
 
 
-def trained(student: RdmDistillationPipeline) -> StudentConfig:
-    """How a student was trained to be sampled.
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics of one sampler.
 
-    Raises:
-        ValueError: for a pipeline that is no student.
+    Args:
+        nfe: network calls for one picture, guidance included.
+        fd_to_teacher: Fréchet distance to the teacher's 50-step pictures in the tiny feature network; None if not
+            measured.
+        fd_to_data: the same to the training pictures.
+        prompt_accuracy: the share of pictures with the digit, ink and background of their prompts.
+        seconds_per_image: wall-clock time, decoding included.
+        sampler: the solver's name.
+        num_images: how many pictures were measured; 0 for none.
     """
-    if student.student is None:
-        raise ValueError(f"This {type(student).__name__} is no student; load one with from_pretrained.")
-    return student.student
+
+    nfe: int
+    fd_to_teacher: float | None
+    fd_to_data: float | None
+    prompt_accuracy: float | None
+    seconds_per_image: float
+    sampler: str
+    num_images: int
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
 
 
-def student_sampler(student: RdmDistillationPipeline, batch_size: int = 250) -> Sampler:
-    """The student with its trained settings."""
-    return Sampler(student, trained(student).num_inference_steps, False, batch_size)
+def evaluation_prompts(count: int) -> list[str]:
+    """`count` captions; every drawing occurs equally often."""
+    return [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
 
 
-def teacher_options(student: RdmDistillationPipeline) -> dict[str, Any]:
-    """What the student's teacher must be called with to read prompts as the student does."""
-    return {key: value for key, value in trained(student).call_arguments.items() if key in READING}
+def measure(
+    sampler: Sampler, name: str, num_images: int, first_seed: int = 1_000_000, teacher: str = TINY_NAME
+) -> Metrics:
+    """Draws pictures of the captions in turn with a tiny teacher or its student, and measures them.
+
+    Args:
+        sampler: draws them.
+        name: of the solver, for the record.
+        num_images: how many are drawn.
+        first_seed: of the first picture; the others have the following ones.
+        teacher: the tiny teacher whose pictures are the reference.
+    """
+    prompts = evaluation_prompts(num_images)
+    images, seconds = sampler(prompts, range(first_seed, first_seed + num_images))
+    return measure_images(images, prompts, sampler.nfe, seconds, name, teacher)
+
+
+def measure_images(
+    images: Tensor, prompts: Sequence[str], nfe: int, seconds: float, name: str, teacher: str = TINY_NAME
+) -> Metrics:
+    """Measures existing pictures `[N, 3, 32, 32]` in [0, 1], as `measure` does."""
+    classifier, reference = load_classifier(), load_statistics(teacher)
+    statistics = GaussianStatistics.of(classifier.features(images))
+    correct = classifier.correct(images, [parse_caption(prompt) for prompt in prompts])
+    return Metrics(
+        nfe=nfe,
+        fd_to_teacher=frechet_distance(statistics, reference["teacher"]),
+        fd_to_data=frechet_distance(statistics, reference["data"]),
+        prompt_accuracy=correct["all"].float().mean().item(),
+        seconds_per_image=seconds,
+        sampler=name,
+        num_images=len(images),
+    )
 
 
 def best_few_step_teacher(
@@ -56,22 +113,21 @@ def best_few_step_teacher(
     name: str = TINY_NAME,
     **call_options: Any,
 ) -> Metrics:
-    """The teacher at the student's number of steps, with whichever solver comes closer to its own 50 steps.
+    """The teacher at few steps, with the solver whose pictures are closest to its own 50 steps.
 
     Args:
-        teacher: an embedded teacher's pipeline.
+        teacher: a tiny teacher's pipeline.
         steps: sampling steps.
         guidance_scale: w in u + w (c - u).
         num_images: how many pictures are measured.
-        name: the embedded teacher's.
-        call_options: what else the pipeline is called with.
+        name: of the tiny teacher.
+        call_options: further arguments of the pipeline.
     """
-    measured = [
-        measure(
-            teacher_sampler(teacher, solver, steps, guidance_scale, **call_options), solver, num_images, teacher=name
-        )
+    samplers = {
+        solver: teacher_sampler(teacher, solver, steps, guidance_scale, **call_options)
         for solver in solvers_of(teacher)
-    ]
+    }
+    measured = [measure(sampler, solver, num_images, teacher=name) for solver, sampler in samplers.items()]
     return min(measured, key=lambda metrics: metrics.fd_to_teacher or 0.0)
 
 
@@ -82,16 +138,16 @@ def tiny_metrics(
     num_images: int,
     name: str = TINY_NAME,
 ) -> dict[str, Metrics]:
-    """`teacher`, `teacher_few_step` and `student`, for students of the embedded teacher of that name.
+    """The metrics of `teacher`, `teacher_few_step` and `student`, for a student of the tiny teacher of that name.
 
-    The teacher's distances and accuracy are those that `make_teacher` measured; only its time is taken here.
+    The teacher's distances and accuracy are read from its shipped quality; only its time is measured here.
     """
     quality, solver, options = load_quality(name), next(iter(solvers_of(teacher))), teacher_options(student)
     timed = measure(
         teacher_sampler(teacher, solver, TEACHER_STEPS, guidance_scale, **options), solver, 250, teacher=name
     )
     shipped = {key: quality[key] for key in ("fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images")}
-    steps = trained(student).num_inference_steps
+    steps = student_settings(student).num_inference_steps
     return {
         "teacher": replace(timed, **shipped),
         "teacher_few_step": best_few_step_teacher(teacher, steps, guidance_scale, num_images, name, **options),
@@ -107,13 +163,18 @@ def save_samples(
     prompts: Sequence[str],
     batch_size: int = 8,
 ) -> dict[str, Metrics]:
-    """Writes rows of pictures of the same prompts and seeds, `batch_size` drawn at once: teacher, teacher at few steps,
-    student; and the student's one by one into `pictures/` beside it.
+    """Writes rows of pictures of the same prompts and seeds: teacher, teacher at few steps, student.
+
+    The student's pictures also go one by one into the folder `pictures` beside it.
 
     Returns:
-        What can be said of each row without a reference: network calls and seconds.
+        The metrics of each row that need no reference: network calls and seconds.
     """
-    steps, seeds, batch = trained(student).num_inference_steps, range(len(prompts)), min(len(prompts), batch_size)
+    steps, seeds, batch = (
+        student_settings(student).num_inference_steps,
+        range(len(prompts)),
+        min(len(prompts), batch_size),
+    )
     many, *_, few = solvers_of(teacher)
     options = teacher_options(student)
     samplers = {
@@ -130,16 +191,18 @@ def save_samples(
     labelled_rows(rows).save(path)
     single = path.parent / "pictures"
     single.mkdir(exist_ok=True)
-    for old in single.glob("*.png"):  # of an earlier end of the same run, which may have been more
+    for old in single.glob("*.png"):  # an earlier end of the same run may have left more
         old.unlink()
     for i, image in enumerate(images):
         to_pil(image).save(single / f"{i}.png")
     return metrics
 
 
-def write_metrics(path: Path, metrics: dict[str, Metrics], arguments: dict, prompts: Sequence[str] = ()) -> None:
-    """Writes `metrics.json`: every sampler's numbers, the arguments, the prompts of the pictures beside it, the library
-    versions and the machine.
+def write_metrics(
+    path: Path, metrics: Mapping[str, Metrics], arguments: Mapping[str, Any], prompts: Sequence[str] = ()
+) -> None:
+    """Writes `metrics.json`: every sampler's metrics, the run's arguments, the prompts of its pictures, versions and
+    machine.
     """
     record: dict[str, Any] = {name: measured.as_dict() for name, measured in metrics.items()}
     record["arguments"] = dict(arguments)
@@ -159,13 +222,10 @@ def machine() -> str:
     return ", ".join([f"{os.cpu_count()} x {name}", *gpus])
 
 
-def as_table(metrics: dict[str, Metrics]) -> str:
-    """The numbers as a plain table."""
+def as_table(metrics: Mapping[str, Metrics]) -> str:
+    """The metrics as a plain table."""
     columns = ("nfe", "fd_to_teacher", "fd_to_data", "prompt_accuracy", "seconds_per_image")
-    lines = [" " * 18 + "".join(f"{column:>18}" for column in columns)]
+    rows = [["", *columns]]
     for name, measured in metrics.items():
-        values = [getattr(measured, column) for column in columns]
-        lines.append(
-            f"{name:18}" + "".join(f"{'-' if value is None else format(value, '.4g'):>18}" for value in values)
-        )
-    return "\n".join(lines)
+        rows.append([name, *(number(getattr(measured, column)) for column in columns)])
+    return "\n".join(f"{row[0]:18}" + "".join(f"{cell:>18}" for cell in row[1:]) for row in rows)

@@ -1,4 +1,4 @@
-"""Anything that draws pictures for prompts and seeds, behind one call."""
+"""Students and teachers as samplers: one call draws pictures for prompts and seeds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from diffusers import (
 from torch import Tensor
 
 from ..families import FAMILIES, rebuilt
+from ..pipelines import RdmDistillationPipeline, StudentConfig
 
-Solver = Callable[[SchedulerMixin, int], SchedulerMixin]  # the teacher's own scheduler, steps -> what samples it
+TEACHER_STEPS = 50
+READING = ("max_sequence_length", "height", "width", "use_resolution_binning")  # options for reading prompts and sizes
+
+Solver = Callable[[SchedulerMixin, int], SchedulerMixin]  # the teacher's own scheduler, steps -> the solver
 
 
 def _flow_dpm_solver(own: SchedulerMixin, steps: int) -> SchedulerMixin:
@@ -33,7 +37,7 @@ def _euler(own: SchedulerMixin, steps: int) -> SchedulerMixin:
 
 def _trailing_euler(own: SchedulerMixin, steps: int) -> SchedulerMixin:
     """The last step starts at sigma = 1/K, shifted; the default grid wastes it on a sigma of nearly 0."""
-    if own.config.get("use_dynamic_shifting") or steps == 1:  # the pipeline lays the grid
+    if own.config.get("use_dynamic_shifting") or steps == 1:  # the pipeline sets the grid
         return _euler(own, steps)
     last = _shift(own) / (steps + _shift(own) - 1)
     return FlowMatchEulerDiscreteScheduler.from_config(own.config, shift=_shift(own), shift_terminal=last)
@@ -43,7 +47,7 @@ def _shift(own: SchedulerMixin) -> float:
     return own.config.get("shift", own.config.get("flow_shift", 1.0))
 
 
-# The first of each is what a teacher's many steps are taken with, the last what samples.png shows at few steps.
+# The first of each is the default, for many steps; samples.png shows the last one at few steps.
 TEACHER_SOLVERS: dict[str, Solver] = {
     "ddim": lambda own, steps: DDIMScheduler.from_config(own.config),
     "dpm-solver++": lambda own, steps: DPMSolverMultistepScheduler.from_config(own.config),
@@ -63,8 +67,8 @@ class Sampler:
         pipeline: any text-to-image pipeline.
         steps: sampling steps.
         guided: whether a step takes two network calls, one of them without the prompt.
-        batch_size: pictures drawn at once; a picture depends on its seed only.
-        call_options: what else the pipeline is called with, for example `max_sequence_length`.
+        batch_size: pictures drawn at once; a picture depends on its prompt and seed only.
+        call_options: further arguments of the pipeline, for example `max_sequence_length`.
     """
 
     pipeline: DiffusionPipeline
@@ -83,7 +87,7 @@ class Sampler:
         """Draws one picture per prompt and seed.
 
         Returns:
-            Images `[N, 3, H, W]` in [0, 1], float32, on the CPU, and the seconds that one took on average.
+            Images `[N, 3, H, W]` in [0, 1], float32, on the CPU, and the average seconds for one.
         """
         self.pipeline.set_progress_bar_config(disable=True)
         started, parts = time.perf_counter(), []
@@ -114,9 +118,30 @@ def teacher_sampler(
     batch_size: int = 250,
     **call_options: Any,
 ) -> Sampler:
-    """The teacher with one of `solvers_of` it, on a copy of the pipeline that shares its networks."""
+    """The teacher with one of its `solvers_of`, on a copy of the pipeline that shares its networks."""
     family = FAMILIES[type(pipeline).__name__]
     copy = rebuilt(type(pipeline), pipeline, scheduler=solvers_of(pipeline)[solver](pipeline.scheduler, steps))
     calls_twice = guidance_scale > 1 and not family.embeds_guidance(pipeline)
     call_options = {**family.guided(guidance_scale), **call_options}
     return Sampler(copy, steps, calls_twice, batch_size, call_options)
+
+
+def student_settings(student: RdmDistillationPipeline) -> StudentConfig:
+    """The settings that a student was trained with.
+
+    Raises:
+        ValueError: for a pipeline without a student.
+    """
+    if student.student is None:
+        raise ValueError(f"This {type(student).__name__} holds no student; load one with from_pretrained.")
+    return student.student
+
+
+def student_sampler(student: RdmDistillationPipeline, batch_size: int = 250, steps: int | None = None) -> Sampler:
+    """The student with its trained settings, or with another number of steps."""
+    return Sampler(student, steps or student_settings(student).num_inference_steps, False, batch_size)
+
+
+def teacher_options(student: RdmDistillationPipeline) -> dict[str, Any]:
+    """The options with which the student's teacher reads prompts as the student does."""
+    return {key: value for key, value in student_settings(student).call_arguments.items() if key in READING}

@@ -1,20 +1,19 @@
 """Draws pictures into a folder: in any number of processes, and after an interruption only those that are missing.
 
-A picture depends on its prompt and its seed only, and its seed is the first seed plus its number. A network's rounding
-also depends on what else is in the batch; so batches are always cut at the same places, a process takes whole batches
-in turn, and one that was interrupted is drawn again as a whole, though nothing that is there is written again. What was
-damaged since it was drawn is noticed before anything is drawn, and drawn again.
+A picture depends on its prompt and its seed only, and its seed is the first seed plus its index. Rounding in a network
+also depends on the rest of the batch. So batches are always cut at the same places, each process takes whole batches in
+turn, and an interrupted batch is drawn again as a whole, though no existing picture is overwritten. Each process logs
+the seconds and the digests of its batches in its own `speed-N.jsonl`. Pictures that changed since are drawn again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,14 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..folders import write_whole
-from .batches import digests_of_drawn, note_batch
-from .digests import digest_of_files, digest_of_texts
-from .image_files import damaged, save_image
+from ..folders import HeldError, locked, write_whole
+from .digests import digest_of_files, digest_of_texts, sealed, unsealed
+from .pictures import save_image, unreadable
 from .prompt_sets import prompts_for
-from .sealing import sealed, unsealed
 from .subjects import Subject
 
-RECORD, ASIDE = "images.json", ".process-"
-FREE = {"name"}  # where a network lies does not matter
+RECORD, LOCK, ASIDE = "images.json", ".drawing.lock", ".process-"
+FREE = {"name"}  # a network's place may change
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Plan:
 
     Args:
         folder: the output folder; pictures go into `images/`.
-        prompts: the whole set; picture i is drawn for number i of it, modulo its length.
+        prompts: the whole set; picture i is drawn for prompt i modulo its length.
         num_images: how many.
         first_seed: of picture 0.
     """
@@ -66,74 +63,62 @@ class Plan:
         return [batch for batch in batches if not all(self.file(i).exists() for i in batch)]
 
 
-@contextmanager
-def drawing_alone(folder: Path) -> Iterator[None]:
-    """Holds a folder until the end, or until the process is dead; where a file system has no locks, nothing.
-
-    Raises:
-        ValueError: if another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise ValueError(f"Another rdm-evaluate draws into {folder}; wait for it, or choose another folder.") from error
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def draw(plan: Plan, subject: Subject, state: PartialState) -> None:
-    """Draws what is missing or damaged; returns in every process when all have finished.
+    """Draws all missing or damaged pictures; returns in every process when all processes have finished.
 
     Raises:
         ValueError: if the folder holds pictures of other settings, if another evaluation draws into it, if a picture is
-            not finite, or if not all arrived.
+            not finite, or if some are missing at the end.
     """
     if not state.is_main_process:
-        _draw(plan, subject, state)
+        _draw_share(plan, subject, state)
         return
     images = plan.folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    with drawing_alone(images):
-        check_record(plan, subject.record)
-        for left in images.glob(f"{ASIDE}*"):  # by a killed process
-            left.unlink()
-        remove_damaged(plan)
-        _draw(plan, subject, state)
+    try:
+        with locked(plan.folder / LOCK):
+            check_record(plan, subject.record)
+            for leftover in images.glob(f"{ASIDE}*"):  # of a killed process
+                leftover.unlink()
+            remove_damaged(plan)
+            _draw_share(plan, subject, state)
+    except HeldError as error:
+        raise ValueError(
+            f"Another rdm-evaluate ({error}) draws into {plan.folder}; wait for it, or choose another folder."
+        ) from error
 
 
 def remove_damaged(plan: Plan) -> None:
-    """Removes those pictures that changed since they were drawn, so that they are drawn again."""
-    there = [file for file in plan.files if file.exists()]
-    useless = damaged(there) | dict.fromkeys(changed(there), "")
-    if useless:
+    """Removes pictures that changed since they were drawn, so that they are drawn again."""
+    existing = [file for file in plan.files if file.exists()]
+    damaged = {*unreadable(existing), *changed_pictures(existing)}
+    if damaged:
         warnings.warn(
-            f"{len(useless)} pictures in {plan.folder} are damaged, the first is {min(useless).name}; they are drawn "
+            f"{len(damaged)} pictures in {plan.folder} are damaged, the first is {min(damaged).name}; they are drawn "
             "again.",
             stacklevel=2,
         )
-    for file in useless:
+    for file in damaged:
         file.unlink()
 
 
-def changed(files: Sequence[Path]) -> list[Path]:
-    """Those of the drawn pictures that have not the digest that was noted beside their folder."""
-    known = digests_of_drawn(beside(files[0].parent)) if files else {}
-    return [file for file in files if file.name in known and digest_of_files([file]) not in known[file.name]]
+def changed_pictures(files: Sequence[Path]) -> list[Path]:
+    """Those of the pictures of a folder whose digest differs from the logged one; version 0.1.0 logged none."""
+    logged: dict[str, set[str]] = {}
+    for batches in read_batch_logs(parent_of(files[0].parent)) if files else ():
+        for batch in batches:
+            for name, digest in (batch or {}).get("files", {}).items():
+                logged.setdefault(name, set()).add(digest)
+    return [file for file in files if file.name in logged and digest_of_files([file]) not in logged[file.name]]
 
 
-def beside(images: Path) -> Path:
-    """The folder of a folder of pictures, even if that is the one where we are."""
-    return Path(os.path.abspath(images)).parent
+def parent_of(folder: Path) -> Path:
+    """The parent of a folder, also of a relative path such as `.`; links are not followed."""
+    return Path(os.path.abspath(folder)).parent
 
 
-def _draw(plan: Plan, subject: Subject, state: PartialState) -> None:
-    """A process's share; the first one comes when all is checked."""
+def _draw_share(plan: Plan, subject: Subject, state: PartialState) -> None:
+    """Draws the batches of this process; no process starts before the first one has checked the folder."""
     state.wait_for_everyone()
     batches = plan.unfinished(subject.sampler.batch_size, state.process_index, state.num_processes)
     with tqdm(total=sum(map(len, batches)), desc="drawn", unit="image", disable=not state.is_main_process) as bar:
@@ -156,20 +141,19 @@ def _draw_batch(plan: Plan, subject: Subject, batch: range, process: int) -> Non
     for i, image in zip(batch, images, strict=True):
         if not plan.file(i).exists():
             save_image(image, plan.file(i), aside)
-    note_batch(plan.folder, process, [plan.file(i) for i in batch], seconds)
+    log_batch(plan.folder, process, [plan.file(i) for i in batch], seconds)
 
 
 def check_record(plan: Plan, subject: Mapping[str, Any]) -> None:
-    """Writes `images.json`, or makes sure that the pictures that are there were drawn with the same settings.
+    """Writes `images.json`, or checks that the existing pictures were drawn with the same settings.
 
     Raises:
-        ValueError: naming the settings that differ, or if nothing says which they were.
+        ValueError: if settings differ, naming them, or if `images.json` is missing.
     """
-    path = plan.folder / RECORD
     record = {**subject, "prompts_sha256": digest_of_texts(plan.prompts), "first_seed": plan.first_seed}
     record = json.loads(json.dumps(record))
-    if path.exists():
-        differences = differing(read_record(plan.folder), record)
+    if (plan.folder / RECORD).exists():
+        differences = describe_differences(read_record(plan.folder), record)
         if differences:
             raise ValueError(
                 f"{plan.folder} holds pictures of other settings ({'; '.join(differences)}); choose another "
@@ -178,14 +162,14 @@ def check_record(plan: Plan, subject: Mapping[str, Any]) -> None:
         return
     if any(file.exists() for file in plan.files):
         raise ValueError(
-            f"{plan.folder} holds pictures without the {RECORD} that says what they are; choose another --output_dir, "
-            "or remove it."
+            f"{plan.folder} holds pictures without their settings ({RECORD}); choose another --output_dir, or remove "
+            "it."
         )
-    write_whole(path, json.dumps(sealed(record), indent=2) + "\n")
+    write_whole(plan.folder / RECORD, json.dumps(sealed(record), indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `images.json` says of the pictures in `folder/images`; nothing where there is none.
+    """The `images.json` of the pictures in `folder/images`; empty if there is none.
 
     Raises:
         ValueError: if it is damaged.
@@ -197,7 +181,60 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}); remove {folder} and start again.") from error
 
 
-def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The entries that differ, in words."""
     keys = [key for key in dict.fromkeys([*was, *now]) if key not in FREE and was.get(key) != now.get(key)]
     return [f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys]
+
+
+def log_batch(folder: Path, process: int, files: Sequence[Path], seconds: float) -> None:
+    """Appends a drawn batch to the process's `speed-N.jsonl`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    digests = {file.name: digest_of_files([file]) for file in files}
+    line = json.dumps(sealed({"images": len(files), "seconds": seconds, "files": digests}))
+    path = folder / f"speed-{process}.jsonl"
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")  # a kill interrupted the last line
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + line + "\n")
+
+
+def read_batch_logs(folder: Path) -> list[list[dict[str, Any] | None]]:
+    """The logged batches of each process in their order; None, with a warning, for a damaged line."""
+    processes = []
+    for path in sorted(folder.glob("speed-*.jsonl")):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            lines = [f"{path.name} cannot be read: {error.strerror}"]
+        batches = [_read_batch(line) for line in lines if line.strip()]
+        if None in batches:
+            warnings.warn(
+                f"{path} is damaged in line {batches.index(None) + 1}; the speed is computed without this line.",
+                stacklevel=3,
+            )
+        processes.append(batches)
+    return processes
+
+
+def _read_batch(line: str) -> dict[str, Any] | None:
+    try:
+        batch = unsealed(line)
+    except ValueError:
+        return None
+    if batch.keys() - {"files"} != {"images", "seconds"}:
+        return None
+    valid = (type(batch[name]) in (int, float) and 0 < batch[name] < math.inf for name in ("images", "seconds"))
+    return batch if all(valid) else None
+
+
+def images_per_second(folder: Path) -> float | None:
+    """Pictures a second of one process, decoding included; None if no speed was logged.
+
+    The first batch of a process is left out, unless it is the only one.
+    """
+    counted = [batch for batches in read_batch_logs(folder) for batch in (batches[1:] or batches) if batch is not None]
+    seconds = sum(batch["seconds"] for batch in counted)
+    return sum(batch["images"] for batch in counted) / seconds if seconds else None

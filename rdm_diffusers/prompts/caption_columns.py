@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import causes
 from .text_files import cleaned, read_prompts, warn_of_long
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ def read_captions(
         column: holds a text, or a list of texts that all describe one picture.
         split: of the dataset, or a slice of one, as `datasets` writes it: `train[:1000]`.
         config: its configuration.
-        flags: what named the dataset and the column, for the messages.
+        flags: the flags of the dataset and the column, for error messages.
 
     Returns:
-        For each row at least one caption; of rows without, a warning says how many there are.
+        For each row at least one caption; a warning counts the rows without one.
 
     Raises:
         ValueError: one sentence, if it cannot be read, or if the column is missing, is no text, or is empty.
@@ -85,7 +86,7 @@ def _load(place: str, split: str, config: str | None, source: str) -> Dataset:
         if any(all((path / name).is_file() for name in names) for names in SAVED):
             return _pick(datasets.load_from_disk(place), split)
         return datasets.load_dataset(place, config, split=split)
-    except Exception as error:  # the libraries below it have dozens
+    except Exception as error:  # the libraries raise dozens of kinds
         raise ValueError(f"{source} cannot be read ({_reason(error)}); check its name, files and split.") from error
 
 
@@ -125,8 +126,6 @@ def _texts(value: Any, source: str, row: int) -> Iterator[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error came from."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line of the error's first cause."""
+    *_, first = causes(error)
+    return (str(first).strip() or type(first).__name__).splitlines()[0]

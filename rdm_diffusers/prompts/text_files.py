@@ -21,17 +21,17 @@ CONVERT = "convert it, for example with iconv -f WINDOWS-1252 -t UTF-8"
 
 
 def read_prompts(path: Path, flag: str) -> list[str]:
-    """The prompts of a text file, one a line, without blanks at both ends; blank lines are none.
+    """The prompts of a text file, one a line, stripped; blank lines are skipped.
 
     The text is UTF-8, with or without a byte-order mark, or UTF-16 or UTF-32 with one. A line ends at a line feed, at a
     carriage return, or at both.
 
     Args:
         path: the file.
-        flag: what named it, for the messages.
+        flag: the flag that names it, for error messages.
 
     Raises:
-        ValueError: one sentence, if there is no such file, if it is no text, or if it holds no prompts.
+        ValueError: one sentence, if the file is missing, is not text, or holds no prompts.
     """
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
@@ -49,12 +49,12 @@ def read_prompts(path: Path, flag: str) -> list[str]:
 
 
 def cleaned(text: str) -> str:
-    """A prompt without blanks at both ends, and without the byte-order mark that joined files have in their midst."""
+    """A prompt, stripped, without the byte-order mark that joined files contain."""
     return text.strip().removeprefix(MARK).strip()
 
 
 def warn_of_long(prompts: Sequence[str], source: str) -> None:
-    """Warns of prompts that no text encoder reads to their end."""
+    """Warns about prompts that are longer than any text encoder reads."""
     long = [prompt for prompt in prompts if len(prompt) > LONG]
     if long:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""External rewards: callables that judge pictures. Nothing here knows of diffusion."""
+"""External rewards: callables that score pictures, independent of diffusion."""
 
 from .base import Reward, RewardError, WeightedReward, evaluate
 from .registry import REWARDS, load_reward

@@ -13,7 +13,7 @@ from .clip_score import SOURCE as CLIP_SOURCE
 from .preprocessing import Preprocessing
 from .pretrained import PretrainedReward
 from .scoring_head import ScoringHead
-from .weights import check_tensors, file_in, hub_file, local_path, read_tensors
+from .weights import load_head, published_file, read_tensors
 
 # TRL's copy of the file that github.com/christophschuhmann/improved-aesthetic-predictor publishes
 SOURCE, SOURCE_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -53,16 +53,10 @@ def load(path: str | None, dtype: torch.dtype) -> Aesthetic:
     Raises:
         ValueError: one sentence on what is missing or wrong.
     """
-    place = hub_file("aesthetic", SOURCE, SOURCE_FILE) if path is None else local_path("aesthetic", path)
-    if place is None:
-        raise ValueError(
-            f"The reward aesthetic takes no Hub id such as {path}; give the file of its head, or a folder."
-        )
-    file = file_in("aesthetic", place, FILES)
-    tensors = read_tensors("aesthetic", file)  # first, for it is small
+    file = published_file("aesthetic", path, SOURCE, SOURCE_FILE, FILES)
+    tensors = read_tensors("aesthetic", file)  # first, because it is small
     beside = file.parent / "clip"
     model, _ = load_clip("aesthetic", beside if beside.is_dir() else CLIP_SOURCE, dtype)
     head = ScoringHead(model.config.projection_dim)
-    check_tensors("aesthetic", file, head, tensors)
-    head.load_state_dict(tensors)
+    load_head("aesthetic", file, head, tensors)
     return Aesthetic(model, head)

@@ -1,4 +1,4 @@
-"""The shape of a reward, and the one way to ask it."""
+"""The interface of a reward, and `evaluate`, which calls one and checks its result."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from torch import Tensor
 
 @runtime_checkable
 class Reward(Protocol):
-    """Judges pictures; higher is better, on any scale.
+    """Scores pictures; higher is better, on any scale.
 
     Attributes:
-        name: what logs and errors call it.
-        differentiable: True if gradients flow from the result to the images; False for a black box, which is asked
-            for numbers only.
+        name: its name in logs and errors.
+        differentiable: True if gradients flow from the result to the images; False for a black box.
     """
 
     @property
@@ -33,7 +32,7 @@ class Reward(Protocol):
 
 
 class RewardError(ValueError):
-    """A reward raised an error of its own; says which, and where."""
+    """A reward raised an error; the message names the reward and the place."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +44,20 @@ class WeightedReward:
 
 
 def evaluate(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Asks a reward, and checks what it answers.
+    """Calls a reward and checks its result.
 
     Args:
-        reward: any reward; its answer may also be an array, or a list of numbers.
+        reward: any reward; its result may also be an array or a list of numbers.
         images: `[B, 3, H, W]`, float in [0, 1].
         prompts: B strings.
 
     Returns:
         `[B]`, float32, on the images' device. Gradients flow to the images from a differentiable reward; a black box
-        runs without gradients on a copy of its own. NaN and infinite values are passed on.
+        runs without gradients on a copy of the images. NaN and infinite values stay.
 
     Raises:
-        ValueError: if the prompts are not B, if the answer is not B numbers, or if a reward that calls itself
-            differentiable lost the gradients to images that require them.
+        ValueError: if there are not B prompts, if the result is not B numbers, or if a differentiable reward lost the
+            gradients to images that require them.
         RewardError: if the reward itself raised.
     """
     if len(prompts) != len(images):
@@ -78,11 +77,11 @@ def _ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Any:
         return reward(images, prompts)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # sys.exit, too, which would end the run as if it were done
+    except BaseException as error:  # also sys.exit, which would end the run as if it had finished
         *_, place = traceback.extract_tb(error.__traceback__)
         raise RewardError(
             f"The reward {reward.name} raised {type(error).__name__} at {place.filename}:{place.lineno} ({error}); "
-            "mend it. A training run that it ended resumes from its last checkpoint."
+            "fix it. A training run that it ended resumes from its last checkpoint."
         ) from error
 
 

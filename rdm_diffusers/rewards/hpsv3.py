@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, 
 from .preprocessing import CLIP_MEAN, CLIP_STD, as_float
 from .pretrained import PretrainedReward, from_tensors, load_tokenizer
 from .user_file import reason
-from .weights import check_tensors, file_in, hub_file, local_path, read_tensors
+from .weights import load_head, published_file, read_tensors
 
 NAME = "hpsv3"
 SOURCE, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
@@ -135,17 +135,13 @@ def load(path: str | None, dtype: torch.dtype) -> HpsV3:
         ValueError: one sentence on what is missing or wrong.
     """
     question = read_question()
-    place = hub_file(NAME, SOURCE, FILE) if path is None else local_path(NAME, path)
-    if place is None:
-        raise ValueError(f"The reward {NAME} takes no Hub id such as {path}; give its file, or a folder.")
-    file = file_in(NAME, place, [FILE])
+    file = published_file(NAME, path, SOURCE, FILE, [FILE])
     model_tensors, head_tensors = split_tensors(read_tensors(NAME, file))
     config = _config(file, model_tensors)
     head = preference_head(config.text_config.hidden_size)
-    check_tensors(NAME, file, head, head_tensors)
-    head.load_state_dict(head_tensors)
+    load_head(NAME, file, head, head_tensors)
     model = from_tensors(NAME, Qwen2VLModel, config, model_tensors, file, dtype)
-    tokenizer = load_tokenizer(NAME, AutoTokenizer, place if path else None, BASE, config.text_config.vocab_size)
+    tokenizer = load_tokenizer(NAME, AutoTokenizer, file if path else None, BASE, config.text_config.vocab_size)
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     return HpsV3(model, head, tokenizer, question)
 

@@ -12,7 +12,7 @@ from transformers import BertTokenizer, BlipConfig, BlipTextConfig, BlipTextMode
 from .preprocessing import Preprocessing
 from .pretrained import PretrainedReward, from_tensors, load_tokenizer
 from .scoring_head import ScoringHead
-from .weights import check_tensors, file_in, hub_file, local_path, read_tensors
+from .weights import load_head, published_file, read_tensors
 
 SOURCE, FILE = "THUDM/ImageReward", "ImageReward.pt"
 FILES = ("ImageReward.safetensors", FILE)
@@ -76,15 +76,12 @@ def load(path: str | None, dtype: torch.dtype) -> ImageReward:
     Raises:
         ValueError: one sentence on what is missing or wrong.
     """
-    place = hub_file("image_reward", SOURCE, FILE) if path is None else local_path("image_reward", path)
-    if place is None:
-        raise ValueError(f"The reward image_reward takes no Hub id such as {path}; give its file, or a folder.")
-    file = file_in("image_reward", place, FILES)
+    file = published_file("image_reward", path, SOURCE, FILE, FILES)
     beside = file.parent / "config.json"
     config = BlipConfig.from_pretrained(beside) if beside.is_file() else blip_config()
     vision, text, head = _networks(file, config, dtype)
-    beside_it = place if path else None
-    tokenizer = load_tokenizer("image_reward", BertTokenizer, beside_it, TOKENIZER, config.text_config.vocab_size)
+    place = file if path else None
+    tokenizer = load_tokenizer("image_reward", BertTokenizer, place, TOKENIZER, config.text_config.vocab_size)
     return ImageReward(vision, text, head, tokenizer)
 
 
@@ -129,13 +126,9 @@ def _vision_name(name: str) -> str:
 def _networks(file: Path, config: BlipConfig, dtype: torch.dtype) -> tuple[BlipVisionModel, BlipTextModel, ScoringHead]:
     vision_tensors, text_tensors, head_tensors = split_tensors(read_tensors("image_reward", file))
     head = ScoringHead(config.text_config.hidden_size)
-    check_tensors("image_reward", file, head, head_tensors)
-    head.load_state_dict(head_tensors)
-    common = ("image_reward", file, dtype)
-    vision = _network(BlipVisionModel, config.vision_config, vision_tensors, *common)
-    text = _network(BlipTextModel, config.text_config, text_tensors, *common, add_pooling_layer=False)
+    load_head("image_reward", file, head, head_tensors)
+    vision = from_tensors("image_reward", BlipVisionModel, config.vision_config, vision_tensors, file, dtype)
+    text = from_tensors(
+        "image_reward", BlipTextModel, config.text_config, text_tensors, file, dtype, add_pooling_layer=False
+    )
     return vision, text, head
-
-
-def _network(cls: type, config, tensors: dict[str, Tensor], reward: str, file: Path, dtype: torch.dtype, **options):
-    return from_tensors(reward, cls, config, tensors, file, dtype, **options)

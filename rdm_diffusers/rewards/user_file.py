@@ -74,9 +74,9 @@ def instantiated(found: Any, name: str) -> Any:
         return found()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # sys.exit, too, which would end the run as if it were done
+    except BaseException as error:  # also sys.exit, which would end the run as if it had finished
         raise ValueError(
-            f"The class {name} could not be made without arguments ({reason(error)}); mend it, or name an instance."
+            f"The class {name} could not be made without arguments ({reason(error)}); fix it, or name an instance."
         ) from error
 
 
@@ -104,9 +104,9 @@ def _execute(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # sys.exit, too, which would end the run as if it were done
+    except BaseException as error:  # also sys.exit, which would end the run as if it had finished
         del sys.modules[name]
-        raise ValueError(f"The reward file {path} fails when it is imported ({reason(error)}); mend it.") from error
+        raise ValueError(f"The reward file {path} fails when it is imported ({reason(error)}); fix it.") from error
     return module
 
 

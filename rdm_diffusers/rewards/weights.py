@@ -1,4 +1,4 @@
-"""Finds and reads the weights of reward models: safetensors, or published .pt files of nothing but tensors."""
+"""Finds and reads the weights of reward models: safetensors, or published .pt files that hold only tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def hub_file(reward: str, repository: str, file: str) -> Path:
     """A file of the Hub, from the cache or downloaded.
 
     Raises:
-        ValueError: if it cannot be had, saying how to do without the Hub.
+        ValueError: if it cannot be downloaded, naming the flag for a local copy.
     """
     try:
         return Path(hf_hub_download(repository, file))
@@ -46,6 +46,20 @@ def hub_file(reward: str, repository: str, file: str) -> Path:
             f"The reward {reward} could not get {file} of {repository} from the Hub ({reason(error)}); connect to the "
             f"network, or download it elsewhere and name it: --reward {reward}=/path/to/{file}."
         ) from error
+
+
+def published_file(reward: str, path: str | None, repository: str, file: str, names: Iterable[str]) -> Path:
+    """The published file of a reward: from the Hub if `path` is None, else that path, or a file `names` in that folder.
+
+    Raises:
+        ValueError: if it does not exist, or if the path is a Hub id.
+    """
+    if path is None:
+        return hub_file(reward, repository, file)
+    place = local_path(reward, path)
+    if place is None:
+        raise ValueError(f"The reward {reward} takes no Hub id such as {path}; give its file, or a folder.")
+    return file_in(reward, place, names)
 
 
 def file_in(reward: str, place: Path, names: Iterable[str]) -> Path:
@@ -66,7 +80,7 @@ def file_in(reward: str, place: Path, names: Iterable[str]) -> Path:
 def read_tensors(reward: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a file on the CPU, by name; nothing in it is executed.
 
-    What training scripts wrap weights in (`state_dict`, and `module.` before the names) is taken off.
+    A surrounding `state_dict` and the prefix `module.` of training scripts are removed.
 
     Raises:
         ValueError: if the file is of another kind, damaged, or holds more than tensors.
@@ -75,7 +89,7 @@ def read_tensors(reward: str, path: Path) -> dict[str, Tensor]:
         known = ", ".join(SAFETENSORS + PICKLED)
         raise ValueError(f"The weights {path} of the reward {reward} are no file of weights; give one of {known}.")
     try:
-        content = load_file(path) if path.suffix in SAFETENSORS else _load_pickled(path)
+        content = load_file(path) if path.suffix in SAFETENSORS else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"The weights {path} of the reward {reward} cannot be read ({reason(error)}); they are damaged, or hold "
@@ -84,11 +98,17 @@ def read_tensors(reward: str, path: Path) -> dict[str, Tensor]:
     return _named_tensors(reward, path, content)
 
 
+def load_head(reward: str, path: Path, head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads tensors into a head; ValueError as `check_tensors`."""
+    check_tensors(reward, path, head, tensors)
+    head.load_state_dict(tensors)
+
+
 def check_tensors(reward: str, path: Path | str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Compares names and shapes with what a model has.
+    """Compares names and shapes with a model's.
 
     Raises:
-        ValueError: naming some of what is missing, too many, or of another shape.
+        ValueError: naming some tensors that are missing, unknown, or of another shape.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -100,10 +120,6 @@ def check_tensors(reward: str, path: Path | str, model: nn.Module, tensors: Mapp
     said = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
     if said:
         raise ValueError(f"The weights {path} are not those of the reward {reward} ({said}); give its own file.")
-
-
-def _load_pickled(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _named_tensors(reward: str, path: Path, content: Any) -> dict[str, Tensor]:

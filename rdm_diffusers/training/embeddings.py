@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -17,7 +15,7 @@ from datasets import Array2D, Dataset, Features, Sequence as Row, Value
 from torch import Tensor
 
 from ..families import Teacher
-from ..folders import digest_of_file
+from ..folders import digest_of_file, locked
 
 FOLDER, SUFFIX = "rdm_embeddings", ".arrow"
 
@@ -48,7 +46,7 @@ def embed_prompts(
         folder.mkdir(parents=True, exist_ok=True)
         found = _whole(folder, fingerprint)
         if found is None:
-            with _alone(folder / f"{fingerprint}.lock"):
+            with locked(folder / f"{fingerprint}.lock", wait=True):
                 found = _whole(folder, fingerprint) or _make(folder, fingerprint, teacher, prompts, batch_size)
         return Dataset.from_file(str(found)).with_format("torch")
     except OSError as error:
@@ -65,15 +63,6 @@ def fingerprint_of(teacher: Teacher, prompts: Sequence[str]) -> str:
         for parameter in encoder.parameters():
             digest.update(repr((str(parameter.dtype), parameter.double().sum().item())).encode())
     return digest.hexdigest()[:32]
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Waits until no living process is in here; where a file system has no locks, each makes a cache of its own."""
-    with path.open("a") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _whole(folder: Path, fingerprint: str) -> Path | None:
