@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,20 +19,39 @@ from rdm_diffusers.commands import export
 from rdm_diffusers.families import LORA_FILE
 
 SCRIPTS = {"lora": train_rdm_lora, "full": train_rdm_full}
-QUIET = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+ROOT = str(Path(train_rdm_lora.__file__).parent)
+# FORK_LAUNCHED has accelerate leave the group of processes as it is where a run ends, for the next run.
+QUIET = {
+    "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "FORK_LAUNCHED": "1",
+    "PYTHONPATH": ROOT,
+}  # fmt: skip
 ENGINES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"], gndm_lambda="james_stein")
 ACCUMULATED = dict(gradient_accumulation_steps=2, fake_score_steps=True, gradient_checkpointing=True)
+CASES = {
+    "lora": ("lora", "ddp", {}),
+    "lora_gndmr": ("lora", "ddp", GNDMR),
+    "full_accumulated": ("full", "ddp", ACCUMULATED),
+    "lora_sharded_accumulated": ("lora", "fsdp2", ACCUMULATED),
+    "full_sharded_gndmr": ("full", "fsdp2", GNDMR),
+}
+RUNS = """
+import importlib, json, sys
+for script, argv in json.loads(sys.argv[1]):
+    importlib.import_module(script).main(argv)
+"""
 TOLERANCE = 1e-4  # of the norm of all numbers in a checkpoint, after each of two updates
 
 
-def launch(student: str, argv: list[str], engine: str = "ddp", processes: int = 2) -> subprocess.CompletedProcess:
-    """A run of several processes on this machine."""
-    script = str(SCRIPTS[student].__file__)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def launch(folder: Path, runs: list[tuple[str, list[str]]], engine: str = "ddp") -> subprocess.CompletedProcess:
+    """Runs, each a kind of student and a command line, one after the other in the same two processes."""
+    program = folder / "runs.py"
+    program.write_text(RUNS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = json.dumps([[SCRIPTS[student].__name__, argv] for student, argv in runs])
     return subprocess.run(
-        [*torchrun, script, *argv], env=os.environ | QUIET | ENGINES[engine], capture_output=True, text=True,
-        timeout=300,
+        [*torchrun, str(program), words], env=os.environ | QUIET | ENGINES[engine], capture_output=True, text=True,
+        timeout=290,
     )  # fmt: skip
 
 
@@ -41,77 +61,88 @@ def files(folder: Path) -> list[str]:
     return sorted(name.replace(f"comfyui/{folder.name}.", "comfyui/student.") for name in found)
 
 
-@pytest.mark.parametrize(
-    ("student", "engine", "options"),
-    [("lora", "ddp", {}), ("lora", "ddp", GNDMR), ("full", "ddp", ACCUMULATED), ("lora", "fsdp2", ACCUMULATED),
-     ("full", "fsdp2", GNDMR)],
-    ids=["lora", "lora_gndmr", "full_accumulated", "lora_sharded_accumulated", "full_sharded_gndmr"],
-)  # fmt: skip
-def test_two_processes_train_the_student_of_one_process(
-    student: str, engine: str, options: dict, teacher_folder: Path, prompts_file: Path, tmp_path: Path
-) -> None:
-    def argv(name: str, batch: int) -> list[str]:
+KILLER = """
+import os, pathlib, signal
+
+def deadly(images, prompts):
+    if os.environ['RANK'] == '1' and pathlib.Path({checkpoint!r}).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture(scope="module")
+def launched(teacher_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of two processes, in four launches: replicated, sharded, one that is killed, replicated again.
+
+    Returns:
+        The folder of the folders `one-NAME` and `two-NAME` for each case, `straight`, `changing` and `killed`.
+    """
+    folder = tmp_path_factory.mktemp("processes")
+
+    def compared(name: str, processes: int) -> tuple[str, list[str]]:
+        student, _, options = CASES[name]
         rank = {} if student == "lora" else {"rank": None}
-        return run_arguments(
-            teacher_folder, prompts_file, tmp_path / name, train_batch_size=batch, learning_rate=1e-3,
-            checkpointing_steps=1, validation_steps=1, num_validation_images=1, **options, **rank,
+        return student, run_arguments(
+            teacher_folder, prompts_file, folder / f"{'one' if processes == 1 else 'two'}-{name}",
+            train_batch_size=8 // processes, learning_rate=1e-3, checkpointing_steps=1, validation_steps=1,
+            num_validation_images=1, **options, **rank,
         )  # fmt: skip
 
-    SCRIPTS[student].main(argv("one", 8))
-    done = launch(student, argv("two", 4), engine)
+    def changing(name: str, updates: int, batch: int, **options) -> tuple[str, list[str]]:
+        return "lora", run_arguments(
+            teacher_folder, prompts_file, folder / name, train_batch_size=batch, checkpointing_steps=1,
+            max_train_steps=updates, learning_rate=1e-3, **options,
+        )  # fmt: skip
+
+    for student, argv in [*(compared(name, 1) for name in CASES), changing("straight", 3, 8)]:
+        SCRIPTS[student].main(argv)
+    for update, engine in enumerate(("ddp", "fsdp2"), start=1):
+        resumed = {} if update == 1 else {"resume_from_checkpoint": "latest"}
+        runs = [compared(name, 2) for name, (_, own, _) in CASES.items() if own == engine]
+        done = launch(folder, [*runs, changing("changing", update, 4, **resumed)], engine)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    killer = folder / "reward.py"
+    killer.write_text(KILLER.format(checkpoint=str(folder / "killed" / "checkpoint-1")))
+    argv = run_arguments(
+        teacher_folder, prompts_file, folder / "killed", train_batch_size=4, checkpointing_steps=1, max_train_steps=3,
+        algorithm="gndmr", reward=f"{killer}:deadly",
+    )  # fmt: skip
+    done = launch(folder, [("lora", argv)])
+    assert done.returncode != 0
+    assert files(folder / "killed")[:1] == ["checkpoint-1"]
+    assert not (folder / "killed" / "rdm_config.json").exists()
+    killer.write_text("def deadly(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    resumed = {"resume_from_checkpoint": "latest"}
+    going_on = ("lora", [*argv, "--resume_from_checkpoint", "latest"])
+    done = launch(folder, [changing("changing", 3, 4, **resumed), going_on])
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_the_student_of_one_process(name: str, launched: Path, tmp_path: Path) -> None:
+    one_folder, two_folder, student = launched / f"one-{name}", launched / f"two-{name}", CASES[name][0]
     for update in (1, 2):
-        one, two = (read_state(tmp_path / name / f"checkpoint-{update}") for name in ("one", "two"))
+        one, two = (read_state(folder / f"checkpoint-{update}") for folder in (one_folder, two_folder))
         assert one.keys() == two.keys()
         assert relative_error([two[key] for key in one], list(one.values())) < TOLERANCE
         for role in ("student", "fake_score", "ema"):
             keys = [key for key in one if key.startswith((f"{role}/parameter/", "ema/"))]
             assert relative_error([two[key] for key in keys], [one[key] for key in keys]) < TOLERANCE
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    export.main([str(tmp_path / "two" / "checkpoint-2"), "--format", student, "--output_dir", str(tmp_path / "new")])
-    name = LORA_FILE if student == "lora" else "unet/diffusion_pytorch_model.safetensors"
-    ours, theirs = (load_file(tmp_path / folder / name) for folder in ("new", "two"))
+    assert files(one_folder) == files(two_folder)
+    export.main([str(two_folder / "checkpoint-2"), "--format", student, "--output_dir", str(tmp_path / "new")])
+    weights = LORA_FILE if student == "lora" else "unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load_file(folder / weights) for folder in (tmp_path / "new", two_folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_sharded_run_goes_on_from_a_replicated_ones_checkpoint_and_the_other_way(
-    teacher_folder: Path, prompts_file: Path, tmp_path: Path
-) -> None:
-    def argv(name: str, updates: int, batch: int, **options) -> list[str]:
-        return run_arguments(
-            teacher_folder, prompts_file, tmp_path / name, train_batch_size=batch, checkpointing_steps=1,
-            max_train_steps=updates, learning_rate=1e-3, **options,
-        )  # fmt: skip
-
-    train_rdm_lora.main(argv("straight", 3, 8))
-    for updates, engine in enumerate(("ddp", "fsdp2", "ddp"), start=1):
-        resumed = {} if updates == 1 else {"resume_from_checkpoint": "latest"}
-        done = launch("lora", argv("changing", updates, 4, **resumed), engine)
-        assert done.returncode == 0, done.stderr[-3000:]
-    straight, changing = (read_state(tmp_path / name / "checkpoint-3") for name in ("straight", "changing"))
+def test_a_sharded_run_goes_on_from_a_replicated_ones_checkpoint_and_the_other_way(launched: Path) -> None:
+    straight, changing = (read_state(launched / name / "checkpoint-3") for name in ("straight", "changing"))
     assert relative_error([changing[key] for key in straight], list(straight.values())) < TOLERANCE
 
 
-def test_a_killed_process_ends_the_run_and_the_last_checkpoint_serves(
-    teacher_folder: Path, prompts_file: Path, tmp_path: Path
-) -> None:
-    killer = tmp_path / "reward.py"
-    killer.write_text(
-        "import os, pathlib, signal\n\n\n"
-        "def deadly(images, prompts):\n"
-        f"    if os.environ['RANK'] == '1' and pathlib.Path({str(tmp_path / 'run' / 'checkpoint-1')!r}).exists():\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return images.mean((1, 2, 3))\n"
-    )
-    argv = run_arguments(
-        teacher_folder, prompts_file, tmp_path / "run", train_batch_size=4, checkpointing_steps=1, max_train_steps=3,
-        algorithm="gndmr", reward=f"{killer}:deadly",
-    )  # fmt: skip
-    done = launch("lora", argv)
-    assert done.returncode != 0
-    assert files(tmp_path / "run")[:1] == ["checkpoint-1"]
-    assert not (tmp_path / "run" / "rdm_config.json").exists()
-    killer.write_text("def deadly(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    done = launch("lora", [*argv, "--resume_from_checkpoint", "latest"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run" / "checkpoint-3").exists()
+def test_a_killed_process_ends_the_run_and_the_last_checkpoint_serves(launched: Path) -> None:
+    assert (launched / "killed" / "checkpoint-3").exists()
+    assert (launched / "killed" / "rdm_config.json").exists()

@@ -26,7 +26,12 @@ from rdm_diffusers.tiny import TINY_TEACHER
 TOKEN = "hf_recognisableSecret0123456789"
 SHOWN = list(PROMPTS[:3])
 ROUNDING = 1.01 / 255  # of a picture in 8 bits
-TRAIN = "import json, sys, {script}; {script}.main(json.loads(sys.argv[1]))"
+TRAIN = """
+import json, sys, train_rdm_full, train_rdm_lora
+lora, full = json.loads(sys.argv[1])
+train_rdm_lora.main(lora)
+train_rdm_full.main(full)
+"""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,11 @@ def shared(prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Shar
         )  # fmt: skip
         tagged = {"checkpointing_steps": 1, "hub_tag_checkpoints": True, "report_to": "tensorboard"}
         private = {"rank": None, "hub_private_repo": True}
-        for script, name, more in ("train_rdm_lora", STUDENT, tagged), ("train_rdm_full", FULL, private):
-            words = run_arguments("tiny", prompts_file, folder / name.split("/")[1], **options, **more)
-            run([sys.executable, "-c", TRAIN.format(script=script), json.dumps(words)], environment, folder)
+        words = [
+            run_arguments("tiny", prompts_file, folder / name.split("/")[1], **options, **more)
+            for name, more in ((STUDENT, tagged), (FULL, private))
+        ]
+        run([sys.executable, "-c", TRAIN, json.dumps(words)], environment, folder)
         environment = visitor_environment(folder / "visitor", HF_ENDPOINT=hub.address)
         run([*visit, "visit", str(folder), json.dumps(wanted)], environment, folder)
     offline = {**environment, "HF_HUB_OFFLINE": "1"}  # and the server is gone
