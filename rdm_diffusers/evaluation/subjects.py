@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -103,9 +102,7 @@ def usual_guidance(name: str, pipeline: DiffusionPipeline) -> float:
     """The tiny teachers' guidance in their references, else the stock pipeline's own default."""
     if is_tiny(name):
         return REFERENCES[name].guidance_scale
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    given = [parameters[key].default for key in ("guidance_scale", "true_cfg_scale") if key in parameters]
-    return float(next(value for value in given if value is not None))
+    return FAMILIES[type(pipeline).__name__].default_guidance_scale
 
 
 def _record(

@@ -29,7 +29,6 @@ logger = logging.get_logger(__name__)
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 DISCRETE = {"v_prediction": "v_prediction", "sample": "x0"}  # predictions in ComfyUI's words; checkpoints tell few
-SDXL_BASE = "sdxl_base_v1-0"  # what kohya's tools call it, and AUTOMATIC1111's web UI knows it by
 
 
 def has_comfyui(pipeline_class: str) -> bool:
@@ -192,7 +191,7 @@ def _header(title: str, family: Family, student: StudentConfig, weights: Mapping
     if prediction_type in ("epsilon", "v_prediction"):
         header["modelspec.prediction_type"] = prediction_type.removesuffix("_prediction")
         header["ss_v2"] = str("-v2-" in architecture)
-    return header | ({"ss_base_model_version": SDXL_BASE} if "-xl-" in architecture else {})
+    return header | ({"ss_base_model_version": family.kohya_base_version} if family.kohya_base_version else {})
 
 
 def _usage_hint(student: StudentConfig) -> str:

@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from ..bounds import did_you_mean
-from ..families import Family, Teacher, check_lora, coming_from_hub, family_of, pipeline_config
+from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, pipeline_config
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .memory_model import meta_models, meta_pipeline
@@ -69,11 +69,11 @@ def _on_meta(
     name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     wanted = {part: config[part] for part in (family.denoiser_name, "vae") if part in config}
     try:
-        with coming_from_hub("teacher", name, args.revision):
+        with explain_hub_errors("teacher", name, args.revision):
             networks = meta_models(name, wanted, args.revision)
             scheduler = _scheduler(name, config, args.revision)
         if vae is not None and "vae" in networks:
-            with coming_from_hub("autoencoder", vae), torch.device("meta"), no_init_weights():
+            with explain_hub_errors("autoencoder", vae), torch.device("meta"), no_init_weights():
                 kind: Any = type(networks["vae"])
                 networks["vae"] = kind.from_config(kind.load_config(vae))
     except OSError as error:
