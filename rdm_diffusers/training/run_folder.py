@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, and the checkpoints that it goes on from."""
+"""A run's folder: one run at a time, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..folders import LOCK, HeldError, locked
+from ..folders import LOCK, locked
 from ..hub import finish_exports
 from .checkpoint_files import find_checkpoint, set_newer_aside, tidy, updates_of
 from .checkpoints import TrainState, load_checkpoint
@@ -20,13 +20,13 @@ RUN_LOCK = f".run{LOCK}"
 
 @contextmanager
 def alone_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator) -> Iterator[None]:
-    """Inside, no other run writes into the folder, and what a killed one left half done is in order.
+    """Keeps other runs out of the folder, after completing or removing what a killed run left half done.
 
-    One process holds the lock, and the others wait for it. A dry run changes nothing and needs none. Who only reads the
-    folder, as rdm-export and rdm-push do, is not kept out.
+    One process holds the lock, and the others wait for it. A dry run changes nothing and needs no lock. Readers of the
+    folder, such as rdm-export and rdm-push, need none either.
 
     Raises:
-        ValueError: if another run is at work there.
+        ValueError: if another run uses the folder.
     """
     with ExitStack() as stack:
         if accelerator.is_main_process and not args.dry_run:
@@ -39,28 +39,25 @@ def alone_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator) -
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            known = stack.enter_context(locked(folder / RUN_LOCK))
-        except HeldError as error:
-            raise ValueError(
-                f"--output_dir {folder} is in use by another run ({error}); wait for its end or stop it, or choose "
-                "another folder."
-            ) from None
-        if not known:
+    refusal = (
+        f"--output_dir {folder} is in use by another run ({{holder}}); wait until it ends, stop it, or choose another "
+        "folder."
+    )
+    with locked(folder / RUN_LOCK, refusal=refusal) as held:
+        if not held:
             warnings.warn(
                 f"The file system of {folder} has no locks, so nobody would notice a second run in this folder; "
-                "take care that there is none.",
+                "make sure that there is none.",
                 stacklevel=2,
             )
         yield
 
 
 def checkpoint_to_resume(folder: Path, args: argparse.Namespace) -> Path | None:
-    """The checkpoint that the run goes on from; None if it begins.
+    """The checkpoint that the run resumes from; None for a new run.
 
     Raises:
-        ValueError: if there is none of the name, or if it has more updates than the run shall have.
+        ValueError: if there is no such checkpoint, or if it has more updates than the run will have.
     """
     if not args.resume_from_checkpoint:
         return None
@@ -75,7 +72,7 @@ def checkpoint_to_resume(folder: Path, args: argparse.Namespace) -> Path | None:
 
 
 def go_on_from(checkpoint: Path, folder: Path, state: TrainState, accelerator: Accelerator) -> None:
-    """Loads a checkpoint, and sets newer ones in the folder aside, which are of a course that is not taken now."""
+    """Loads a checkpoint, and sets newer ones in the folder aside, which belong to a course that this run leaves."""
     load_checkpoint(checkpoint, state)
     place = set_newer_aside(folder, checkpoint) if accelerator.is_main_process else None
     if place is not None:
