@@ -1,4 +1,4 @@
-"""Files and folders that outlive a kill: synced, locked while they are written, written aside; and their digests."""
+"""Files and folders that survive a kill: synced, locked while they are written, written aside; and their digests."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _held: set[int] = set()  # descriptors of locks
 
 
 class HeldError(ValueError):
-    """A living process holds the lock; the message says which, as far as it is known."""
+    """A living process holds the lock; the message names it if possible."""
 
 
-def _let_go() -> None:
-    """In a forked child, which would go on holding the lock of a parent that was killed."""
+def _release_in_child() -> None:
+    """A forked child would otherwise keep the lock of a parent that was killed."""
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def digest_of_file(path: Path) -> str:
@@ -37,22 +37,23 @@ def digest_of_file(path: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Holds a lock that ends with the process, however that ends; the file is there as long as it is held.
+def locked(path: Path, wait: bool = False, refusal: str = "{holder}") -> Iterator[bool]:
+    """Holds a lock that ends with the process, however that ends; its file exists only meanwhile.
 
-    `filelock` is not used, because where `flock` is missing it falls back to files, which the dead hold for ever.
+    `filelock` is not used, because without `flock` it falls back to files, which dead processes hold for ever.
 
     Args:
         path: the lock's file.
-        wait: whether to wait until no living process holds it.
+        wait: until another process releases it, instead of raising.
+        refusal: the message of `HeldError`; `{holder}` in it becomes the process that holds the lock.
 
     Yields:
-        Whether there is a lock; False where the file system has none.
+        Whether the lock is held; False if the file system has no locks.
 
     Raises:
-        HeldError: if a living process holds it, unless `wait` is set.
+        HeldError: if a living process holds it and `wait` is False.
     """
-    descriptor = _take(path, wait)
+    descriptor = _take(path, wait, refusal)
     try:
         yield descriptor is not None
     finally:
@@ -62,48 +63,40 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _take(path: Path, wait: bool = False) -> int | None:
+def _take(path: Path, wait: bool, refusal: str) -> int | None:
     while True:
-        descriptor = None
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            _refuse_held(descriptor, error)
+        except OSError:
             return None
-        if os.fstat(descriptor).st_nlink:  # else its holder removed it in the meantime
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:  # the lock is held, or the file system has no locks
+            holder = os.read(descriptor, 200).decode("utf-8", "replace") or "another process"
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise HeldError(refusal.replace("{holder}", holder)) from None
+            return None
+        if os.fstat(descriptor).st_nlink:  # else its holder has removed it in the meantime
             break
         os.close(descriptor)
     _held.add(descriptor)
-    with suppress(OSError):  # on a full disk nobody can read who holds it
+    with suppress(OSError):  # on a full disk the holder stays anonymous
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor
 
 
-def _refuse_held(descriptor: int | None, error: OSError) -> None:
-    """Says who holds a lock; any other error is that of a file system without locks."""
-    if descriptor is None:
-        return
-    holder = os.read(descriptor, 200).decode("utf-8", "replace")
-    os.close(descriptor)
-    if isinstance(error, BlockingIOError):
-        raise HeldError(holder or "another process") from None
-
-
 @contextmanager
 def aside(parent: Path) -> Iterator[Path]:
-    """An empty hidden folder, which is removed at the end; what killed processes left there goes first.
-
-    Args:
-        parent: the folder that it is made in.
+    """An empty hidden folder in `parent`, removed at the end; first removes what killed processes left there.
 
     Raises:
         OSError: if it cannot be written.
     """
     clear_aside(parent)
     folder = parent / f"{ASIDE}{uuid.uuid4().hex[:8]}"
-    with locked(folder.with_name(folder.name + LOCK)):  # before there is a folder, so that nobody clears it
+    with locked(folder.with_name(folder.name + LOCK)):  # taken first, so that nobody clears the folder
         folder.mkdir()
         try:
             yield folder
@@ -112,17 +105,12 @@ def aside(parent: Path) -> Iterator[Path]:
 
 
 def clear_aside(parent: Path, rescue: Callable[[Path], None] = lambda folder: None) -> None:
-    """Removes the hidden folders of processes that are dead.
-
-    Args:
-        parent: where they are.
-        rescue: is called with each before.
-    """
+    """Removes the hidden folders that dead processes left in `parent`, after calling `rescue` on each."""
     pattern = re.compile(rf"{re.escape(ASIDE)}[0-9a-f]{{8}}")
     for name in {path.name.removesuffix(LOCK) for path in parent.glob(f"{ASIDE}*")}:
         if pattern.fullmatch(name):
-            with suppress(HeldError), locked(parent / (name + LOCK)) as known:
-                if known and (parent / name).is_dir():
+            with suppress(HeldError), locked(parent / (name + LOCK)) as held:
+                if held and (parent / name).is_dir():
                     rescue(parent / name)
                     shutil.rmtree(parent / name, ignore_errors=True)
 
@@ -133,7 +121,7 @@ def aside_of(path: Path) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, in UTF-8, that is there as a whole or not at all; what was there before stays until then.
+    """Writes a UTF-8 text file as a whole or not at all; an older one stays until then.
 
     A link in its place is replaced, not followed.
     """
@@ -149,7 +137,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Waits until a file, or a folder's list of entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -158,6 +146,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Waits until all that is in a folder is on the disk."""
+    """Waits until everything in a folder is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)

@@ -54,8 +54,9 @@ def test_a_missing_teacher_folder(complaint, tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_not_on_the_hub(complaint) -> None:
-    assert "The teacher 'nobody/nothing' is no local folder, is not in the cache, and the Hub cannot be" in complaint(
-        teacher="nobody/nothing"
+    assert (
+        "The teacher 'nobody/nothing' is neither a local folder nor in the cache, and the Hub cannot be"
+        in complaint(teacher="nobody/nothing")
     )
 
 

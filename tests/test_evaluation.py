@@ -259,7 +259,7 @@ def test_any_teacher_with_a_prompt_file_is_drawn_without_a_reference(
         (["--images", "missing"], "The folder missing does not exist; give a folder of pictures"),
         (
             ["--student", "missing"],
-            "The student 'missing' is no local folder, is not in the cache, and the Hub cannot be reached",
+            "The student 'missing' is neither a local folder nor in the cache, and the Hub cannot be reached",
         ),
         (["--images", ".", "--reward", "tiny_bold"], "No prompts: give --prompts"),
         (["--images", ".", "--solver", "ddim"], "Only a teacher is sampled with --solver; leave this out"),

@@ -269,7 +269,7 @@ def places(lora_run: Path, full_run: Path, tmp_path: Path) -> dict[str, str]:
         ("nothing", "lora", [], r"neither a checkpoint .* nor a finished student; give a checkpoint-N folder"),
         ("missing", "lora", [], r"in/nothing holds no folder missing; check the name, or call from another folder\."),
         ("checkpoint-3", "lora", [], r"in/run holds no folder checkpoint-3; its checkpoints are checkpoint-1\."),
-        ("no name", "lora", [], r"The student .* is neither a folder nor a name as the Hub has them; check it"),
+        ("no name", "lora", [], r"The student .* is neither a local folder nor a valid Hub id; check its name"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_refused_in_one_sentence_and_leaves_nothing(

@@ -18,7 +18,7 @@ from torch import Tensor
 import rdm_diffusers.pipelines
 import train_rdm_lora
 from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher
-from rdm_diffusers.families.packing import pack
+from rdm_diffusers.families.flow import pack
 from rdm_diffusers.networks import ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 
@@ -125,7 +125,7 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(name: str) -> None:
             for kind in ("pt", "latent")
         )
     if name in PACKED:
-        from rdm_diffusers.families.packing import unpack
+        from rdm_diffusers.families.flow import unpack
 
         raw = unpack(raw, latents)
     assert (teacher.family.decode(teacher.pipeline, raw) - pictures).abs().max() < 1e-5

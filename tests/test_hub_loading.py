@@ -191,9 +191,12 @@ def test_a_student_is_loaded_by_its_revision(visited: Visit, student: Path) -> N
             "student of a gated teacher",
             "The teacher 'me/gated-teacher' is gated; accept its terms at https://huggingfac",
         ),
-        ("no student", "The student 'me/teacher' lacks a file that every student has, so it is none; check its name."),
+        ("no student", "The student 'me/teacher' lacks a file that every student has; check its name."),
         ("newer student", "me/newer was made by rdm-diffusers 9.9, which is newer than this "),
-        ("missing revision", "The student 'me/student' has no revision 'nowhere'; give a branch, tag or commit of it."),
+        (
+            "missing revision",
+            "The student 'me/student' has no revision 'nowhere'; give one of its branches, tags or commits.",
+        ),
     ],
 )
 def test_what_cannot_be_loaded_is_said_in_a_sentence(visited: Visit, tried: str, sentence: str) -> None:

@@ -45,7 +45,7 @@ def test_a_second_run_is_refused_and_a_run_that_nobody_reads_saves_and_tells_its
             time.sleep(0.1)
         process.stderr.close()  # from now on the progress bar cannot be written either
         with pytest.raises(
-            ValueError, match=rf"run is in use by another run \(process {process.pid} on .*\); wait for"
+            ValueError, match=rf"run is in use by another run \(process {process.pid} on .*\); wait until"
         ):
             train_rdm_lora.main([*words, "--resume_from_checkpoint", "latest"])
         process.send_signal(signal.SIGHUP)
@@ -114,7 +114,7 @@ def test_the_lock_is_gone_with_the_run_and_a_dry_run_needs_none(argv, tmp_path: 
 
 
 def test_where_there_are_no_locks_a_run_says_so_and_goes_on(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("rdm_diffusers.folders._take", lambda path: None)
+    monkeypatch.setattr("rdm_diffusers.folders._take", lambda *args: None)
     accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
     with pytest.warns(UserWarning, match="has no locks, so nobody would notice a second run in this folder"), \
             alone_in(tmp_path, accelerator):  # fmt: skip

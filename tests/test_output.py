@@ -96,7 +96,7 @@ def test_a_folder_without_a_student_configuration_is_refused(copy_of) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"The student .* is neither a folder nor a name as the Hub has them"):
+    with pytest.raises(ValueError, match=r"The student .* is neither a local folder nor a valid Hub id"):
         RdmDistillationPipeline.from_pretrained(tmp_path / "missing")
 
 

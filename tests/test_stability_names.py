@@ -210,7 +210,7 @@ def test_the_layout_of_a_base_model_of_the_hub_comes_from_its_revision_and_the_c
     replace(StudentConfig.load(str(student)), base_model_name_or_path="me/base", revision="v1").save(
         tmp_path / "student"
     )
-    with pytest.raises(ValueError, match="The teacher 'me/base' is no local folder, is not in the cache"):
+    with pytest.raises(ValueError, match="The teacher 'me/base' is neither a local folder nor in the cache"):
         write_comfyui(tmp_path / "student", tmp_path / "x.safetensors", NAME)
     repository = tmp_path / "cache" / "models--me--base"
     shutil.copytree(student.parent / "base", repository / "snapshots" / "abc", ignore=lambda *_: ["vae", "tokenizer"])

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from ..bounds import PATH, REVISION, TOKEN, Bound, Text
 from ..config import RunConfig
 from ..evaluation.subjects import DTYPES
-from ..families import coming_from_hub, family_of, pipeline_config, use_token
+from ..families import explain_hub_errors, family_of, pipeline_config, use_token
 from ..folders import aside, sync_tree
 from ..hub import (
     WritingError,
@@ -168,7 +168,7 @@ def _student(wanted: Export) -> Source:
     student = StudentConfig.load(name, revision=revision)
     family_of({"_class_name": student.pipeline_class})
     if not folder.is_dir():
-        with coming_from_hub("student", name, revision):
+        with explain_hub_errors("student", name, revision):
             folder = Path(
                 snapshot_download(name, revision=revision, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT)
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -129,9 +128,7 @@ def default_guidance(name: str, pipeline: DiffusionPipeline) -> float:
     """The guidance scale of a tiny teacher's reference, or else the stock pipeline's default."""
     if is_tiny(name):
         return REFERENCES[name].guidance_scale
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    defaults = [parameters[key].default for key in ("guidance_scale", "true_cfg_scale") if key in parameters]
-    return float(next(value for value in defaults if value is not None))
+    return FAMILIES[type(pipeline).__name__].default_guidance_scale
 
 
 def _make_record(options: SamplingOptions, solver: str, scale: float | None, sampler: Sampler) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What differs between teachers, one file each."""
 
 from .base import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
-from .hub_files import coming_from_hub, fetch, use_token
+from .hub_files import explain_hub_errors, fetch, use_token
 from .loading import (
     Teacher,
     absent_components,
@@ -13,6 +13,7 @@ from .loading import (
     load_scheduler,
     load_teacher,
     load_vae,
+    options_for,
     pipeline_config,
     schedule_of,
 )
@@ -36,7 +37,7 @@ __all__ = [
     "check_lora",
     "check_no_checkpoint",
     "check_pipeline",
-    "coming_from_hub",
+    "explain_hub_errors",
     "family_of",
     "fetch",
     "full_name",
@@ -45,6 +46,7 @@ __all__ = [
     "load_scheduler",
     "load_teacher",
     "load_vae",
+    "options_for",
     "pipeline_config",
     "rebuilt",
     "schedule_of",

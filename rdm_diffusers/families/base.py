@@ -1,4 +1,4 @@
-"""What differs between teachers: the protocol that every family file fills in."""
+"""What differs between teachers: the protocol that every family implements."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor
 
-# Files that every student has, or every LoRA of one.
+# File names: of every student, of a LoRA, of a whole pipeline, and of a model card.
 STUDENT_CONFIG = "rdm_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# Files that models have, students among them: of whole pipelines, and the card.
 INDEX = "model_index.json"
 CARD = "README.md"
 
@@ -30,7 +29,7 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: Tensor | slice) -> Conditioning:
-        """The chosen samples, as a `Conditioning`."""
+        """The selected samples, as a `Conditioning`."""
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
 
     def expand(self, batch: int) -> Conditioning:
@@ -57,10 +56,10 @@ class PromptOptions:
     """How prompts are read, by teacher and student alike.
 
     Args:
-        max_sequence_length: tokens that the large text encoder reads, where there is one; by default as many as the
-            stock pipeline.
+        max_sequence_length: tokens that the large text encoder reads, if there is one; by default the family's
+            `prompt_tokens`.
         resolution: pixels per side; by default the teacher's own.
-        embedded_guidance: the guidance that a guidance-distilled denoiser is told, for families that have one.
+        embedded_guidance: the guidance that a guidance-distilled denoiser gets as an input.
     """
 
     max_sequence_length: int | None = None
@@ -69,7 +68,7 @@ class PromptOptions:
 
     @property
     def length(self) -> dict[str, int]:
-        """`max_sequence_length` as an argument of the stock pipeline, where it is given."""
+        """`max_sequence_length` as an argument of the stock pipeline, if it is set."""
         return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
 
 
@@ -85,14 +84,14 @@ def square_latents(channels: int, resolution: int, factor: int, patch: int = 1) 
 
 
 def rebuilt(pipeline_class: type[DiffusionPipeline], pipeline: DiffusionPipeline, **replaced) -> DiffusionPipeline:
-    """A pipeline of a class that shares `pipeline`'s components and settings, but for those replaced by name."""
-    _, settings = pipeline._get_signature_keys(pipeline)
-    kept = {name: pipeline.config[name] for name in settings if name in pipeline.config}
-    return pipeline_class(**{**pipeline.components, **replaced}, **kept)
+    """A pipeline of this class with `pipeline`'s components and settings, except those replaced by name."""
+    _, names = pipeline._get_signature_keys(pipeline)
+    settings = {name: pipeline.config[name] for name in names if name in pipeline.config}
+    return pipeline_class(**{**pipeline.components, **replaced}, **settings)
 
 
 def encoding_device(pipeline: DiffusionPipeline) -> torch.device:
-    """Where a pipeline's text encoders are, which may be elsewhere than its other networks."""
+    """The device of a pipeline's text encoders, which may differ from that of its other networks."""
     return next(pipeline.text_encoder.parameters()).device
 
 
@@ -102,16 +101,21 @@ class Family(ABC):
     Attributes:
         pipeline_class: the stock diffusers pipeline.
         denoiser_name: the pipeline's component that is distilled, `unet` or `transformer`.
-        time_embedding_name: the denoiser's module whose output `[B, D]` tells its layers the time.
-        lora_target_modules: where a student's LoRA goes by default.
-        load_options: what `from_pretrained` is told beyond the usual.
-        longest_prompt: how many tokens the stock pipeline reads at most, where it can be told a number and has a limit.
-        has_lora: whether the stock pipeline loads LoRAs; without, students are full ones.
-        bins_resolutions: whether the stock pipeline draws at the nearest of its own resolutions, unless told not to.
-        comfyui_shift: what in ComfyUI undoes the teacher's shift of times, which the student's even grid has not.
+        time_embedding_name: the denoiser's module whose output `[B, D]` carries the time to its layers.
+        lora_target_modules: the layers that a student's LoRA adapts by default.
+        load_options: extra arguments for `from_pretrained`.
+        prompt_tokens: how many tokens of a prompt the large text encoder reads by default, as in the stock pipeline;
+            0 if their number is fixed.
+        most_prompt_tokens: the most that it can read, if the stock pipeline sets a limit.
+        extra_encoder_tokens: about how many more tokens the large text encoder reads than the denoiser gets, for
+            example of a standing instruction; negative if another encoder's tokens are appended.
+        has_lora: whether the stock pipeline loads LoRAs; if not, students are full ones.
+        bins_resolutions: whether the stock pipeline rounds to the nearest of its own resolutions by default.
+        comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's grid is even.
         comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
-            paths (`kohya`, `stability`), as diffusers does, or None where ComfyUI reads none.
-        architecture_name: what ModelSpec, or else its users, call the network.
+            paths (`kohya`, `stability`), as diffusers does, or None if ComfyUI cannot read one.
+        architecture_name: the network's name in ModelSpec, or else among its users.
+        kohya_base_version: kohya's name for the base model, if tools look for it.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -119,81 +123,90 @@ class Family(ABC):
     time_embedding_name: str
     lora_target_modules: tuple[str, ...]
     load_options: dict[str, Any] = {}
-    longest_prompt: int | None = None
+    prompt_tokens: int = 0
+    most_prompt_tokens: int | None = None
+    extra_encoder_tokens: int = 0
     has_lora: bool = True
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
     comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = None
     architecture_name: str = ""
+    kohya_base_version: str | None = None
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The guidance that the stock pipeline uses by default."""
+        parameters = signature(self.pipeline_class.__call__).parameters
+        defaults = [parameters[name].default for name in ("guidance_scale", "true_cfg_scale") if name in parameters]
+        return float(next(value for value in defaults if value is not None))
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""
         return getattr(pipeline, self.denoiser_name)
 
     def guided(self, guidance_scale: float) -> dict[str, Any]:
-        """What the stock pipeline is called with for the teacher's guidance w in u + w (c - u); at most 1 is off."""
+        """Arguments of the stock pipeline for guidance w in u + w (c - u); at most 1 is off."""
         return {"guidance_scale": guidance_scale}
 
     def unguided(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, Any]:
-        """What the stock pipeline is called with for a student: guidance off, or the value that is told to it."""
+        """Arguments of the stock pipeline for a student: guidance off, or the value that is its denoiser's input."""
         return {"guidance_scale": 0.0}
 
     def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
-        """The teacher's guided output u + w (c - u), of its outputs without and with the prompt `[B, C, H, W]`."""
+        """The guided output u + w (c - u), from the outputs without and with the prompt `[B, C, H, W]`."""
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:
-        """Whether the denoiser is guidance-distilled: told its guidance as a number, and called once a step."""
+        """Whether the denoiser is guidance-distilled: it gets its guidance as an input, and is called once a step."""
         return False
 
     def prediction_type(self, scheduler: SchedulerMixin) -> str:
-        """What the denoiser's output means, one of `prediction.PREDICTION_TYPES`."""
+        """What the denoiser predicts, one of `prediction.PREDICTION_TYPES`."""
         return scheduler.config.get("prediction_type", "flow_prediction")
 
     def architecture(self, text_width: int | None, prediction_type: str) -> str:
-        """What the header of a LoRA's file calls the network.
+        """The network's name in the header of a LoRA file.
 
         Args:
-            text_width: of the prompt embeddings that its cross-attention reads; None where it is not adapted.
+            text_width: of the prompt embeddings that its cross-attention reads; None if it is not adapted.
             prediction_type: one of `prediction.PREDICTION_TYPES`.
         """
         return self.architecture_name
 
-    def reading(self, options: PromptOptions) -> dict[str, Any]:
-        """What the stock pipeline is called with to read prompts and size pictures as the options say."""
+    def call_options(self, options: PromptOptions) -> dict[str, Any]:
+        """Arguments of the stock pipeline that read prompts and size images as `options` say."""
         if options.resolution is None:
             return options.length
-        whole = {"use_resolution_binning": False} if self.bins_resolutions else {}
-        return {**options.length, "height": options.resolution, "width": options.resolution, **whole}
+        exact = {"use_resolution_binning": False} if self.bins_resolutions else {}
+        return {**options.length, "height": options.resolution, "width": options.resolution, **exact}
+
+    def tokens(self, options: PromptOptions) -> int:
+        """How many tokens of a prompt the large text encoder reads."""
+        return options.max_sequence_length or self.prompt_tokens
 
     def check_options(self, options: PromptOptions) -> None:
-        """Refuses a length of prompts that the stock pipeline cannot be told.
+        """Refuses a prompt length that the stock pipeline does not support.
 
         Raises:
-            ValueError: saying how many tokens it can be told to read.
+            ValueError: naming the limit.
         """
-        length, name = options.max_sequence_length, self.pipeline_class.__name__
+        length, name, most = options.max_sequence_length, self.pipeline_class.__name__, self.most_prompt_tokens
         if length is not None and "max_sequence_length" not in signature(self.pipeline_class.__call__).parameters:
             raise ValueError(f"A {name} reads a fixed number of tokens; leave --max_sequence_length {length} out.")
-        if length is not None and self.longest_prompt is not None and length > self.longest_prompt:
-            raise ValueError(f"--max_sequence_length is {length}; a {name} reads at most {self.longest_prompt} tokens.")
+        if length is not None and most is not None and length > most:
+            raise ValueError(f"--max_sequence_length is {length}; a {name} reads at most {most} tokens.")
 
     @abstractmethod
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
-        """Prompts (length B) -> conditioning of length B, on the pipeline's device. No gradients.
+        """B prompts -> conditioning of length B, on the text encoders' device. No gradients.
 
-        Whatever the prompts, the tensors have the same shapes, so that conditionings can be joined.
-
-        Args:
-            pipeline: the teacher's.
-            prompts: B texts.
-            options: how they are read.
+        The tensors have the same shapes for all prompts, so that conditionings can be joined.
         """
 
     def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
-        """What the stock pipeline guides away from where no negative prompt is given: of length 1. No gradients."""
+        """What guidance steers away from when no negative prompt is given: of length 1. No gradients."""
         return self.encode_prompts(pipeline, [""], options)
 
     @abstractmethod
@@ -207,13 +220,15 @@ class Family(ABC):
         Gradients flow to x_t and the denoiser's parameters.
         """
 
-    @abstractmethod
     def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
         """`(C, H, W)` of the latents of square images of `resolution` pixels, by default the teacher's own.
 
         Raises:
-            ValueError: if the resolution is not a multiple of the autoencoder's factor.
+            ValueError: if the resolution does not make whole latents or patches.
         """
+        config, factor = self.denoiser(pipeline).config, pipeline.vae_scale_factor
+        patch = config.get("patch_size", 1)  # U-Nets have none
+        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor, patch)
 
     @abstractmethod
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
@@ -223,10 +238,10 @@ class Family(ABC):
     def stock_scheduler(
         self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
     ) -> SchedulerMixin:
-        """A scheduler of diffusers itself whose saved configuration samples the student, with no call-time argument.
+        """A scheduler of diffusers itself whose saved configuration samples the student without further arguments.
 
         Args:
             teacher_scheduler: any scheduler with the teacher's noise schedule.
             num_student_steps: K.
-            eta: the student's stochasticity, 1 or 0; stock schedulers know nothing in between.
+            eta: the student's stochasticity, 1 or 0; stock schedulers support nothing in between.
         """

@@ -1,17 +1,17 @@
-"""What the families of flow matching share."""
+"""What families of flow matching share."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SchedulerMixin
 from torch import Tensor
 
-from .base import Family
+from .base import Family, square_latents
 
 
 class FlowFamily(Family):
-    """Transformers that predict the flow `eps - x0`, and whose students are sampled on the even grid."""
+    """Transformers that predict the flow `eps - x0`; their students are sampled on the even grid."""
 
     denoiser_name = "transformer"
     time_embedding_name = "time_text_embed"
@@ -34,3 +34,21 @@ class FlowFamily(Family):
             shift_terminal=1 / num_student_steps if num_student_steps > 1 else None,  # 1 would divide 0 by 0
             stochastic_sampling=bool(eta),
         )
+
+
+class PackedFlowFamily(FlowFamily):
+    """Transformers that take latents as rows of patches of 2 x 2, see `pack`."""
+
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+        factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config.in_channels // 4
+        return square_latents(channels, resolution or pipeline.default_sample_size * factor, factor, 2)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents as rows of patches of 2 x 2: `[B, C, H, W]` -> `[B, (H / 2) (W / 2), 4 C]`."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def unpack(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `pack`, to the shape of `like [B, C, H, W]`."""
+    return FluxPipeline._unpack_latents(rows, *like.shape[-2:], vae_scale_factor=1)

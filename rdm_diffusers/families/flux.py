@@ -1,4 +1,4 @@
-"""FLUX.1: a transformer on patches of latents, flow matching, CLIP and T5; dev is told its guidance as a number."""
+"""FLUX.1: a transformer on patches of latents, flow matching, CLIP and T5; dev gets its guidance as an input."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, square_latents
-from .flow import FlowFamily
-from .packing import pack, patch_positions, unpack
+from .base import Conditioning, PromptOptions, encoding_device
+from .flow import PackedFlowFamily, pack, unpack
 
 
-class FluxFamily(FlowFamily):
+class FluxFamily(PackedFlowFamily):
     """Teachers that `FluxPipeline` loads: dev, schnell, and their fine-tunes."""
 
     pipeline_class = FluxPipeline
-    longest_prompt = 512
+    prompt_tokens = 512
+    most_prompt_tokens = 512
     comfyui_shift = "*ModelSamplingFlux* with both shifts 0"
     architecture_name = "flux-1"
     lora_target_modules = (
@@ -27,9 +27,8 @@ class FluxFamily(FlowFamily):
     )  # fmt: skip
 
     def unguided(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, Any]:
-        """For a guidance-distilled teacher the value that the student was trained with."""
-        told = options.embedded_guidance if self.embeds_guidance(pipeline) else None
-        return {"guidance_scale": 0.0 if told is None else told}
+        """For a guidance-distilled teacher, the guidance that the student was trained with."""
+        return {"guidance_scale": (options.embedded_guidance or 0.0) if self.embeds_guidance(pipeline) else 0.0}
 
     def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:
         return pipeline.transformer.config.guidance_embeds
@@ -45,26 +44,25 @@ class FluxFamily(FlowFamily):
         return Conditioning(tensors)
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        tokens, config = options.max_sequence_length or 512, pipeline.transformer.config
-        shapes = {"prompt_embeds": (tokens, config.joint_attention_dim)}
-        told = {"guidance": (1,)} if config.guidance_embeds else {}
-        return {**shapes, "pooled_prompt_embeds": (config.pooled_projection_dim,), **told}
+        config = pipeline.transformer.config
+        shapes = {
+            "prompt_embeds": (self.tokens(options), config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+        return {**shapes, "guidance": (1,)} if config.guidance_embeds else shapes
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, pooled = (conditioning.tensors[name] for name in ("prompt_embeds", "pooled_prompt_embeds"))
-        told = conditioning.tensors.get("guidance")
+        guidance = conditioning.tensors.get("guidance")
+        rows, columns = x_t.shape[-2] // 2, x_t.shape[-1] // 2
         output = denoiser(
             hidden_states=pack(x_t).to(embeds.dtype),
             timestep=t / 1000,
-            guidance=None if told is None else told.flatten(),
+            guidance=None if guidance is None else guidance.flatten(),
             pooled_projections=pooled,
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=patch_positions(x_t).to(embeds.dtype),
+            img_ids=FluxPipeline._prepare_latent_image_ids(len(x_t), rows, columns, x_t.device, embeds.dtype),
             return_dict=False,
         )[0]
         return unpack(output, x_t)
-
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config.in_channels // 4
-        return square_latents(channels, resolution or pipeline.default_sample_size * factor, factor, 2)

@@ -1,4 +1,4 @@
-"""Finds the family of a teacher, and loads it."""
+"""Loads teachers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..json_files import read_object
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
 from .base import INDEX, Conditioning, Family, PromptOptions
-from .hub_files import coming_from_hub, fetch, repository_files
+from .hub_files import explain_hub_errors, fetch, repository_files
 from .quantization import quantized_loading
 from .registry import FAMILIES, family_of
 from .suitability import check_folder, check_no_student, check_teacher
@@ -27,14 +27,14 @@ DEFAULT_OPTIONS = PromptOptions()
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher: the stock pipeline, frozen, and what its family knows about it.
+    """A loaded teacher: the stock pipeline, frozen, with its family.
 
     Args:
         pipeline: the stock pipeline.
         family: how it is used.
-        name: what it was loaded by.
+        name: the folder, Hub id or embedded teacher's name that it was loaded by.
         options: how prompts are read, by teacher and student alike.
-        vae: what the autoencoder was loaded by, if it is not the teacher's own.
+        vae: the folder or Hub id of the autoencoder, if it is not the teacher's own.
     """
 
     pipeline: DiffusionPipeline
@@ -61,53 +61,54 @@ class Teacher:
 
     @property
     def prediction_type(self) -> str:
-        """What the denoiser's output means, one of `prediction.PREDICTION_TYPES`."""
+        """What the denoiser predicts, one of `prediction.PREDICTION_TYPES`."""
         return self.family.prediction_type(self.pipeline.scheduler)
 
     @property
     def call_options(self) -> dict[str, Any]:
-        """What the stock pipeline must be called with to read prompts as `encode_prompts` does."""
-        return self.family.reading(self.options)
+        """Arguments with which the stock pipeline reads prompts as `encode_prompts` does."""
+        return self.family.call_options(self.options)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts (length B) -> conditioning of length B, on the pipeline's device. No gradients."""
+        """B prompts -> conditioning of length B, on the text encoders' device. No gradients."""
         return self.family.encode_prompts(self.pipeline, prompts, self.options)
 
     def encode_nothing(self) -> Conditioning:
-        """What the teacher guides away from, of length 1. No gradients."""
+        """What guidance steers away from, of length 1. No gradients."""
         return self.family.encode_nothing(self.pipeline, self.options)
+
+
+def options_for(name_or_path: str, options: PromptOptions) -> PromptOptions:
+    """The options, by default with the number of tokens that an embedded teacher was trained with."""
+    length = options.max_sequence_length or MAX_SEQUENCE_LENGTHS.get(name_or_path)
+    return replace(options, max_sequence_length=length)
 
 
 def schedule_of(family: Family, scheduler: SchedulerMixin) -> NoiseSchedule:
     """The noise schedule of a family's teacher with this scheduler."""
-    if family.prediction_type(scheduler) == "flow_prediction":  # some flow schedulers carry betas all the same
+    if family.prediction_type(scheduler) == "flow_prediction":  # some flow schedulers have betas, too
         return NoiseSchedule(None, scheduler.config.num_train_timesteps)
     return NoiseSchedule.from_scheduler(scheduler)
 
 
 def load_scheduler(what: str, name_or_path: str, config: dict[str, Any], **hub_options) -> SchedulerMixin:
-    """The scheduler of a pipeline, without the rest of it.
-
-    Raises:
-        ValueError: if it cannot be had from the Hub.
-    """
-    with coming_from_hub(what, name_or_path, hub_options.get("revision")):
+    """A pipeline's scheduler alone. Raises ValueError if it cannot be downloaded."""
+    with explain_hub_errors(what, name_or_path, hub_options.get("revision")):
         kind = getattr(diffusers, config["scheduler"][1])
         return kind.from_pretrained(resolve_teacher(name_or_path), subfolder="scheduler", **hub_options)
 
 
 def full_name(name_or_path: str) -> str:
-    """A local folder by its full path, which holds from everywhere; an embedded teacher or a Hub id unchanged."""
+    """A local folder's absolute path; the name of an embedded teacher or a Hub id unchanged."""
     is_folder = not is_tiny(name_or_path) and Path(name_or_path).is_dir()
     return str(Path(name_or_path).resolve()) if is_folder else name_or_path
 
 
 def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:
-    """What a teacher's `model_index.json` holds.
+    """The contents of a teacher's `model_index.json`.
 
     Raises:
-        ValueError: if a local folder is missing, is a LoRA, or is not a diffusers pipeline, or if it cannot be had from
-            the Hub.
+        ValueError: if a local folder is missing, is a LoRA, or is not a diffusers pipeline; if it cannot be downloaded.
     """
     folder = Path(resolve_teacher(name_or_path))
     check_folder(name_or_path, folder)
@@ -119,20 +120,20 @@ def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:
 
 
 def _names_classes(config: dict[str, Any]) -> bool:
-    """Whether a `model_index.json` names the pipeline's class, and with theirs the components that are needed."""
+    """Whether a `model_index.json` has valid names: of the pipeline's class, and of the needed components' classes."""
     entries = {name: entry for name, entry in config.items() if isinstance(entry, list) and len(entry) == 2}
     classes = {name: entry[1] for name, entry in entries.items() if isinstance(entry[0], str)}
-    class_name = config.get("_class_name")
-    family = FAMILIES.get(class_name) if isinstance(class_name, str) else None
-    needed = {family.denoiser_name, "vae"} if family else set()
-    named = [class_name, *entries, *classes.values()]
-    return needed <= classes.keys() and all(isinstance(name, str) and name.isidentifier() for name in named)
+    names = [config.get("_class_name"), *entries, *classes.values()]
+    if not all(isinstance(name, str) and name.isidentifier() for name in names):
+        return False
+    family = FAMILIES.get(config["_class_name"])
+    return family is None or {family.denoiser_name, "vae"} <= classes.keys()
 
 
 def absent_components(config: dict[str, Any]) -> dict[str, None]:
     """Components that a pipeline was saved without, for example `{"text_encoder_3": None}`.
 
-    `from_pretrained` does without them only if it is told so, unless the class calls them optional.
+    `from_pretrained` must be given these, unless the class declares them optional.
     """
     optional = family_of(config).pipeline_class._optional_components
     entries = {name: entry for name, entry in config.items() if isinstance(entry, list | tuple) and len(entry) == 2}
@@ -140,39 +141,39 @@ def absent_components(config: dict[str, Any]) -> dict[str, None]:
 
 
 def load_options(config: dict[str, Any]) -> dict[str, Any]:
-    """What `from_pretrained` is told to load the pipeline of a `pipeline_config`; never pickled weights."""
+    """Arguments of `from_pretrained` for the pipeline of a `pipeline_config`; never pickled weights."""
     return {"use_safetensors": True, **family_of(config).load_options, **absent_components(config)}
 
 
 def check_pipeline(
     what: str, name_or_path: str, config: dict[str, Any], without: Collection[str] = (), **options: Any
 ) -> None:
-    """Refuses a pipeline with weights that are missing, pickled, damaged or of another network; the Hub's come first.
+    """Refuses a pipeline with weights that are missing, pickled, damaged or of another network; downloads it first.
 
     Args:
         what: `teacher` or `student`, for the error's sentence.
-        name_or_path: a folder, a Hub id, or an embedded teacher by its name.
+        name_or_path: a folder, a Hub id, or the name of an embedded teacher.
         config: its `pipeline_config`.
-        without: components that are not loaded from there, perhaps among other names.
+        without: components that are not loaded from there; other names do not matter.
         options: `variant`, and the Hub's.
 
     Raises:
-        ValueError: naming the component, or if it cannot be had from the Hub.
+        ValueError: naming the component, or if it cannot be downloaded.
     """
     folder, variant = Path(resolve_teacher(name_or_path)), options.pop("variant", None)
-    known = {name: None for name in networks_of(config) if name in without} | load_options(config)
+    replaced = {name: None for name in networks_of(config) if name in without} | load_options(config)
     if not folder.is_dir():
         check_kinds_of_files(what, name_or_path, config, variant, without, **options)
         pipeline_class = family_of(config).pipeline_class
-        with coming_from_hub(what, name_or_path, options.get("revision")):
-            folder = Path(pipeline_class.download(name_or_path, variant=variant, **options, **known))
-    check_weights(what, name_or_path, config, folder, variant, known)
+        with explain_hub_errors(what, name_or_path, options.get("revision")):
+            folder = Path(pipeline_class.download(name_or_path, variant=variant, **options, **replaced))
+    check_weights(what, name_or_path, config, folder, variant, replaced)
 
 
 def check_kinds_of_files(
     what: str, name_or_path: str, config: dict[str, Any], variant: str | None, without: Collection[str] = (), **hub: Any
 ) -> None:
-    """As `check_pipeline`, but only of what the names of the files say; nothing is downloaded, or known offline."""
+    """As `check_pipeline`, but by file names alone: nothing is downloaded, and offline nothing is checked."""
     folder = Path(resolve_teacher(name_or_path))
     files = files_in(folder) if folder.is_dir() else repository_files(name_or_path, **hub)
     networks = networks_of(config).keys() - {*without, *load_options(config)}
@@ -183,15 +184,15 @@ def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype, **hu
     """An autoencoder of the class that the `pipeline_config` names, from a folder or the Hub.
 
     Raises:
-        ValueError: if it cannot be had from the Hub, or if its weights are missing, damaged or of another one.
+        ValueError: if it cannot be downloaded, or if its weights are missing, damaged or of another network.
     """
     options = {"use_safetensors": True, "dtype": dtype, **hub_options}
-    kind = getattr(diffusers, config["vae"][1])
+    kind, name = getattr(diffusers, config["vae"][1]), f"autoencoder {name_or_path}"
     if Path(name_or_path).is_dir():
-        check_network(f"autoencoder {name_or_path}", "network", kind, Path(name_or_path))
-    with coming_from_hub("autoencoder", name_or_path):
-        vae, said = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
-    refuse(f"autoencoder {name_or_path}", "network", problem_in(kind, said))
+        check_network(name, "network", kind, Path(name_or_path))
+    with explain_hub_errors("autoencoder", name_or_path):
+        vae, info = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
+    refuse(name, "network", problem_in(kind, info))
     return vae
 
 
@@ -203,7 +204,7 @@ def load_denoiser(
     quantization: str | None = None,
     device: torch.device | str = "cpu",
 ) -> ModelMixin:
-    """The network of a teacher that is distilled, alone and anew, on the CPU; as `load_teacher`."""
+    """Another copy of a teacher's denoiser alone, on the CPU; arguments as in `load_teacher`."""
     config = pipeline_config(name_or_path, revision=revision)
     component = family_of(config).denoiser_name
     denoiser = getattr(diffusers, config[component][1]).from_pretrained(
@@ -231,13 +232,13 @@ def load_teacher(
     """Loads a teacher from a folder, from the Hub, or an embedded one by its name; safetensors only.
 
     Args:
-        name_or_path: a folder, a Hub id, or an embedded teacher by its name.
+        name_or_path: a folder, a Hub id, or the name of an embedded teacher.
         dtype: of its weights.
         revision, variant: of a Hub repository.
-        options: how it reads prompts; an embedded teacher knows its own length.
+        options: how it reads prompts; see `options_for`.
         vae: another autoencoder than the teacher's, a folder or a Hub id.
-        quantization: one of `QUANTIZATIONS` for the network that is distilled; None leaves it in `dtype`.
-        device: where bitsandbytes quantises it; whatever it is, it is on the CPU afterwards.
+        quantization: one of `QUANTIZATIONS` for the denoiser; None leaves it in `dtype`.
+        device: where bitsandbytes quantises it; it is on the CPU afterwards in any case.
 
     Raises:
         ValueError: as `pipeline_config`, `family_of`, `check_pipeline`, `check_teacher` and `quantized_loading`.
@@ -249,8 +250,7 @@ def load_teacher(
     check_pipeline("teacher", name_or_path, config, [] if vae is None else ["vae"], revision=revision, variant=variant)
     replaced = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
     if quantization:
-        denoiser = load_denoiser(name_or_path, dtype, revision, variant, quantization, device)
-        replaced[family.denoiser_name] = denoiser
+        replaced[family.denoiser_name] = load_denoiser(name_or_path, dtype, revision, variant, quantization, device)
     pipeline = family.pipeline_class.from_pretrained(
         resolve_teacher(name_or_path),
         revision=revision,
@@ -265,6 +265,4 @@ def load_teacher(
             component.requires_grad_(False).eval()
     if not family.embeds_guidance(pipeline):
         options = replace(options, embedded_guidance=None)
-    if options.max_sequence_length is None:
-        options = replace(options, max_sequence_length=MAX_SEQUENCE_LENGTHS.get(name_or_path))
-    return Teacher(pipeline, family, name_or_path, options, vae)
+    return Teacher(pipeline, family, name_or_path, options_for(name_or_path, options), vae)

@@ -8,18 +8,19 @@ import torch
 from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, square_latents
+from .base import Conditioning, PromptOptions, encoding_device
 from .sd_unet import StableDiffusionFamily
 
 
 class PixArtSigmaFamily(StableDiffusionFamily):
-    """Teachers that `PixArtSigmaPipeline` loads. Of its output, noise and variance, only the noise is used."""
+    """Teachers that `PixArtSigmaPipeline` loads. It predicts noise and variance; only the noise is used."""
 
     pipeline_class = PixArtSigmaPipeline
     denoiser_name = "transformer"
     time_embedding_name = "adaln_single.emb"
     load_options = {}
     bins_resolutions = True
+    prompt_tokens = 300
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     has_lora = False
     comfyui_keys = None
@@ -35,9 +36,9 @@ class PixArtSigmaFamily(StableDiffusionFamily):
         return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        tokens, config = options.max_sequence_length or 300, pipeline.transformer.config
+        tokens = self.tokens(options)
         return {
-            "prompt_embeds": (tokens, config.caption_channels),
+            "prompt_embeds": (tokens, pipeline.transformer.config.caption_channels),
             "prompt_attention_mask": (tokens,),
         }
 
@@ -52,7 +53,3 @@ class PixArtSigmaFamily(StableDiffusionFamily):
             return_dict=False,
         )[0]
         return output[:, : x_t.shape[1]]
-
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
-        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor, config.patch_size)

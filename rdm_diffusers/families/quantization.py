@@ -1,4 +1,4 @@
-"""Frozen networks in 8 or 4 bits, by the back ends that diffusers has for it."""
+"""Frozen networks in 8 or 4 bits, by the back ends of diffusers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any
 import torch
 from diffusers import BitsAndBytesConfig, TorchAoConfig
 
-# name -> the package that does it
-QUANTIZATIONS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
-NEEDS_GPU = ("nf4",)  # diffusers asks for one
+QUANTIZATIONS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}  # name -> the package that does it
+NEEDS_GPU = ("nf4",)  # in diffusers
 
 
 def quantized_loading(kind: str, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """What `ModelMixin.from_pretrained` is told to quantise the linear layers' weights while it loads them.
+    """Arguments of `ModelMixin.from_pretrained` that quantise the weights of linear layers while loading.
 
     Args:
-        kind: one of `QUANTIZATIONS`: int8 and fp8 (e4m3) weights with a scale a row, or QLoRA's nf4 (arXiv 2305.14314)
-            with quantised scales.
-        dtype: what is computed in, and what all other weights are kept in.
-        device: where bitsandbytes makes the quantised network; torchao's is made on the CPU.
+        kind: one of `QUANTIZATIONS`: int8 and fp8 (e4m3) weights with one scale per row, or QLoRA's nf4 (arXiv
+            2305.14314) with quantised scales.
+        dtype: of the computation, and of all other weights.
+        device: where bitsandbytes makes the quantised network; torchao works on the CPU.
 
     Raises:
         ImportError: if the package is missing.
         ValueError: for nf4 without a GPU.
     """
-    check_quantization(kind, device)
+    package = QUANTIZATIONS[kind]
+    if find_spec(package) is None:
+        raise ImportError(f"Weights in {kind} need {package}: pip install 'rdm-diffusers[quantization]'.")
+    if kind in NEEDS_GPU and torch.device(device).type == "cpu":
+        raise ValueError(f"Weights in {kind} need a GPU; choose int8 or fp8 on a machine without one.")
     if kind == "nf4":
         config = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -37,16 +40,7 @@ def quantized_loading(kind: str, dtype: torch.dtype, device: torch.device | str)
         return {"quantization_config": config, "device_map": {"": str(device)}}
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-    # On the CPU: a device map that names the CPU would have diffusers leave the weights as they are.
+    # No device map: with one that names the CPU, diffusers would not quantise at all.
     return {
         "quantization_config": TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
     }
-
-
-def check_quantization(kind: str, device: torch.device | str) -> None:
-    """Refuses what this machine cannot quantise. Raises as `quantized_loading`."""
-    package = QUANTIZATIONS[kind]
-    if find_spec(package) is None:
-        raise ImportError(f"Weights in {kind} need {package}: pip install 'rdm-diffusers[quantization]'.")
-    if kind in NEEDS_GPU and torch.device(device).type == "cpu":
-        raise ValueError(f"Weights in {kind} need a GPU; choose int8 or fp8 on a machine without.")

@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, square_latents
-from .flow import FlowFamily
-from .packing import pack, unpack
+from .base import Conditioning, PromptOptions, encoding_device
+from .flow import PackedFlowFamily, pack, unpack
 
 NOTHING = " "  # the negative prompt of the model's own examples
 
 
-class QwenImageFamily(FlowFamily):
+class QwenImageFamily(PackedFlowFamily):
     """Teachers that `QwenImagePipeline` loads. Guidance is its `true_cfg_scale`, against a blank prompt."""
 
     pipeline_class = QwenImagePipeline
-    longest_prompt = 1024
+    prompt_tokens = 512
+    most_prompt_tokens = 1024
+    extra_encoder_tokens = 34  # of the standing instruction
     comfyui_shift = "*ModelSamplingAuraFlow* with shift 1"
     architecture_name = "qwen-image"
     lora_target_modules = (
@@ -38,17 +39,17 @@ class QwenImageFamily(FlowFamily):
         return {"true_cfg_scale": 1.0}
 
     def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
-        """As in `Family`, then each patch at the length that it has without guidance, as in the stock pipeline."""
+        """As in `Family`, then each patch is rescaled to its norm without guidance, as in the stock pipeline."""
         guided = pack(super().guide(unconditional, conditional, guidance_scale))
-        length = pack(conditional).norm(dim=-1, keepdim=True)
-        return unpack(guided * (length / guided.norm(dim=-1, keepdim=True)), conditional)
+        norm = pack(conditional).norm(dim=-1, keepdim=True)
+        return unpack(guided * (norm / guided.norm(dim=-1, keepdim=True)), conditional)
 
     @torch.no_grad()
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
-        """Embeddings padded to one length, and the mask of those that count."""
-        longest = options.max_sequence_length or 512
+        """Embeddings padded to one length, and their mask."""
+        longest = self.tokens(options)
         embeds, mask = pipeline.encode_prompt(list(prompts), encoding_device(pipeline), max_sequence_length=longest)
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -61,29 +62,25 @@ class QwenImageFamily(FlowFamily):
         return self.encode_prompts(pipeline, [NOTHING], options)
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        tokens, config = options.max_sequence_length or 512, pipeline.transformer.config
+        tokens = self.tokens(options)
         return {
-            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "prompt_embeds": (tokens, pipeline.transformer.config.joint_attention_dim),
             "prompt_embeds_mask": (tokens,),
         }
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, mask = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_embeds_mask"))
         longest = int(mask.sum(1).max())
-        told = None if mask[:, :longest].all() else mask[:, :longest]
+        mask = mask[:, :longest]
         output = denoiser(
             hidden_states=pack(x_t).to(embeds.dtype),
             timestep=t / 1000,
             encoder_hidden_states=embeds[:, :longest],
-            encoder_hidden_states_mask=told,
+            encoder_hidden_states_mask=None if mask.all() else mask,
             img_shapes=[[(1, x_t.shape[-2] // 2, x_t.shape[-1] // 2)]] * len(x_t),
             return_dict=False,
         )[0]
         return unpack(output, x_t)
-
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config.in_channels // 4
-        return square_latents(channels, resolution or pipeline.default_sample_size * factor, factor, 2)
 
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         vae, config = pipeline.vae, pipeline.vae.config

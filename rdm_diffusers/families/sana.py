@@ -9,19 +9,21 @@ import torch
 from diffusers import DiffusionPipeline, SanaPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, square_latents
+from .base import Conditioning, PromptOptions, encoding_device
 from .flow import FlowFamily
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
 class SanaFamily(FlowFamily):
-    """Teachers that `SanaPipeline` loads; prompts go behind its standing instruction, as by default there."""
+    """Teachers that `SanaPipeline` loads. Its standing instruction precedes each prompt, as by default there."""
 
     pipeline_class = SanaPipeline
     time_embedding_name = "time_embed.emb"
     bins_resolutions = True
-    comfyui_keys = None  # ComfyUI knows no SANA
+    prompt_tokens = 300
+    extra_encoder_tokens = 256  # of the instruction
+    comfyui_keys = None  # ComfyUI does not support SANA
     architecture_name = "sana"
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
 
@@ -46,12 +48,12 @@ class SanaFamily(FlowFamily):
         return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask, "timestep_scale": scale})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        tokens, config = options.max_sequence_length or 300, pipeline.transformer.config
-        shapes = {
-            "prompt_embeds": (tokens, config.caption_channels),
+        tokens = self.tokens(options)
+        return {
+            "prompt_embeds": (tokens, pipeline.transformer.config.caption_channels),
             "prompt_attention_mask": (tokens,),
+            "timestep_scale": (1,),
         }
-        return {**shapes, "timestep_scale": (1,)}
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         tensors = conditioning.tensors
@@ -62,7 +64,3 @@ class SanaFamily(FlowFamily):
             timestep=t * tensors["timestep_scale"].flatten(),
             return_dict=False,
         )[0]
-
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
-        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor, config.patch_size)

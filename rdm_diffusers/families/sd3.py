@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, square_latents
+from .base import Conditioning, PromptOptions, encoding_device
 from .flow import FlowFamily
 
 
@@ -16,7 +16,9 @@ class StableDiffusion3Family(FlowFamily):
     """Teachers that `StableDiffusion3Pipeline` loads, with or without the third text encoder."""
 
     pipeline_class = StableDiffusion3Pipeline
-    longest_prompt = 512
+    prompt_tokens = 256
+    most_prompt_tokens = 512
+    extra_encoder_tokens = -77  # CLIP's are appended to T5's
     comfyui_shift = "*ModelSamplingSD3* with shift 1"
     architecture_name = "stable-diffusion-3"
     lora_target_modules = (
@@ -34,15 +36,13 @@ class StableDiffusion3Family(FlowFamily):
         return Conditioning({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        tokens = pipeline.text_encoder.config.max_position_embeddings + (options.max_sequence_length or 256)
+        tokens = pipeline.text_encoder.config.max_position_embeddings + self.tokens(options)
         config = pipeline.transformer.config
-        pooled = (config.pooled_projection_dim,)
-        return {"prompt_embeds": (tokens, config.joint_attention_dim), "pooled_prompt_embeds": pooled}
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, pooled = (conditioning.tensors[name] for name in ("prompt_embeds", "pooled_prompt_embeds"))
         return denoiser(x_t.to(embeds.dtype), embeds, pooled, t, return_dict=False)[0]
-
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
-        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor, config.patch_size)

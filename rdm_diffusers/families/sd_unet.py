@@ -10,9 +10,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 
-from .base import Conditioning, Family, PromptOptions, encoding_device, square_latents
+from .base import Conditioning, Family, PromptOptions, encoding_device
 
-TEXT_WIDTH_2 = 1024  # of Stable Diffusion 2's text encoder; 1's is 768
+TEXT_WIDTH_2 = 1024  # of Stable Diffusion 2's text encoder; that of 1 is 768
 
 
 class StableDiffusionFamily(Family):
@@ -51,10 +51,6 @@ class StableDiffusionFamily(Family):
         embeds = conditioning.tensors["prompt_embeds"]
         return denoiser(x_t.to(embeds.dtype), t, embeds, return_dict=False)[0]
 
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        config, factor = pipeline.unet.config, pipeline.vae_scale_factor
-        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor)
-
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         vae = pipeline.vae
         images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
@@ -64,13 +60,13 @@ class StableDiffusionFamily(Family):
         self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
     ) -> SchedulerMixin:
         scheduler = LCMScheduler if eta else DDIMScheduler
-        own = {"original_inference_steps": num_student_steps} if eta else {"set_alpha_to_one": True}
-        known = inspect.signature(scheduler.__init__).parameters
+        settings = {"original_inference_steps": num_student_steps} if eta else {"set_alpha_to_one": True}
+        accepted = inspect.signature(scheduler.__init__).parameters
         return scheduler.from_config(
-            {name: value for name, value in teacher_scheduler.config.items() if name in known},
+            {name: value for name, value in teacher_scheduler.config.items() if name in accepted},
             timestep_spacing="trailing",
-            steps_offset=1,  # what stock pipelines insist on; trailing grids do not use it
+            steps_offset=1,  # stock pipelines insist on it; trailing grids do not use it
             clip_sample=False,
             thresholding=False,
-            **own,
+            **settings,
         )

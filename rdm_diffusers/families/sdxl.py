@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a U-Net conditioned on two CLIP text encoders, and told the size and crop of the picture."""
+"""Stable Diffusion XL: a U-Net conditioned on two CLIP text encoders and on the image's size and crop."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from .sd_unet import StableDiffusionFamily
 
 
 class StableDiffusionXLFamily(StableDiffusionFamily):
-    """Teachers that `StableDiffusionXLPipeline` loads. Pictures are told to be whole and of the size they have."""
+    """Teachers that `StableDiffusionXLPipeline` loads. Images are conditioned on their own size, uncropped."""
 
     pipeline_class = StableDiffusionXLPipeline
     load_options = {}
     comfyui_keys = "stability"
     architecture_name = "stable-diffusion-xl-v1-base"
+    kohya_base_version = "sdxl_base_v1-0"  # AUTOMATIC1111's web UI recognises SDXL by it
 
     @torch.no_grad()
     def encode_prompts(
@@ -31,7 +32,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
 
     @torch.no_grad()
     def encode_nothing(self, pipeline: DiffusionPipeline, options: PromptOptions) -> Conditioning:
-        """Zeros for teachers that want them (`force_zeros_for_empty_prompt`), else the empty prompt."""
+        """Zeros for teachers with `force_zeros_for_empty_prompt`, else the empty prompt."""
         _, embeds, _, pooled = pipeline.encode_prompt(
             [""], device=encoding_device(pipeline), do_classifier_free_guidance=True
         )
@@ -42,9 +43,9 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     ) -> Conditioning:
         _, height, width = self.latent_shape(pipeline, options.resolution)
         size = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
-        told = pipeline._get_add_time_ids(size, (0, 0), size, embeds.dtype, pooled.shape[-1]).to(embeds.device)
+        ids = pipeline._get_add_time_ids(size, (0, 0), size, embeds.dtype, pooled.shape[-1]).to(embeds.device)
         return Conditioning(
-            {"prompt_embeds": embeds, "text_embeds": pooled, "time_ids": told.expand(len(embeds), -1).clone()}
+            {"prompt_embeds": embeds, "text_embeds": pooled, "time_ids": ids.expand(len(embeds), -1).clone()}
         )
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
@@ -54,8 +55,8 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning.tensors["prompt_embeds"]
-        told = {name: conditioning.tensors[name] for name in ("text_embeds", "time_ids")}
-        return denoiser(x_t.to(embeds.dtype), t, embeds, added_cond_kwargs=told, return_dict=False)[0]
+        added = {name: conditioning.tensors[name] for name in ("text_embeds", "time_ids")}
+        return denoiser(x_t.to(embeds.dtype), t, embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         config = pipeline.vae.config

@@ -1,4 +1,4 @@
-"""Models that cannot be teachers, each refused in one sentence that says what to give instead."""
+"""Refuses models that cannot be teachers, each in one sentence that says what to give instead."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's i
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuses what is no folder of a diffusers pipeline, where that can be seen without loading it.
+    """Refuses a folder that holds no teacher, as far as its files show that.
 
     Raises:
-        ValueError: if it is a single file, missing, a LoRA, or no pipeline's folder.
+        ValueError: if it is a single file, missing, a LoRA, a checkpoint, or not a pipeline's folder.
     """
     if folder.is_file():
         raise ValueError(
@@ -27,15 +27,16 @@ def check_folder(name: str, folder: Path) -> None:
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise ValueError(f"The teacher folder {name} does not exist; check the path or give a Hub model id.")
         return
-    if (folder / LORA_FILE).exists() and not (folder / INDEX).exists():
+    if (folder / INDEX).exists():
+        return
+    if (folder / LORA_FILE).exists():
         raise ValueError(f"{name} is a LoRA, not a teacher; give the model that it was trained on.")
-    if not (folder / INDEX).exists():
-        check_no_checkpoint(name)
-        raise ValueError(f"{name} has no model_index.json; give a folder that a diffusers pipeline saved.")
+    check_no_checkpoint(name)
+    raise ValueError(f"{name} has no model_index.json; give a folder that a diffusers pipeline saved.")
 
 
 def check_no_checkpoint(name: str) -> None:
-    """Refuses the checkpoint of a run, or a folder of them, in the place of a student or a teacher.
+    """Refuses a run's checkpoint, or a folder of them, where a student or a teacher is expected.
 
     Raises:
         ValueError: naming `rdm-export`, which writes a checkpoint's student.
@@ -50,12 +51,6 @@ def check_no_checkpoint(name: str) -> None:
     )
 
 
-def check_no_student(name: str, folder: Path) -> None:
-    """Refuses what this package made itself. Raises ValueError."""
-    if (folder / STUDENT_CONFIG).exists():
-        raise ValueError(f"{name} is a few-step student already; give the teacher that it was distilled from.")
-
-
 def check_lora(family: Family) -> None:
     """Refuses families whose stock pipeline loads no LoRAs. Raises ValueError."""
     if not family.has_lora:
@@ -63,12 +58,18 @@ def check_lora(family: Family) -> None:
         raise ValueError(f"{name} loads no LoRAs, so its students are full ones, which this script does not train.")
 
 
+def check_no_student(name: str, folder: Path) -> None:
+    """Refuses a student of this package. Raises ValueError."""
+    if (folder / STUDENT_CONFIG).exists():
+        raise ValueError(f"{name} is a few-step student already; give the teacher that it was distilled from.")
+
+
 def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:
-    """Refuses loaded pipelines that are no text-to-image teachers.
+    """Refuses loaded pipelines that are not text-to-image teachers.
 
     Raises:
-        ValueError: for inpainting models, models that are distilled already, and epsilon prediction at a time without
-            any signal, where the output says nothing of x0.
+        ValueError: for inpainting models, distilled models, and epsilon prediction at a time without any signal, where
+            the output says nothing about x0.
     """
     scheduler, unet = pipeline.scheduler, getattr(pipeline, "unet", None)
     if unet is not None and unet.config.in_channels != pipeline.vae.config.latent_channels:
@@ -76,8 +77,8 @@ def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:
             f"{name} has a U-Net of {unet.config.in_channels} input channels, as inpainting models do; give a "
             "text-to-image model."
         )
-    told = unet is not None and unet.config.get("time_cond_proj_dim") is not None
-    if told or isinstance(scheduler, LCMScheduler | TCDScheduler):
+    embeds_guidance = unet is not None and unet.config.get("time_cond_proj_dim") is not None
+    if embeds_guidance or isinstance(scheduler, LCMScheduler | TCDScheduler):
         raise ValueError(f"{name} is distilled to few steps already; give the model that it was distilled from.")
     signal = getattr(scheduler, "alphas_cumprod", None)
     epsilon = scheduler.config.get("prediction_type") == "epsilon"

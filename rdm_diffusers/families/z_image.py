@@ -17,10 +17,11 @@ from .flow import FlowFamily
 class ZImageFamily(FlowFamily):
     """Teachers that `ZImagePipeline` loads.
 
-    Its own `guidance_scale` g means c + g (c - u), so that 0 is off and w = g + 1.
+    Its `guidance_scale` g means c + g (c - u), so 0 is off and w = g + 1.
     """
 
     pipeline_class = ZImagePipeline
+    prompt_tokens = 512
     comfyui_shift = "*ModelSamplingAuraFlow* with shift 1"
     architecture_name = "z-image"
     time_embedding_name = "t_embedder"
@@ -33,18 +34,18 @@ class ZImageFamily(FlowFamily):
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
     ) -> Conditioning:
-        """Embeddings padded to one length, and how many of each count."""
+        """Embeddings padded to one length, and the length of each."""
         embeds, _ = pipeline.encode_prompt(
             list(prompts), encoding_device(pipeline), do_classifier_free_guidance=False, **options.length
         )
-        longest = options.max_sequence_length or 512
+        longest = self.tokens(options)
         padded = torch.stack([F.pad(each, (0, 0, 0, longest - len(each))) for each in embeds])
         lengths = torch.tensor([[len(each)] for each in embeds], device=padded.device)
         return Conditioning({"prompt_embeds": padded, "prompt_length": lengths})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
         return {
-            "prompt_embeds": (options.max_sequence_length or 512, pipeline.transformer.config.cap_feat_dim),
+            "prompt_embeds": (self.tokens(options), pipeline.transformer.config.cap_feat_dim),
             "prompt_length": (1,),
         }
 
@@ -52,7 +53,7 @@ class ZImageFamily(FlowFamily):
         embeds, lengths = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_length"))
         captions = [each[:length] for each, length in zip(embeds, lengths.flatten().tolist(), strict=True)]
         frames = list(x_t.to(embeds.dtype).unsqueeze(2).unbind(0))
-        # It is told the share of the signal, and puts out x0 - eps.
+        # The network takes the share of the signal as its time, and predicts x0 - eps.
         outputs = denoiser(frames, 1 - t / 1000, captions, return_dict=False)[0]
         return -torch.stack(list(outputs)).squeeze(2)
 

@@ -31,7 +31,6 @@ logger = logging.get_logger(__name__)
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 DISCRETE = {"v_prediction": "v_prediction", "sample": "x0"}  # ComfyUI's names of predictions, if not epsilon
-SDXL_BASE = "sdxl_base_v1-0"  # the base model's name for kohya's tools and AUTOMATIC1111's web UI
 
 
 def has_comfyui(pipeline_class: str) -> bool:
@@ -176,7 +175,7 @@ def _metadata(title: str, family: Family, student: StudentConfig, weights: Mappi
     if prediction_type in ("epsilon", "v_prediction"):
         metadata["modelspec.prediction_type"] = prediction_type.removesuffix("_prediction")
         metadata["ss_v2"] = str("-v2-" in architecture)
-    return metadata | ({"ss_base_model_version": SDXL_BASE} if "-xl-" in architecture else {})
+    return metadata | ({"ss_base_model_version": family.kohya_base_version} if family.kohya_base_version else {})
 
 
 def _usage_hint(student: StudentConfig) -> str:

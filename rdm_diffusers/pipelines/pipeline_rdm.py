@@ -24,7 +24,7 @@ from ..families import (
     INDEX,
     LORA_FILE,
     check_pipeline,
-    coming_from_hub,
+    explain_hub_errors,
     load_options,
     load_scheduler,
     load_vae,
@@ -179,7 +179,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         pipeline = cls._load_stock("teacher", base, base_hub, options)
         check_lora_of(name, FAMILIES[student.pipeline_class].denoiser_name, student.weights_sha256, **hub)
-        with coming_from_hub("student", name, hub.get("revision")):
+        with explain_hub_errors("student", name, hub.get("revision")):
             pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
         return pipeline
 
@@ -190,7 +190,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
         config = pipeline_config(name, **hub)
         check_pipeline(what, name, config, options.keys(), variant=options.get("variant"), **hub)
         options = {**load_options(config), **dtype, **options}
-        with coming_from_hub(what, name, hub.get("revision")):
+        with explain_hub_errors(what, name, hub.get("revision")):
             return super().from_pretrained(resolve_teacher(name), **hub, **options)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run's checkpoints as folders: their record, how they are found, take their place, give way, and are set aside."""
+"""A run's checkpoints as folders: recorded, listed, put in place, rotated, and set aside."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..json_files import digest_of
 
 PREFIX, PARTIAL, OLD, REPLACED = "checkpoint-", ".partial-", ".old-", ".replaced"
 RECORD, DIGEST = "state.json", "digest"
-SET_ASIDE = "set-aside-from-"  # the folder of checkpoints that a run went back behind; its name ends with where to
+SET_ASIDE = "set-aside-from-"  # + checkpoint-N: the folder of newer checkpoints, after a run went back to N
 KEYS_OF_0_1_0 = {"update", "digests", "scalars", "monitor", "arguments"}  # whose records have no digest
 
 
 def write_record(checkpoint: Path, record: dict[str, Any]) -> None:
-    """Writes `state.json`, with a digest of what it says, and waits until it is on the disk."""
+    """Writes `state.json`, with a digest of its contents, and waits until it is on the disk."""
     path = checkpoint / RECORD
     path.write_text(json.dumps({**record, DIGEST: digest_of(record)}, indent=1))
     sync(path)
@@ -71,7 +71,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Folders by name alone, whatever is in them."""
+    """Checkpoint folders by name alone, whatever they hold."""
     paths = sorted(folder.glob(f"{PREFIX}*"), key=lambda path: path.name.endswith(REPLACED), reverse=True)
     found = {_number(path): path for path in paths}  # where there are both, the one in its place
     found.pop(None, None)

@@ -1,4 +1,4 @@
-"""Prompt embeddings: encoded once, cached on disk, and never read if a bit of them has changed."""
+"""Prompt embeddings: encoded once, cached on disk, and never read once damaged."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def embed_prompts(
 ) -> Dataset:
     """Encodes the prompts with the teacher's text encoders, or reads what an earlier run cached.
 
-    A cache is one file, named by what it was made of and by the digest of what it holds. It is there as a whole or not
-    at all; a damaged one is made anew. Of several processes that need it, one makes it.
+    A cache is one file, named by its fingerprint and by the digest of its contents. It is written as a whole or not at
+    all; a damaged one is made anew. Of several processes that need it, one makes it.
 
     Args:
         teacher: the teacher.
         prompts: N prompts.
-        cache_dir: where the cache lives; by default beside the datasets' own.
+        cache_dir: the cache's parent folder; by default that of `datasets`.
         fingerprint: the cache's key.
         batch_size: prompts encoded at once.
 
@@ -57,7 +57,7 @@ def embed_prompts(
 
 
 def fingerprint_of(teacher: Teacher, prompts: Sequence[str]) -> str:
-    """Of the prompts, how they are read, and the text encoders' weights, so that no cached embedding can be stale."""
+    """A digest of the prompts, of how they are read, and of the text encoders' weights."""
     digest = hashlib.sha256(repr((list(prompts), teacher.options)).encode())
     for encoder in teacher.text_encoders:
         for parameter in encoder.parameters():
@@ -66,12 +66,12 @@ def fingerprint_of(teacher: Teacher, prompts: Sequence[str]) -> str:
 
 
 def _whole(folder: Path, fingerprint: str) -> Path | None:
-    """The cache, if there is one whose contents are those that its name tells."""
+    """The cache whose contents match the digest in its name, if there is one."""
     return next((path for path in _caches(folder, fingerprint) if path.stem.endswith(f"-{_digest(path)}")), None)
 
 
 def _caches(folder: Path, fingerprint: str) -> list[Path]:
-    """Whole, damaged, and version 0.1.0's, which had no digests."""
+    """All caches: whole, damaged, and those of version 0.1.0, which have no digests."""
     return sorted(folder.glob(f"{fingerprint}*{SUFFIX}"))
 
 
@@ -87,7 +87,7 @@ def _make(folder: Path, fingerprint: str, teacher: Teacher, prompts: Sequence[st
     useless = _caches(folder, fingerprint)
     if useless:
         warnings.warn(
-            f"The cached prompt embeddings {useless[0]} are damaged, or an older version's; they are made anew.",
+            f"The cached prompt embeddings {useless[0]} are damaged or of an older version; they are made anew.",
             stacklevel=4,
         )
     partial = folder / f".partial-{fingerprint}"
@@ -106,7 +106,7 @@ def _make(folder: Path, fingerprint: str, teacher: Teacher, prompts: Sequence[st
 
 
 def _encode(path: Path, fingerprint: str, teacher: Teacher, prompts: Sequence[str], batch_size: int) -> None:
-    """Writes the embeddings, one row a prompt."""
+    """Writes the embeddings, one row per prompt."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
         conditioning = teacher.encode_prompts(batch["prompt"])

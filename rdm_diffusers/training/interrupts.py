@@ -1,4 +1,4 @@
-"""Signals during the training: the update at hand is finished and saved, on all processes alike."""
+"""Signals during training: all processes finish and save the current update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from ..program import status_of
 
-ONE_EVENT = 1.0  # seconds in which a batch system's signal may also come by way of the launcher
+ONE_EVENT = 1.0  # seconds within which the launcher may repeat a batch system's signal
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Lets Ctrl-C, or SIGTERM or SIGHUP, finish the update at hand; a second one stops at once."""
+    """Makes Ctrl-C, SIGTERM and SIGHUP wait for the current update; a second signal stops at once."""
     it = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield it

@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +19,11 @@ import torch
 from diffusers.models.modeling_utils import no_init_weights
 
 from ..config import RunConfig
-from ..families import Conditioning, check_kinds_of_files, check_lora, family_of, pipeline_config
+from ..families import Conditioning, check_kinds_of_files, check_lora, family_of, options_for, pipeline_config
 from ..families.quantization import NEEDS_GPU
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..prediction import NoiseSchedule
 from ..sharding import is_sharded_launch
-from ..tiny import MAX_SEQUENCE_LENGTHS
 from . import memory_model as model
 from .assembly import CONTRAST_STEPS, DTYPES, lora_config, prompt_options
 from .embeddings import embed_prompts
@@ -34,9 +33,6 @@ GIB = 2**30
 FLOAT = 4  # bytes of a float32
 PROMPTS_AT_ONCE = inspect.signature(embed_prompts).parameters["batch_size"].default
 SMALLEST_8BIT = 4096  # numbers; bitsandbytes keeps float32 states for smaller tensors
-# By how many tokens what the large text encoder reads differs from what the denoiser is given, about: the stock
-# pipelines' standing instructions, and CLIP's tokens, which another encoder adds.
-READS_MORE = {"SanaPipeline": 256, "QwenImagePipeline": 34, "StableDiffusion3Pipeline": -77}
 NOT_COUNTED = "the CUDA context (0.3 to 0.5 GiB), the allocator's fragmentation, kernels' workspaces, rewards"
 
 
@@ -100,10 +96,8 @@ class _Planner:
         args = argparse.Namespace(**config.as_arguments(), num_processes=int(os.environ.get("WORLD_SIZE", "1")))
         args.fold_adapters = config.fold_adapters
         self.run = config
-        self.args, self.device_type, self.options = args, device_type, prompt_options(config)
-        if self.options.max_sequence_length is None:
-            length = MAX_SEQUENCE_LENGTHS.get(args.pretrained_model_name_or_path)
-            self.options = replace(self.options, max_sequence_length=length)
+        self.args, self.device_type = args, device_type
+        self.options = options_for(args.pretrained_model_name_or_path, prompt_options(config))
         self.dtype, self.is_lora = DTYPES[args.mixed_precision], args.student == "lora"
         self.autocast = None if self.is_lora or args.mixed_precision == "no" else self.dtype
         self.shards = args.num_processes if is_sharded_launch() else 1
@@ -256,7 +250,7 @@ class _Planner:
 
     def _reading_peak(self, batch: int) -> int:
         """The hungriest text encoder's."""
-        tokens = self.prompt.tensors["prompt_embeds"].shape[1] + READS_MORE.get(self.config["_class_name"], 0)
+        tokens = self.prompt.tensors["prompt_embeds"].shape[1] + self.family.extra_encoder_tokens
         return max(model.encoding_peak(encoder, batch, tokens) for encoder in self.encoders)
 
     def _step_peak(self) -> int:

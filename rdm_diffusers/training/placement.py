@@ -1,4 +1,4 @@
-"""Where a run's networks are, and when: on the device while they work, in the machine's memory else."""
+"""Where a run's networks are: on the device while they work, in the machine's memory otherwise."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..sharding import is_sharded_launch, shard
 
 
 @contextmanager
-def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules are on the device; afterwards where they were, and their memory there is free."""
+def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Moves the modules to the device, and afterwards back to where they were; frees the device's memory."""
     homes = [next(module.parameters()).device for module in modules]
     for module in modules:
         module.to(device)

@@ -19,7 +19,7 @@ from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
 from ..tiny.captions import CAPTIONS
 from .embeddings import embed_prompts, fingerprint_of
-from .placement import visiting
+from .placement import on_device
 
 OF_DATASETS = {"dataset_config_name": None, "dataset_split": "train", "caption_column": "text"}  # and their defaults
 
@@ -93,7 +93,7 @@ def read_texts(teacher: Teacher, prompts: list[str], config: RunConfig, accelera
     """Has the text encoders visit the device to read everything; prompts that an earlier run read are found cached."""
     shown = spread(config.output.validation_prompt or prompts, config.output.num_validation_images)
     fingerprint = fingerprint_of(teacher, prompts)
-    with visiting(teacher.text_encoders, accelerator.device):
+    with on_device(teacher.text_encoders, accelerator.device):
         with accelerator.local_main_process_first():
             embeddings = embed_prompts(teacher, prompts, config.prompts.cache_dir, fingerprint)
         nothing, shown_conditioning = teacher.encode_nothing(), teacher.encode_prompts(shown)

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, and the checkpoints that it goes on from."""
+"""A run's folder: one run at a time, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..config import RunConfig
-from ..folders import LOCK, HeldError, locked
+from ..folders import LOCK, locked
 from ..hub import finish_exports
 from .checkpoint_files import find_checkpoint, set_newer_aside, tidy, updates_of
 from .checkpoints import TrainState, load_checkpoint
@@ -22,11 +22,11 @@ RUN_LOCK = f".run{LOCK}"
 def alone_in(folder: Path, accelerator: Accelerator, changes: bool = True) -> Iterator[None]:
     """Inside, no other run writes into the folder, and what a killed one left half done is in order.
 
-    One process holds the lock, and the others wait for it. A dry run changes nothing and needs none. Who only reads the
-    folder, as rdm-export and rdm-push do, is not kept out.
+    One process holds the lock, and the others wait for it. A dry run changes nothing and needs no lock. Readers of the
+    folder, such as rdm-export and rdm-push, need none either.
 
     Raises:
-        ValueError: if another run is at work there.
+        ValueError: if another run uses the folder.
     """
     with ExitStack() as stack:
         if accelerator.is_main_process and changes:
@@ -39,18 +39,15 @@ def alone_in(folder: Path, accelerator: Accelerator, changes: bool = True) -> It
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            known = stack.enter_context(locked(folder / RUN_LOCK))
-        except HeldError as error:
-            raise ValueError(
-                f"--output_dir {folder} is in use by another run ({error}); wait for its end or stop it, or choose "
-                "another folder."
-            ) from None
-        if not known:
+    refusal = (
+        f"--output_dir {folder} is in use by another run ({{holder}}); wait until it ends, stop it, or choose another "
+        "folder."
+    )
+    with locked(folder / RUN_LOCK, refusal=refusal) as held:
+        if not held:
             warnings.warn(
                 f"The file system of {folder} has no locks, so nobody would notice a second run in this folder; "
-                "take care that there is none.",
+                "make sure that there is none.",
                 stacklevel=2,
             )
         yield
@@ -60,7 +57,7 @@ def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
     """The checkpoint that the run goes on from; None if it begins.
 
     Raises:
-        ValueError: if there is none of the name, or if it has more updates than the run shall have.
+        ValueError: if there is no such checkpoint, or if it has more updates than the run will have.
     """
     if not config.output.resume_from_checkpoint:
         return None
@@ -75,7 +72,7 @@ def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
 
 
 def go_on_from(checkpoint: Path, folder: Path, state: TrainState, accelerator: Accelerator) -> None:
-    """Loads a checkpoint, and sets newer ones in the folder aside, which are of a course that is not taken now."""
+    """Loads a checkpoint, and sets newer ones in the folder aside, which belong to a course that this run leaves."""
     load_checkpoint(checkpoint, state)
     place = set_newer_aside(folder, checkpoint) if accelerator.is_main_process else None
     if place is not None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..bounds import did_you_mean
 from ..config import LoraStudentConfig, RunConfig, TeacherConfig
-from ..families import Family, Teacher, check_lora, coming_from_hub, family_of, pipeline_config
+from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, pipeline_config
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .assembly import lora_config, make_scheduler, prompt_options
@@ -69,11 +69,11 @@ def _on_meta(
     name, vae = source.pretrained_model_name_or_path, source.pretrained_vae_model_name_or_path
     wanted = {part: index[part] for part in (family.denoiser_name, "vae") if part in index}
     try:
-        with coming_from_hub("teacher", name, source.revision):
+        with explain_hub_errors("teacher", name, source.revision):
             networks = meta_models(name, wanted, source.revision)
             scheduler = _scheduler(name, index, source.revision)
         if vae is not None and "vae" in networks:
-            with coming_from_hub("autoencoder", vae), torch.device("meta"), no_init_weights():
+            with explain_hub_errors("autoencoder", vae), torch.device("meta"), no_init_weights():
                 kind: Any = type(networks["vae"])
                 networks["vae"] = kind.from_config(kind.load_config(vae))
     except OSError as error:

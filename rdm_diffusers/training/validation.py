@@ -18,7 +18,7 @@ from ..evaluation.pictures import labelled_rows
 from ..families import Conditioning, Teacher
 from ..networks import STUDENT
 from .checkpoints import TrainState
-from .placement import visiting
+from .placement import on_device
 from .prompts import Texts
 from .updates import Distillation
 
@@ -47,7 +47,7 @@ def sample_student(run: Distillation, teacher: Teacher, conditioning: Conditioni
     trajectory = rollout(
         run.student, run.scheduler, noise, conditioning, micro_batch_size=run.micro_batch_size,
     )  # fmt: skip
-    with visiting([teacher.pipeline.vae], trajectory.next.device):
+    with on_device([teacher.pipeline.vae], trajectory.next.device):
         one_by_one = trajectory.next[-1].split(1)  # a decoder takes much memory for a picture
         return torch.cat([teacher.family.decode(teacher.pipeline, latents) for latents in one_by_one])
 
