@@ -11,14 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, GNDM, IMPORTANCE_WEIGHTINGS, JAMES_STEIN, NORMALIZATIONS
+from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, GNDM, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
 from ..families import QUANTIZATIONS, use_token
 from ..parsing import Parser, set_bounds
 from ..tiny import TINY_NAME, is_tiny
 from ..tiny.reference import REFERENCES
 from .bounds import BOUNDS
 from .checks import check_arguments, with_full_names
-from .external_rewards import BLACK_BOX_FORMS, REWARD_DTYPES
+from .external_rewards import REWARD_DTYPES
 from .presets import ALGORITHM_PRESETS, PRESETS, TINY_DEFAULTS, TINY_FULL_DEFAULTS, TINY_LORA_DEFAULTS
 from .record import command_line
 from .secrecy import refuse_secrets
@@ -77,13 +77,11 @@ def _add_method(add) -> None:
     add("--sample_guidance_scale",
         help="the teacher's w where it is sampled for samples.png and metrics.json; --guidance_scale by default")
     add("--group_size", default=4, help="G, samples of one prompt that share statistics")
-    add("--gndm_lambda",
-        help=f"strength of GNDM's bias correction, or {JAMES_STEIN} to estimate it; the preset's by default")
+    add("--gndm_lambda", help="strength of GNDM's bias correction, 0 to 1; the preset's by default")
     add("--bias_estimator", default="shift", choices=BIAS_ESTIMATORS,
         help="how a group's residuals make a bias: as a shift of the student's mean, or in noise units")
     add("--pool_steps", default=0.5,
         help="share of the bias that is measured over all trained states of a rollout, not at its step alone")
-    add("--debias_pool", default=1, help="correct only what varies more slowly than so many latent pixels")
     add("--advantage_normalization", choices=NORMALIZATIONS, help="what R_dm is divided by; the preset's by default")
     add("--num_renoisings", default=1, help="re-noised copies of each sample that estimate R_dm")
     add("--fake_updates_per_step", help="fake-score updates per student update; the preset's by default")
@@ -120,12 +118,8 @@ def _add_rewards(add) -> None:
     add("--reward_combination", default="share", choices=COMBINATIONS,
         help="share: normalised, with --reward_share; sum: DMDR's plain weighted sum of losses")
     add("--projection_guard", action="store_true", help="drop what of the rewards' part opposes R_dm")
-    add("--black_box_form", default="tilt", choices=BLACK_BOX_FORMS,
-        help="how rewards without gradients act: as a tilt of the target, or by a direction of their own")
     add("--reward_tilt", default=0.25,
-        help="kappa, by how many of their standard deviations such rewards are to rise, about, for tilt")
-    add("--num_perturbations", default=4, help="pairs of perturbed copies per sample, for perturbation")
-    add("--perturbation_scale", default=0.1, help="their size in units of the latents")
+        help="kappa, by how many of their standard deviations rewards without gradients are to rise, about")
 
 
 def _add_optimisation(add) -> None:
@@ -265,11 +259,10 @@ def groups_per_update(args: argparse.Namespace) -> int:
 def make_objective(args: argparse.Namespace) -> GNDM:
     """The objective that the arguments name, without the rewards."""
     return GNDM(
-        args.group_size,
-        args.gndm_lambda,
-        args.advantage_normalization,
-        args.bias_estimator,
-        args.debias_pool,
-        args.steps_per_rollout,
-        args.pool_steps,
+        group_size=args.group_size,
+        gndm_lambda=args.gndm_lambda,
+        advantage_normalization=args.advantage_normalization,
+        bias_estimator=args.bias_estimator,
+        steps_per_rollout=args.steps_per_rollout,
+        pool_steps=args.pool_steps,
     )

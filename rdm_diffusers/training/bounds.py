@@ -28,7 +28,6 @@ from ..bounds import (
     real,
     whole,
 )
-from ..distillation import JAMES_STEIN
 
 BATCH = whole("[1, 65536]")
 ETA = real("[0, 1]", says="be 1 or 0, because no stock scheduler samples in between")
@@ -67,9 +66,8 @@ BOUNDS: dict[str, Bound] = {
     "guidance_scale":                    GUIDANCE,
     "sample_guidance_scale":             GUIDANCE,
     "group_size":                        BATCH,
-    "gndm_lambda":                       real("[0, 1]", also=(JAMES_STEIN,)),
+    "gndm_lambda":                       real("[0, 1]"),
     "pool_steps":                        real("[0, 1]"),
-    "debias_pool":                       whole("[1, 2048]"),  # latent pixels of the largest pictures
     "num_renoisings":                    FACTOR,
     "fake_updates_per_step":             whole("[0, 1000]"),
     "steps_per_rollout":                 STEPS,
@@ -78,8 +76,6 @@ BOUNDS: dict[str, Bound] = {
     "reward":                            Text("a reward's name or path/to/file.py:function"),
     "reward_share":                      SHARE,
     "reward_tilt":                       real("(0, inf)"),
-    "num_perturbations":                 FACTOR,
-    "perturbation_scale":                real("(0, inf)"),
     # student
     "rank":                              whole("[1, 8192]"),
     "lora_alpha":                        whole("[1, 100000]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,11 +91,14 @@ def export_checkpoint(checkpoint: Path, args: argparse.Namespace, folder: Path, 
 
 def _make_networks(teacher: Teacher, args: argparse.Namespace) -> Networks:
     """The student's parameters in the order of the run; nothing is sampled with these."""
-    others = (teacher.family, teacher.schedule, teacher.prediction_type, Conditioning({}), 1.0)
+    common: dict[str, Any] = dict(
+        family=teacher.family, schedule=teacher.schedule, prediction_type=teacher.prediction_type,
+        null_conditioning=Conditioning({}), guidance_scale=1.0,
+    )  # fmt: skip
     if args.student == "lora":
-        return SharedBase(teacher.denoiser, lora_config(teacher.family, args), False, *others)
+        return SharedBase(teacher.denoiser, lora_config(teacher.family, args), **common)
     student = load_denoiser(args.pretrained_model_name_or_path, torch.float32, args.revision, args.variant)
-    return SeparateNetworks({STUDENT: student, FAKE_SCORE: student, TEACHER: nn.Identity()}, *others)
+    return SeparateNetworks({STUDENT: student, FAKE_SCORE: student, TEACHER: nn.Identity()}, **common)
 
 
 def _fill(parameters: list[nn.Parameter], file: Path) -> None:

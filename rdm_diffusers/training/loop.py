@@ -22,7 +22,7 @@ from .checkpoint_files import PREFIX
 from .checkpoints import TrainState, is_saved, save_checkpoint
 from .interrupts import anywhere, interruptible
 from .monitor import CollapseError
-from .updates import Distillation, collect, fake_score_update, judge, reuse, student_update
+from .updates import Distillation, collect, fake_score_update, reuse, student_update, weigh_samples
 
 SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
 
@@ -54,7 +54,7 @@ def train(
             batch = collect(run, state.update // args.reuse_rollouts)
             for visit in range(args.reuse_rollouts):
                 batch = reuse(run, batch) if visit else batch
-                batch, health = judge(run, batch, state.statistics)
+                batch, health = weigh_samples(run, batch, state.statistics)
                 health |= student_update(run, batch, state.statistics)
                 health["student_grad_norm"] = step(state, STUDENT)
                 for repeat in range(args.fake_updates_per_step):

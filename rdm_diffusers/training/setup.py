@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
-from ..distillation import Draws, RunningMeans, rollout
+from ..distillation import Draws, RunningMeans, draw_samples
 from ..errors import one_line
 from ..families import Family, PromptOptions, Teacher, check_lora, load_denoiser, load_teacher
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
@@ -82,7 +83,9 @@ def make_lora_networks(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         config = lora_config(teacher.family, args)
-        networks = SharedBase(teacher.denoiser, config, args.fold_adapters, *_common(teacher, texts, args))
+        networks = SharedBase(
+            teacher.denoiser, config, fold_adapters=args.fold_adapters, **_common(teacher, texts, args)
+        )
     _finish(networks, teacher.denoiser, teacher, args, accelerator)
     return networks
 
@@ -95,17 +98,22 @@ def make_full_networks(
     denoisers = {role: load_denoiser(*source).eval() for role in (STUDENT, FAKE_SCORE)} | {TEACHER: teacher.denoiser}
     for denoiser in denoisers.values():
         prepare_denoiser(denoiser, args)
-    compute_dtype = None if args.mixed_precision == "no" else DTYPES[args.mixed_precision]
-    networks = SeparateNetworks(denoisers, *_common(teacher, texts, args), compute_dtype=compute_dtype)
+    networks = SeparateNetworks(denoisers, **_common(teacher, texts, args))
     _finish(networks, denoisers[FAKE_SCORE], teacher, args, accelerator)
     return networks
 
 
-def _common(teacher: Teacher, texts: Texts, args: argparse.Namespace) -> tuple:
-    """What all kinds of `Networks` are told."""
-    told = teacher.family.embeds_guidance(teacher.pipeline)
-    guidance_scale = 1.0 if told else args.guidance_scale
-    return teacher.family, teacher.schedule, teacher.prediction_type, texts.nothing, guidance_scale
+def _common(teacher: Teacher, texts: Texts, args: argparse.Namespace) -> dict[str, Any]:
+    """What all kinds of `Networks` take."""
+    guided_inside = teacher.family.embeds_guidance(teacher.pipeline)
+    return {
+        "family": teacher.family,
+        "schedule": teacher.schedule,
+        "prediction_type": teacher.prediction_type,
+        "null_conditioning": texts.nothing,
+        "guidance_scale": 1.0 if guided_inside else args.guidance_scale,
+        "compute_dtype": None if args.mixed_precision == "no" else DTYPES[args.mixed_precision],
+    }
 
 
 def _finish(
@@ -116,7 +124,9 @@ def _finish(
         compile_blocks(denoiser, args)
     networks.null_conditioning = networks.null_conditioning.to(accelerator.device, DTYPES[args.mixed_precision])
     if args.fake_score_steps:
-        networks.tell_steps(fake_score.get_submodule(teacher.family.time_embedding_name), args.num_student_steps)
+        networks.add_step_embedding(
+            fake_score.get_submodule(teacher.family.time_embedding_name), args.num_student_steps
+        )
 
 
 def make_distillation(
@@ -139,7 +149,7 @@ def make_distillation(
         groups_per_update=groups_per_update(args),
         steps_per_rollout=args.steps_per_rollout,
         micro_batch_size=args.train_batch_size,
-        rewards=join_rewards(rewards, teacher, draws, args) if rewards else None,
+        rewards=join_rewards(rewards, teacher, draws.device, args) if rewards else None,
         num_renoisings=args.num_renoisings,
         importance_weighting=args.importance_weighting,
         process_index=accelerator.process_index,
@@ -156,13 +166,15 @@ def teacher_contrast(run: Distillation, teacher: Teacher, count: int) -> float |
     conditioning = run.prompts.once([i * len(prompts) // count for i in range(count)])
     generators = [run.draws.generator("contrast", i) for i in range(count)]
     noise = torch.stack([torch.randn(run.latent_shape, generator=generator) for generator in generators])
-    scheduler = make_scheduler(teacher, CONTRAST_STEPS, eta=0.0)
-    trajectory = rollout(
-        partial(run.networks.predict, TEACHER), scheduler, [noise.to(run.draws.device)], conditioning,
+    latents = draw_samples(
+        partial(run.networks.predict, TEACHER),
+        make_scheduler(teacher, CONTRAST_STEPS, eta=0.0),
+        [noise.to(run.draws.device)],
+        conditioning,
         micro_batch_size=run.micro_batch_size,
-    )  # fmt: skip
+    )
     run.networks.calls.clear()
-    return trajectory.next[-1].std().item()
+    return latents.std().item()
 
 
 def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:

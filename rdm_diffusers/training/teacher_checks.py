@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
@@ -49,7 +49,7 @@ def check_with_teacher(args: argparse.Namespace) -> None:
         if scheduler is not None:
             pipeline.scheduler = scheduler
             _check_steps(args, Teacher(pipeline, family, name))
-        _check_sizes(args, family, pipeline)
+        family.latent_shape(pipeline, args.resolution)  # refuses a resolution that the teacher does not have
         _check_denoiser(args, family, family.denoiser(pipeline))
 
 
@@ -101,15 +101,6 @@ def _check_steps(args: argparse.Namespace, teacher: Teacher) -> None:
             f"--num_student_steps is {steps}, for which the stock scheduler of --eta {args.eta:g} lays no grid of as "
             "many times; choose another number, 1 to 8 is usual."
         ) from error
-
-
-def _check_sizes(args: argparse.Namespace, family: Family, pipeline: DiffusionPipeline) -> None:
-    _, height, width = family.latent_shape(pipeline, args.resolution)
-    if args.debias_pool > max(height, width):
-        raise ValueError(
-            f"--debias_pool is {args.debias_pool}; latents are {height} x {width} here, so it must be at most "
-            f"{max(height, width)}."
-        )
 
 
 def _check_denoiser(args: argparse.Namespace, family: Family, denoiser: ModelMixin) -> None:
