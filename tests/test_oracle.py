@@ -17,9 +17,9 @@ from rdm_diffusers.distillation import (
     GNDM,
     Draws,
     Samples,
-    estimate_reward,
     collect_samples,
     draw_samples,
+    estimate_reward,
     fake_score_direction,
     renoising_times,
     rollout,
@@ -123,7 +123,7 @@ def distance(a: Tensor, b: Tensor, directions: int = 64) -> float:
 
 def draw(networks: SeparateNetworks, scheduler: RdmScheduler, count: int) -> Tensor:
     """The student's points `[count, 2]`."""
-    noise = [torch.randn(count, *SHAPE) for _ in range(STEPS + 1)]
+    noise = [torch.randn(count, *SHAPE) for _ in range(STEPS)]
     conditioning = make_conditioning(1).expand(count)
     return draw_samples(partial(networks.predict, STUDENT), scheduler, noise, conditioning).flatten(1)
 
@@ -221,7 +221,9 @@ def test_the_log_ratio_is_higher_for_samples_nearer_to_the_teacher() -> None:
     assert ratios[0].mean() > 0 > ratios[1].mean()
 
 
-@pytest.mark.parametrize(("objective", "fake_updates"), [(DMD(group_size=GROUP), 5), (GNDM(group_size=GROUP), 2)], ids=["dmd", "gndm"])
+@pytest.mark.parametrize(
+    ("objective", "fake_updates"), [(DMD(group_size=GROUP), 5), (GNDM(group_size=GROUP), 2)], ids=["dmd", "gndm"]
+)
 def test_a_short_distillation_at_least_halves_the_distance_to_the_target(objective: GNDM, fake_updates: int) -> None:
     target = Mixture(radius=1.5, width=0.3, modes=3)
     networks = make_networks(LearnedDenoiser(), LearnedDenoiser(), target)

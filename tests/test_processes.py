@@ -20,7 +20,7 @@ from rdm_diffusers.families import LORA_FILE
 SCRIPTS = {"lora": train_rdm_lora, "full": train_rdm_full}
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 ENGINES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
-GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"], gndm_lambda="james_stein")
+GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"])
 ACCUMULATED = dict(gradient_accumulation_steps=2, fake_score_steps=True, gradient_checkpointing=True)
 TOLERANCE = 1e-4  # of the norm of all numbers in a checkpoint, after each of two updates
 

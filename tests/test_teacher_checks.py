@@ -88,7 +88,6 @@ def test_a_rank_that_no_adapted_layer_holds_is_refused(complaint) -> None:
     [
         ({"resolution": 30}, "--resolution is 30; this teacher needs a multiple of 4."),
         ({"max_sequence_length": 77}, "A StableDiffusionPipeline reads a fixed number of tokens; leave"),
-        ({"debias_pool": 9}, "--debias_pool is 9; latents are 8 x 8 here, so it must be at most 8."),
         ({"num_student_steps": 463, "eta": 0}, "--num_student_steps is 463, for which the stock scheduler of --eta 0"),
         ({"attention_backend": "sage"}, "--attention_backend sage does not work here: "),
         ({"hub_model_id": "no name"}, "'no name' is no name of a repository; give NAME or USER/NAME"),
