@@ -13,7 +13,7 @@ What it does, and the flags that steer it:
 - groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,
   --num_renoisings
 - external rewards: --reward name[=weights][:weight], --reward_dtype, --reward_share, --reward_combination,
-  --projection_guard; those without gradients: --reward_tilt, --black_box_form
+  --projection_guard; those without gradients: --reward_tilt
 - the fake score: --fake_updates_per_step, --fake_learning_rate, --fake_score_steps
 - rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
 - health: alarms in the log, --stop_on_collapse; --dry_run prints what memory is needed and trains nothing

@@ -6,7 +6,15 @@ at a sixteenth of the speed of bf16 ones, and float32 copies of every activation
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import chain
+
+import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -24,15 +32,39 @@ class _Conv2d(nn.Conv2d):
 CASTING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
 
 
-def compute_in_input_dtype(layer: LoraLayer) -> None:
-    """Has all adapters of a layer compute in the dtype of the layer's input, whatever the dtype of their weights.
-
-    The weights keep their dtype, and so do their gradients. In float32 nothing changes. Kinds of adapters that are
-    neither linear nor 2-D convolutions stay as they are.
+def add_adapters(denoiser: ModelMixin, lora_config: LoraConfig, names: Iterable[str]) -> None:
+    """Adds LoRAs of one shape, with trainable float32 weights that compute in the dtype of what they read.
 
     Args:
-        layer: a layer with adapters; changed in place.
+        denoiser: changed in place; on the meta device its adapters are there, too.
+        lora_config: the shape.
+        names: the adapters'.
     """
+    names = list(names)
+    device = torch.device("meta") if denoiser.device.type == "meta" else nullcontext()
+    with warnings.catch_warnings(), device:
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        for name in names:
+            denoiser.add_adapter(lora_config, name)
+    for parameter in chain(*(adapter_parameters(denoiser, name) for name in names)):
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.float()
+    for layer in lora_layers(denoiser).values():
+        _compute_in_input_dtype(layer)
+
+
+def adapter_parameters(denoiser: nn.Module, name: str) -> list[nn.Parameter]:
+    """An adapter's parameters, in a fixed order."""
+    return [p for key, p in denoiser.named_parameters() if "lora_" in key and f".{name}." in key]
+
+
+def lora_layers(denoiser: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that have adapters, by name."""
+    return {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _compute_in_input_dtype(layer: LoraLayer) -> None:
+    """The weights and their gradients keep their dtype. Other adapters than linear and 2-D ones stay as they are."""
     adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
     if all(type(adapter) in CASTING for adapter in adapters):
         layer.cast_input_dtype_enabled = False  # peft's own cast, to the dtype of the weights

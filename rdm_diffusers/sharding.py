@@ -1,7 +1,7 @@
-"""FSDP2: every network's weights, gradients and optimiser states spread over all processes.
+"""FSDP2: every network's weights, gradients and optimiser states in shards over all processes.
 
-torch's `fully_shard`, with what `accelerate launch --use_fsdp --fsdp_version 2` was told. Sharded tensors are
-`DTensor`s; checkpoints hold them whole, so that a file does not depend on who wrote it.
+torch's `fully_shard`, with the options of `accelerate launch --use_fsdp --fsdp_version 2`. Sharded tensors are
+`DTensor`s; checkpoints hold them whole, so that a file does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(network: ModelMixin, accelerator: Accelerator) -> None:
-    """Spreads a network over all processes, block by block, in place.
+    """Shards a network over all processes, block by block, in place.
 
-    The weights are gathered for each block's forward and backward, and let go after both: a root that stayed whole
-    after a forward without gradients would not see what optimisers and moving averages write into the shards.
+    The weights are gathered for each block's forward and backward, and freed after both: a root that stayed gathered
+    after a forward without gradients would miss what optimisers and moving averages write into the shards.
 
     Args:
         network: on the CPU or the device; its shards are on the device afterwards.
-        accelerator: says which processes and device there are.
+        accelerator: names the processes and the device.
     """
     plugin = FullyShardedDataParallelPlugin()
     names = plugin.transformer_cls_names_to_wrap or network._no_split_modules or ()
@@ -40,12 +40,12 @@ def shard(network: ModelMixin, accelerator: Accelerator) -> None:
     fully_shard(network, **options)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every process, all of which must ask; any other tensor as it is."""
+def gather(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on every process, all of which must call this; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread_like(tensor: Tensor, reference: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor, the same on every process, on the reference's device and in its shards if it has any.
 
     Tensors of another shape than the reference's, as optimisers' step counts are, stay whole.

@@ -106,7 +106,10 @@ def make_shared(
     null = make_conditioning(1, seed=9, dtype=dtype)
     schedule = NoiseSchedule.from_scheduler(make_noise_scheduler())
     torch.manual_seed(1)
-    networks = SharedBase(unet, config, fold, StableDiffusionFamily(), schedule, "epsilon", null, guidance_scale)
+    networks = SharedBase(
+        unet, config, fold_adapters=fold, family=StableDiffusionFamily(), schedule=schedule,
+        prediction_type="epsilon", null_conditioning=null, guidance_scale=guidance_scale,
+    )  # fmt: skip
     randomise_adapters(networks)
     return networks
 
@@ -181,7 +184,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by file and name: `student/parameter/0`, `statistics/james_stein/shared`."""
+    """All tensors of a checkpoint, by file and name: `student/parameter/0`, `statistics/tilted_weight`."""
     files = sorted(checkpoint.glob("*.safetensors"))
     return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 

@@ -71,8 +71,9 @@ def make_shared(
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights="gaussian")
     torch.manual_seed(1)
     networks = SharedBase(
-        teacher.denoiser, config, False, teacher.family, teacher.schedule, teacher.prediction_type,
-        teacher.encode_nothing(), guidance_scale,
+        teacher.denoiser, config, family=teacher.family, schedule=teacher.schedule,
+        prediction_type=teacher.prediction_type, null_conditioning=teacher.encode_nothing(),
+        guidance_scale=guidance_scale,
     )  # fmt: skip
     randomise_adapters(networks)
     return networks

@@ -127,6 +127,7 @@ def test_a_batch_that_is_no_whole_number_of_groups(complaint) -> None:
         ("max_train_samples", 0),
         ("num_renoisings", 0),
         ("reuse_rollouts", 0),
+        ("reward_tilt", 0.0),
         ("fake_learning_rate", 0.0),
     ],
 )
@@ -173,8 +174,8 @@ def test_a_preset_that_contradicts_the_algorithm(complaint) -> None:
 def test_a_black_box_in_groups_of_one(complaint) -> None:
     said = complaint(algorithm="gndmr", reward="tiny_prompt_black_box", group_size=1, gndm_lambda=0)
     assert said == (
-        "The reward tiny_prompt_black_box gives no gradients, and --reward_tilt compares the members of a "
-        "group: raise --group_size above 1."
+        "The reward tiny_prompt_black_box gives no gradients, so its scores are compared within groups: raise "
+        "--group_size above 1."
     )
 
 
@@ -303,6 +304,7 @@ def test_the_tiny_teacher_has_defaults_of_its_own_that_flags_override() -> None:
     [
         ([], ("group", 1, 1.0)),
         (["--gndm_lambda", "0"], ("group", 1, 0.0)),
+        (["--gndm_lambda", "0.5"], ("group", 1, 0.5)),
         (["--algorithm", "dmd"], ("sample", 5, 0.0)),
         (["--algorithm", "gndmr", "--reward", "tiny_bold"], ("group", 1, 1.0)),
         (["--advantage_normalization", "batch", "--fake_updates_per_step", "3"], ("batch", 3, 1.0)),
@@ -318,7 +320,7 @@ def test_defaults_follow_the_algorithm_and_the_preset_and_a_flag_beats_both(flag
     method = config.method
     assert (method.advantage_normalization, method.fake_updates_per_step, method.gndm_lambda) == expected
     objective = make_objective(config)
-    assert (objective.normalization, objective.gndm_lambda) == (expected[0], expected[2])
+    assert (objective.advantage_normalization, objective.gndm_lambda) == (expected[0], expected[2])
     assert objective.group_size == 4
 
 
@@ -326,13 +328,16 @@ def test_the_preset_dmd2_is_the_algorithm_dmd() -> None:
     configs = [parse_args(["--preset", "dmd2"]), parse_args(["--algorithm", "dmd"])]
     preset, algorithm = (config.as_arguments() for config in configs)
     assert {name for name in preset if preset[name] != algorithm[name]} == {"preset", "algorithm"}
-    assert make_objective(configs[0]) == make_objective(configs[1]) == replace(DMD(4), states=4)
+    assert make_objective(configs[0]) == make_objective(configs[1]) == replace(DMD(group_size=4), steps_per_rollout=4)
 
 
 def test_the_flags_of_the_correction_reach_the_objective() -> None:
     flags = ["--bias_estimator", "noise", "--gndm_lambda", "0.25", "--group_size", "8"]
     flags += ["--pool_steps", "0.75", "--steps_per_rollout", "2"]
-    assert make_objective(parse_args(flags)) == GNDM(8, 0.25, "group", "noise", states=2, pool_steps=0.75)
+    assert make_objective(parse_args(flags)) == GNDM(
+        group_size=8, gndm_lambda=0.25, advantage_normalization="group", bias_estimator="noise", steps_per_rollout=2,
+        pool_steps=0.75,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])

@@ -1,4 +1,4 @@
-"""GNDMR: rewards of any scale joined with R_dm, exact and estimated gradients, and what invalid rewards may not do."""
+"""GNDMR: rewards of any scale joined with R_dm, their exact gradients, and what invalid rewards may not do."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from torch import Tensor
 
 from rdm_diffusers.distillation import (
     GNDMR,
-    Draws,
     RewardGradient,
     RunningMeans,
     Samples,
     differentiable_gradients,
-    group_gradients,
-    perturbation_gradients,
+    reward_values,
 )
 from rdm_diffusers.families import Conditioning
-from rdm_diffusers.training.external_rewards import BLACK_BOX_FORMS, ExternalRewards
+from rdm_diffusers.training.external_rewards import ExternalRewards
 
 COUNT, GROUP = 8, 4
 SHAPE = (COUNT, 3, 4, 4)
@@ -30,30 +28,31 @@ PROMPTS = [f"prompt {i}" for i in range(COUNT)]
 
 @dataclass(frozen=True)
 class Linear:
-    """A reward that is a weighted sum of the pixels; its true gradient is `scale * weights` everywhere."""
+    """A weighted sum of the pixels, with the gradient `scale * weights` everywhere; `value` for the broken prompts."""
 
     weights: Tensor
     name: str = "linear"
     differentiable: bool = True
     scale: float = 1.0
+    broken: tuple[str, ...] = ()
+    value: float = torch.nan
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.scale * (images * self.weights).flatten(1).sum(1)
+        sums = self.scale * (images * self.weights).flatten(1).sum(1)
+        return torch.stack([s * self.value if p in self.broken else s for p, s in zip(prompts, sums, strict=True)])
 
 
 @dataclass(frozen=True)
 class BlackBox(Linear):
-    """The same as numbers from elsewhere, which no gradient can pass; NaN for the prompts at which it breaks."""
+    """The same as numbers from elsewhere, which no gradient can pass."""
 
     name: str = "box"
     differentiable: bool = False
-    broken: tuple[str, ...] = ()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         assert not images.requires_grad
         assert not torch.is_grad_enabled()
-        values = super().__call__(images, prompts).numpy().tolist()
-        return [float("nan") if p in self.broken else value for p, value in zip(prompts, values, strict=True)]
+        return super().__call__(images, prompts).numpy().tolist()
 
 
 def decode(latents: Tensor) -> Tensor:
@@ -84,121 +83,64 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.cosine_similarity(a.flatten(1), b.expand_as(a).flatten(1), dim=1)
 
 
-def ask(form: str, reward: Linear, x0: Tensor, micro: int = COUNT, group_size: int = GROUP) -> RewardGradient:
-    """A reward's direction by one of the three forms."""
-    common = ([reward], decode, x0, PROMPTS[: len(x0)], micro)
-    if form == "differentiable":
-        return differentiable_gradients(*common)[0]
-    if form == "group":
-        return group_gradients(*common, group_size)[0]
-    generator = torch.Generator().manual_seed(1)
-    return perturbation_gradients(*common, [torch.randn(x0.shape, generator=generator) for _ in range(600)], 0.1)[0]
+def exact(reward: Linear, x0: Tensor, micro: int = COUNT) -> RewardGradient:
+    """A reward's exact gradient."""
+    return differentiable_gradients([reward], decode, x0, PROMPTS[: len(x0)], micro)[0]
 
 
-def test_the_differentiable_form_is_the_exact_gradient_through_the_decoder_and_keeps_no_graph() -> None:
+def test_a_gradient_is_exact_through_the_decoder_and_keeps_no_graph() -> None:
     reward, x0 = Linear(weights()), torch.randn(SHAPE, requires_grad=True)
-    found = ask("differentiable", reward, x0)
+    found = exact(reward, x0)
     assert torch.allclose(found.gradient, (2 * reward.weights).expand(SHAPE), atol=1e-6)
     assert torch.allclose(found.values, reward(decode(x0), PROMPTS).detach(), atol=1e-5)
     assert not (found.gradient.requires_grad or found.values.requires_grad or x0.grad is not None)
 
 
-def test_the_perturbation_form_points_along_the_true_gradient_of_a_linear_reward_in_every_sample() -> None:
-    box, x0 = BlackBox(weights()), torch.randn(SHAPE)
-    found = ask("perturbation", box, x0)
-    assert cosine(found.gradient, box.weights).min() > 0.94  # 600 pairs in 48 dimensions; more are better
-    assert rms(found.gradient) == pytest.approx(rms(2 * box.weights).item(), rel=0.15)
-    assert torch.allclose(found.values, Linear(box.weights)(decode(x0), PROMPTS), atol=1e-3)
-
-
-def test_the_group_form_points_along_the_true_gradient_of_a_linear_reward_on_average() -> None:
-    box, x0 = BlackBox(weights()), torch.randn(8000, *SHAPE[1:])
-    found = group_gradients([box], decode, x0, ["prompt"] * 8000, 8000, GROUP)[0]
-    mean = found.gradient.mean(0, keepdim=True)
-    assert cosine(mean, box.weights) > 0.98  # 2000 groups in 48 dimensions
-    # By Stein's lemma it is the covariance (here 1) times the gradient, and a group's own mean costs it 1 / G.
-    assert torch.allclose(mean.norm(), 2 * 3 / 4 * box.weights.norm(), rtol=0.1)
-
-
-def test_the_group_form_is_one_direction_a_group_the_rewards_covariance_with_the_members() -> None:
-    box, x0 = BlackBox(weights()), torch.randn(SHAPE)
-    found = ask("group", box, x0)
-    values = Linear(box.weights)(decode(x0), PROMPTS)
-    for first in (0, 4):
-        group = slice(first, first + GROUP)
-        advantages = values[group] - values[group].mean()
-        expected = sum(a * (x - x0[group].mean(0)) for a, x in zip(advantages, x0[group], strict=True)) / GROUP
-        assert torch.allclose(found.gradient[group], expected.expand(GROUP, *SHAPE[1:]), atol=1e-4)
-
-
-def test_the_group_form_leaves_out_a_member_whose_reward_is_not_finite() -> None:
-    x0, pixels = torch.randn(SHAPE), weights()
-    found = ask("group", BlackBox(pixels, broken=("prompt 6",)), x0)
-    values, rest = Linear(pixels)(decode(x0), PROMPTS), torch.tensor([4, 5, 7])
-    advantages = values[rest] - values[rest].mean()
-    expected = (advantages[:, None, None, None] * x0[rest]).sum(0) / GROUP
-    assert found.valid.tolist() == [True] * 6 + [False, True]
-    assert torch.allclose(found.gradient[rest], expected.expand(3, *SHAPE[1:]), atol=1e-4)
-    assert not found.gradient[6].any()
-    assert torch.equal(found.gradient[:4], ask("group", BlackBox(pixels), x0).gradient[:4])
-
-
-def test_the_group_form_gives_nothing_for_a_group_of_one_or_rewards_that_are_all_equal() -> None:
-    alone = ask("group", BlackBox(weights()), torch.randn(SHAPE), group_size=1)
-    equal = ask("group", BlackBox(torch.zeros(SHAPE[1:])), torch.randn(SHAPE))
-    for found in (alone, equal):
-        assert torch.equal(found.gradient, torch.zeros(SHAPE))
-        assert found.valid.all()
-        assert torch.equal(combine(GNDMR(GROUP, {"a": 1.0}), a=found)[0], advantage())
-
-
-@pytest.mark.parametrize("form", ["differentiable", "group", "perturbation"])
 @pytest.mark.usefixtures("float64")
-def test_micro_batches_of_pictures_change_nothing(form: str) -> None:
-    kind = Linear if form == "differentiable" else BlackBox
-    reward, x0 = kind(weights()), torch.randn(SHAPE)
-    whole, pieces = ask(form, reward, x0), ask(form, reward, x0, micro=3)
+def test_micro_batches_of_pictures_change_nothing() -> None:
+    reward, x0 = Linear(weights()), torch.randn(SHAPE)
+    whole, pieces = exact(reward, x0), exact(reward, x0, micro=3)
     assert torch.allclose(pieces.gradient, whole.gradient, atol=ROUNDING)
     assert torch.allclose(pieces.values, whole.values, atol=ROUNDING)
+    box = BlackBox(reward.weights)
+    for micro in (COUNT, 3):
+        assert torch.allclose(reward_values([box], decode, x0, PROMPTS, micro)[0], whole.values, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("form", ["differentiable", "group", "perturbation"])
-def test_one_decoding_serves_two_rewards_as_two_would(form: str) -> None:
-    kind = Linear if form == "differentiable" else BlackBox
+@pytest.mark.parametrize("kind", [Linear, BlackBox])
+def test_one_decoding_serves_two_rewards_as_two_would(kind: type[Linear]) -> None:
     rewards, x0, decoded = [kind(weights()), kind(weights())], torch.randn(SHAPE), []
 
     def counted(latents: Tensor) -> Tensor:
         decoded.append(len(latents))
         return decode(latents)
 
-    def directions(asked: list[Linear]) -> list[RewardGradient]:
-        common = (asked, counted, x0, PROMPTS, COUNT)
-        if form == "differentiable":
-            return differentiable_gradients(*common)
-        if form == "group":
-            return group_gradients(*common, GROUP)
-        return perturbation_gradients(*common, [torch.ones(SHAPE)], 0.1)
+    def scores(asked: list[Linear]) -> list[Tensor]:
+        if kind is BlackBox:
+            return reward_values(asked, counted, x0, PROMPTS, COUNT)
+        found = differentiable_gradients(asked, counted, x0, PROMPTS, COUNT)
+        return [torch.cat([each.values[:, None], each.gradient.flatten(1)], 1) for each in found]
 
-    together = directions(rewards)
-    assert sum(decoded) == COUNT * (2 if form == "perturbation" else 1)
+    together = scores(rewards)
+    assert sum(decoded) == COUNT
     for found, reward in zip(together, rewards, strict=True):
-        assert torch.equal(found.gradient, directions([reward])[0].gradient)
-        assert torch.equal(found.values, directions([reward])[0].values)
+        assert torch.equal(found, scores([reward])[0])
+
+
+def test_without_rewards_nothing_is_decoded() -> None:
+    def refuse(latents: Tensor) -> Tensor:
+        raise AssertionError("decoded")
+
+    assert differentiable_gradients([], refuse, torch.randn(SHAPE), PROMPTS, COUNT) == []
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_reward_that_is_not_finite_marks_its_own_sample_invalid_in_every_form(value: float) -> None:
-    class Sometimes(Linear):
-        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-            values = super().__call__(images, prompts)
-            return torch.stack([v * value if p == "prompt 2" else v for p, v in zip(prompts, values, strict=True)])
-
-    for form in ("differentiable", "group", "perturbation"):
-        found = ask(form, Sometimes(weights(), differentiable=form == "differentiable"), torch.randn(SHAPE))
-        assert found.valid.tolist() == [True] * 2 + [False] + [True] * 5
-        assert not found.gradient[2].any()
-        assert found.gradient.isfinite().all()
-        assert found.gradient[[0, 1, 3]].abs().flatten(1).sum(1).min() > 0
+def test_a_reward_that_is_not_finite_marks_its_own_sample_invalid(value: float) -> None:
+    found = exact(Linear(weights(), broken=("prompt 2",), value=value), torch.randn(SHAPE))
+    assert found.valid.tolist() == [True] * 2 + [False] + [True] * 5
+    assert not found.gradient[2].any()
+    assert found.gradient.isfinite().all()
+    assert found.gradient[[0, 1, 3]].abs().flatten(1).sum(1).min() > 0
 
 
 def test_a_gradient_that_is_not_finite_is_invalid_even_where_its_reward_is() -> None:
@@ -223,19 +165,19 @@ def combine(combination: GNDMR, updates: int = 1, **gradients: RewardGradient) -
 
 
 def test_a_share_is_rho_times_the_size_of_r_dm_in_proportion_to_the_weights() -> None:
-    joined, _ = combine(GNDMR(GROUP, {"a": 1.0}, reward_share=0.3), a=gradient(7.0))
+    joined, _ = combine(GNDMR(group_size=GROUP, weights={"a": 1.0}, reward_share=0.3), a=gradient(7.0))
     part = joined - advantage()
     assert rms(part) == pytest.approx(0.3 * rms(advantage()).item(), rel=1e-4)
     assert torch.allclose(cosine(part, gradient().gradient), torch.ones(COUNT))
     other = RewardGradient.of(torch.randn(COUNT), torch.randn(SHAPE))
-    joined, _ = combine(GNDMR(GROUP, {"a": 3.0, "b": -1.0}, 0.4), a=gradient(), b=other)
+    joined, _ = combine(GNDMR(group_size=GROUP, weights={"a": 3.0, "b": -1.0}, reward_share=0.4), a=gradient(), b=other)
     unit = {"a": gradient().gradient / rms(gradient().gradient), "b": other.gradient / rms(other.gradient)}
     expected = 0.4 * rms(advantage()) * (3 * unit["a"] - unit["b"]) / 4
     assert torch.allclose(joined - advantage(), expected, atol=1e-5)
 
 
 def test_multiplying_a_reward_by_a_hundred_changes_nothing_in_share() -> None:
-    combination = GNDMR(GROUP, {"a": 1.0, "b": -2.0})
+    combination = GNDMR(group_size=GROUP, weights={"a": 1.0, "b": -2.0})
     plain, _ = combine(combination, 3, a=gradient(), b=gradient(0.5))
     scaled, _ = combine(combination, 3, a=gradient(100, offset=5.0), b=gradient(0.5))
     assert torch.allclose(scaled, plain, atol=1e-6)
@@ -244,15 +186,15 @@ def test_multiplying_a_reward_by_a_hundred_changes_nothing_in_share() -> None:
 
 def test_multiplying_all_weights_by_ten_changes_nothing_in_share_and_turning_a_sign_turns_the_part() -> None:
     found = {"a": gradient(), "b": RewardGradient.of(torch.randn(COUNT), torch.randn(SHAPE))}
-    one, _ = combine(GNDMR(GROUP, {"a": 1.0, "b": 2.0}), **found)
-    ten, _ = combine(GNDMR(GROUP, {"a": 10.0, "b": 20.0}), **found)
-    turned, _ = combine(GNDMR(GROUP, {"a": -1.0, "b": -2.0}), **found)
+    one, _ = combine(GNDMR(group_size=GROUP, weights={"a": 1.0, "b": 2.0}), **found)
+    ten, _ = combine(GNDMR(group_size=GROUP, weights={"a": 10.0, "b": 20.0}), **found)
+    turned, _ = combine(GNDMR(group_size=GROUP, weights={"a": -1.0, "b": -2.0}), **found)
     assert torch.allclose(ten, one, atol=1e-6)
     assert torch.allclose(turned - advantage(), advantage() - one, atol=1e-6)
 
 
 def test_a_reward_that_is_satisfied_fades_in_share() -> None:
-    combination, statistics = GNDMR(GROUP, {"a": 1.0}), RunningMeans()
+    combination, statistics = GNDMR(group_size=GROUP, weights={"a": 1.0}), RunningMeans()
     for _ in range(100):
         strong = combination.combine(advantage(), {"a": gradient()}, statistics) - advantage()
     for _ in range(300):
@@ -262,7 +204,7 @@ def test_a_reward_that_is_satisfied_fades_in_share() -> None:
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25])
 def test_a_gradient_beyond_all_bounds_neither_takes_over_nor_spoils_the_statistics(scale: float) -> None:
-    rule, statistics = GNDMR(GROUP, {"a": 1.0}), RunningMeans()
+    rule, statistics = GNDMR(group_size=GROUP, weights={"a": 1.0}), RunningMeans()
     joined = rule.combine(advantage(), {"a": gradient(scale)}, statistics)
     assert rms(joined - advantage()) < 0.21 * rms(advantage())
     assert all(state.isfinite().all() for state in statistics.state.values())
@@ -272,15 +214,15 @@ def test_a_gradient_beyond_all_bounds_neither_takes_over_nor_spoils_the_statisti
 
 @pytest.mark.parametrize("name", ["advantage", "R_dm", "power", "a/b"])
 def test_a_rewards_name_may_be_any(name: str) -> None:
-    found, rule = {name: gradient(100.0)}, GNDMR(GROUP, {name: 1.0})
+    found, rule = {name: gradient(100.0)}, GNDMR(group_size=GROUP, weights={name: 1.0})
     joined, _ = combine(rule, 3, **found)
-    assert torch.allclose(joined, combine(GNDMR(GROUP, {"a": 1.0}), 3, a=gradient(100.0))[0])
+    assert torch.allclose(joined, combine(GNDMR(group_size=GROUP, weights={"a": 1.0}), 3, a=gradient(100.0))[0])
 
 
 def test_a_sum_scales_with_the_reward_and_its_weight() -> None:
-    part = combine(GNDMR(GROUP, {"a": 1.0}, combination="sum"), a=gradient())[0] - advantage()
+    part = combine(GNDMR(group_size=GROUP, weights={"a": 1.0}, reward_combination="sum"), a=gradient())[0] - advantage()
     for weight, scale in ((1.0, 100.0), (100.0, 1.0), (-100.0, -1.0)):
-        joined, _ = combine(GNDMR(GROUP, {"a": weight}, combination="sum"), a=gradient(scale))
+        joined, _ = combine(GNDMR(group_size=GROUP, weights={"a": weight}, reward_combination="sum"), a=gradient(scale))
         assert torch.allclose(joined - advantage(), 100 * part, rtol=1e-3, atol=1e-2)
 
 
@@ -292,14 +234,16 @@ def test_a_sums_direction_is_autograds_gradient_of_the_added_losses() -> None:
     expected = torch.autograd.grad(loss, x0)[0]
     exact = [reward for reward, _ in rewards.values()]
     found = differentiable_gradients(exact, lambda latents: decode(latents).tanh(), x0, PROMPTS, 3)
-    combination = GNDMR(GROUP, {name: weight for name, (_, weight) in rewards.items()}, combination="sum")
+    combination = GNDMR(
+        group_size=GROUP, weights={name: weight for name, (_, weight) in rewards.items()}, reward_combination="sum"
+    )
     joined, _ = combine(combination, **dict(zip("ab", found, strict=True)))
     assert torch.allclose(-joined / joined.numel(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("combination", ["share", "sum"])
 def test_an_invalid_sample_is_trained_by_r_dm_alone_and_counts_in_no_statistic(combination: str) -> None:
-    rule, states = GNDMR(GROUP, {"a": 1.0}, combination=combination), []
+    rule, states = GNDMR(group_size=GROUP, weights={"a": 1.0}, reward_combination=combination), []
     for value in (torch.nan, torch.inf):
         joined, statistics = combine(rule, 2, a=gradient(invalid=(1, 6), value=value))
         assert torch.equal(joined[[1, 6]], advantage()[[1, 6]])
@@ -318,7 +262,10 @@ def test_an_invalid_sample_is_trained_by_r_dm_alone_and_counts_in_no_statistic(c
 @pytest.mark.parametrize("combination", ["share", "sum"])
 @pytest.mark.parametrize("healthy_before", [0, 2])
 def test_where_all_are_invalid_the_step_is_r_dms_and_the_statistics_stay(combination: str, healthy_before: int) -> None:
-    rule, statistics = GNDMR(GROUP, {"a": 1.0}, combination=combination, projection_guard=True), RunningMeans()
+    rule, statistics = (
+        GNDMR(group_size=GROUP, weights={"a": 1.0}, reward_combination=combination, projection_guard=True),
+        RunningMeans(),
+    )
     for _ in range(healthy_before):
         rule.combine(advantage(), {"a": gradient()}, statistics)
     before = {name: value.clone() for name, value in statistics.state.items()}
@@ -330,7 +277,7 @@ def test_where_all_are_invalid_the_step_is_r_dms_and_the_statistics_stay(combina
 
 @pytest.mark.parametrize("combination", ["share", "sum"])
 def test_the_guard_removes_from_each_sample_what_opposes_r_dm_and_nothing_else(combination: str) -> None:
-    rule = dict(group_size=GROUP, weights={"a": 1.0}, reward_share=0.9, combination=combination)
+    rule = dict(group_size=GROUP, weights={"a": 1.0}, reward_share=0.9, reward_combination=combination)
     free, guarded = (combine(GNDMR(**rule, projection_guard=guard), a=gradient())[0] for guard in (False, True))
     d = advantage()
     overlap = {name: ((j - d) * d).flatten(1).sum(1) for name, j in (("free", free), ("guarded", guarded))}
@@ -342,42 +289,66 @@ def test_the_guard_removes_from_each_sample_what_opposes_r_dm_and_nothing_else(c
     assert torch.allclose(cosine(removed, d[opposed]), -torch.ones(int(opposed.sum())), atol=1e-4)
 
 
-def join(reward: Linear, form: str = "group", share: float = 0.2, weight: float = 1.0) -> tuple[Tensor, dict]:
-    """What a run's rewards make of d, after two updates, and the health numbers."""
-    draws, statistics = Draws(0, GROUP), RunningMeans()
-    rewards = ExternalRewards([reward], GNDMR(GROUP, {reward.name: weight}, share), decode, draws, COUNT, form)
+def make_rewards(*rewards: Linear, share: float = 0.2) -> ExternalRewards:
+    """A run's rewards, all of weight 1."""
+    combination = GNDMR(group_size=GROUP, weights={r.name: 1.0 for r in rewards}, reward_share=share)
+    return ExternalRewards(rewards=rewards, combination=combination, decode=decode, micro_batch_size=COUNT)
+
+
+def make_samples() -> Samples:
+    """Two groups, one of the first and one of the third step, always the same."""
     x0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
     step = torch.tensor([0] * 4 + [2] * 4)
-    samples = Samples(x0, step, x0, step, Conditioning({"prompt_embeds": torch.zeros(COUNT, 1)}))
+    return Samples(x0, step, x0, step, Conditioning({"prompt_embeds": torch.zeros(COUNT, 1)}))
+
+
+def join(reward: Linear, share: float = 0.2) -> tuple[Tensor, dict]:
+    """What a run's rewards make of d, after two updates, and the health numbers."""
+    rewards, statistics = make_rewards(reward, share=share), RunningMeans()
     for _ in range(2):
-        joined, health = rewards.join(advantage(), samples, PROMPTS, [11, 12], statistics)
+        joined, health = rewards.join(advantage(), make_samples(), PROMPTS, statistics)
     return joined, health
 
 
-@pytest.mark.parametrize("form", ["differentiable", *(form for form in BLACK_BOX_FORMS if form != "tilt")])
-def test_a_runs_rewards_may_have_any_scale(form: str) -> None:
-    kind, pixels = (Linear if form == "differentiable" else BlackBox), weights()
-    black_box = "group" if form == "differentiable" else form
-    plain, scaled = (join(kind(pixels, scale=scale), black_box)[0] for scale in (1.0, 100.0))
+def test_a_runs_rewards_may_have_any_scale() -> None:
+    pixels = weights()
+    plain, scaled = (join(Linear(pixels, scale=scale))[0] for scale in (1.0, 100.0))
     assert torch.allclose(scaled, plain, atol=1e-4)
     assert rms(plain - advantage()) == pytest.approx(0.2 * rms(advantage()).item(), rel=1e-3)
 
 
-def test_a_runs_rewards_report_means_spreads_invalid_shares_and_the_effective_share() -> None:
-    box = BlackBox(weights(), broken=("prompt 1", "prompt 2"))
-    joined, health = join(box, share=0.4)
+@pytest.mark.parametrize("kind", [Linear, BlackBox])
+def test_a_runs_rewards_report_means_spreads_and_invalid_shares(kind: type[Linear]) -> None:
+    reward = kind(weights(), "box", broken=("prompt 1", "prompt 2"), differentiable=kind is Linear)
+    samples, statistics = make_samples(), RunningMeans()
+    rewards = make_rewards(reward)
+    health = rewards.tilt(samples, PROMPTS, statistics)[1] | rewards.join(advantage(), samples, PROMPTS, statistics)[1]
     assert health["reward_invalid/box"] == 0.25
-    effective = rms(joined - advantage()) / rms(advantage())
-    assert health["reward_share_effective"] == pytest.approx(effective.item())
-    assert {"reward/box", "reward_cosine/box", "reward/box/step_3", "reward_std/box/step_3"} <= health.keys()
+    assert {"reward/box", "reward/box/step_3", "reward_std/box/step_3"} <= health.keys()
     assert health["reward/box"].isfinite()
     assert "reward/box/step_2" not in health
 
 
-def test_exact_and_black_box_rewards_join_in_one_run_each_under_its_own_name() -> None:
-    rewards = [BlackBox(weights(), "first"), Linear(weights(), "second")]
-    combination = GNDMR(GROUP, {"first": 1.0, "second": 1.0})
-    joint = ExternalRewards(rewards, combination, decode, Draws(0, GROUP), COUNT, "group")
-    found = joint._gradients(torch.randn(SHAPE), PROMPTS, [1, 2])
-    assert found.keys() == {"first", "second"}
-    assert torch.allclose(found["second"].gradient, (2 * rewards[1].weights).expand(SHAPE), atol=1e-6)
+def test_a_runs_rewards_report_their_effective_share() -> None:
+    joined, health = join(Linear(weights()), share=0.4)
+    effective = rms(joined - advantage()) / rms(advantage())
+    assert health["reward_share_effective"] == pytest.approx(effective.item())
+    assert "reward_cosine/linear" in health
+
+
+def test_exact_and_black_box_rewards_join_in_one_run_each_in_its_own_way() -> None:
+    rewards = make_rewards(BlackBox(weights(), "first"), Linear(weights(), "second"))
+    samples, statistics = make_samples(), RunningMeans()
+    tilted, health = rewards.tilt(samples, PROMPTS, statistics)
+    assert tilted.weight is not None and "reward/first" in health and "reward/second" not in health
+    joined, health = rewards.join(advantage(), samples, PROMPTS, statistics)
+    assert "reward/second" in health and "reward/first" not in health
+    part = joined - advantage()
+    assert torch.allclose(cosine(part, rewards.rewards[1].weights), torch.ones(COUNT))
+    assert rms(part) == pytest.approx(0.1 * rms(advantage()).item(), rel=1e-4)  # half of the weights are the box's
+
+
+def test_a_black_box_leaves_the_direction_as_it_is() -> None:
+    joined, health = join(BlackBox(weights()))
+    assert torch.equal(joined, advantage())
+    assert health["reward_share_effective"] == 0

@@ -14,7 +14,7 @@ from torch.distributions import Normal
 
 from rdm_diffusers.distillation import (
     IMPORTANCE_WEIGHTINGS,
-    Trajectory,
+    Step,
     importance_health,
     importance_weights,
     log_ratios,
@@ -39,11 +39,11 @@ def four_steps(**options) -> RdmScheduler:
     return scheduler
 
 
-def old_and_new(gain: float, count: int = 6, shape: tuple = (4, 8, 8), **options) -> tuple[Trajectory, Trajectory]:
+def old_and_new(gain: float, count: int = 6, shape: tuple = (4, 8, 8), **options) -> tuple[list[Step], list[Step]]:
     """Rollouts, and the same states as a student of another gain sees them."""
     scheduler, conditioning = four_steps(**options), make_conditioning(1).expand(count)
-    then = rollout(student, scheduler, [torch.randn(count, *shape) for _ in range(STEPS + 1)], conditioning)
-    return then, revisit(partial(student, gain=gain), scheduler, then, conditioning, micro_batch_size=4000)
+    then = list(rollout(student, scheduler, [torch.randn(count, *shape) for _ in range(STEPS)], conditioning))
+    return then, list(revisit(partial(student, gain=gain), scheduler, then, conditioning, micro_batch_size=4000))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
@@ -51,21 +51,22 @@ def old_and_new(gain: float, count: int = 6, shape: tuple = (4, 8, 8), **options
 def test_a_revisit_keeps_the_states_and_predicts_and_steps_anew(prediction_type: str) -> None:
     then, now = old_and_new(0.6, prediction_type=prediction_type)
     scheduler, conditioning = four_steps(prediction_type=prediction_type), make_conditioning(1).expand(6)
-    for name in ("x_t", "t", "std", "next"):
-        assert torch.equal(getattr(now, name), getattr(then, name))
-    for k, t in enumerate(then.t):
-        x0 = student(then.x_t[k], t.expand(6), conditioning, gain=0.6)
-        assert torch.allclose(now.x0[k], x0, atol=ROUNDING)
-        mean, _ = scheduler.transition(x0, then.x_t[k], t, scheduler.previous_timestep(t))
-        assert torch.allclose(now.mean[k], mean, atol=ROUNDING)
+    for new, old in zip(now, then, strict=True):
+        assert (new.k, new.t, new.std) == (old.k, old.t, old.std)
+        assert torch.equal(new.x_t, old.x_t)
+        x0 = student(old.x_t, old.t.expand(6), conditioning, gain=0.6)
+        assert torch.allclose(new.x0, x0, atol=ROUNDING)
+        mean, _ = scheduler.transition(x0, old.x_t, old.t, scheduler.previous_timestep(old.t))
+        assert torch.allclose(new.mean, mean, atol=ROUNDING)
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_revisit_does_not_depend_on_its_micro_batches() -> None:
     then, now = old_and_new(0.6)
     pieces = revisit(partial(student, gain=0.6), four_steps(), then, make_conditioning(1).expand(6), 4)
-    assert torch.allclose(pieces.x0, now.x0, atol=ROUNDING)
-    assert torch.allclose(pieces.mean, now.mean, atol=ROUNDING)
+    for piece, step in zip(pieces, now, strict=True):
+        assert torch.allclose(piece.x0, step.x0, atol=ROUNDING)
+        assert torch.allclose(piece.mean, step.mean, atol=ROUNDING)
 
 
 def test_the_ratios_of_a_student_that_did_not_change_are_one() -> None:
@@ -83,8 +84,8 @@ def test_the_log_ratio_of_a_state_is_the_sum_of_its_transitions_log_densities(op
         assert torch.allclose(found[k], expected, rtol=1e-9, atol=1e-9)  # the first state is everyone's
         if k < STEPS - 1:
             densities = [
-                Normal(trajectory.mean[k].double(), then.std[k].double()).log_prob(then.next[k].double())
-                for trajectory in (now, then)
+                Normal(steps[k].mean.double(), then[k].std.double()).log_prob(then[k + 1].x_t.double())
+                for steps in (now, then)
             ]
             expected = expected + (densities[0] - densities[1]).flatten(1).sum(1)
     assert expected.abs().min() > 1e-3
@@ -100,8 +101,8 @@ def test_the_ratios_average_to_one_and_their_logarithms_to_minus_the_divergence(
     ratio = log_ratios(now, then)
     assert ratio[1:].exp().mean(1).tolist() == pytest.approx([1] * 3, abs=0.02)
     # Of Gaussians of one width: half the squared distance of their means; it adds up over the transitions.
-    distance = (now.mean - then.mean)[:-1] / then.std[:-1, None, None, None, None]
-    divergence = distance.square().flatten(2).sum(2).mean(1).sum().item() / 2
+    distances = [(new.mean - old.mean) / old.std for new, old in zip(now[:-1], then[:-1], strict=True)]
+    divergence = sum(distance.square().flatten(1).sum(1).mean() for distance in distances).item() / 2
     assert importance_health(ratio[-1])["drift"] == pytest.approx(divergence, rel=0.1)
     assert divergence > 0.05
 

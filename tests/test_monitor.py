@@ -137,7 +137,7 @@ def test_a_monitors_memory_is_json_and_continues_where_it_stopped() -> None:
 def test_the_health_numbers_of_a_batch_are_what_they_say() -> None:
     x0, teacher, fake = (torch.randn(8, 4, 2, 2) for _ in range(3))
     e = make_estimate(x0, teacher, fake, step=torch.tensor([0] * 4 + [1] * 4))
-    found = GNDM(4, 0.5).advantage(e, RunningMeans())
+    found = GNDM(group_size=4, gndm_lambda=0.5).advantage(e, RunningMeans())
     health = batch_health(e, found, 4)
     reward, distance = (teacher - fake).abs().mean(), (x0 - teacher).abs().mean()
     assert health["reward_over_distance"] == pytest.approx((reward / distance).item(), rel=1e-5)
@@ -151,7 +151,7 @@ def test_the_health_numbers_of_a_batch_are_what_they_say() -> None:
 def test_the_bias_share_is_unbiased(bias: float, share: float) -> None:
     x0 = torch.randn(40_000, 1, 1, 1)
     e = make_estimate(x0, x0, x0 + bias + torch.randn_like(x0))
-    health = batch_health(e, GNDM(4, 0.0).advantage(e, RunningMeans()), 4)
+    health = batch_health(e, GNDM(group_size=4, gndm_lambda=0.0).advantage(e, RunningMeans()), 4)
     assert health["bias_share"] == pytest.approx(share, abs=0.02)
     assert health["bias_share/step_1"] == health["bias_share"]
 

@@ -40,8 +40,9 @@ def merged(networks: SharedBase, role: str) -> nn.Module:
 
 def separate_copies(networks: SharedBase) -> SeparateNetworks:
     """The same three networks, each with weights of its own."""
-    others = ("family", "schedule", "prediction_type", "null_conditioning", "guidance_scale")
-    return SeparateNetworks({role: merged(networks, role) for role in ROLES}, *(getattr(networks, o) for o in others))
+    names = ("family", "schedule", "prediction_type", "null_conditioning", "guidance_scale")
+    common = {name: getattr(networks, name) for name in names}
+    return SeparateNetworks({role: merged(networks, role) for role in ROLES}, **common)
 
 
 def train_a_little(networks: SharedBase, role: str, lr: float = 1e-2, steps: int = 2) -> None:
@@ -121,10 +122,10 @@ def test_calls_count_samples_by_role_and_a_guided_one_twice() -> None:
 OPTIONS = [{}, {"fold": True}, {"checkpointing": True}, {"dtype": torch.bfloat16}]
 
 
-def told(options: dict, fill: float = 0.0) -> SharedBase:
-    """A fake score that is told the student's step, of four; each has a vector of its own if they are to be filled."""
+def with_steps(options: dict, fill: float = 0.0) -> SharedBase:
+    """A fake score that knows the student's step, of four; `fill` scales the steps' random vectors."""
     networks = make_shared(**options)
-    networks.tell_steps(networks.denoiser.get_submodule(networks.family.time_embedding_name), 4)
+    networks.add_step_embedding(networks.denoiser.get_submodule(networks.family.time_embedding_name), 4)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
         networks.step_embedding += fill * torch.randn(networks.step_embedding.shape, generator=generator)
@@ -132,28 +133,28 @@ def told(options: dict, fill: float = 0.0) -> SharedBase:
 
 
 def at_step(networks: SharedBase, role: str, step: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The role's x0 of always the same samples, told that they come from one step."""
+    """The role's x0 of always the same samples, which come from one step."""
     steps = None if step is None else torch.full((4,), step)
     return networks.predict(role, noisy(), T, make_conditioning(4, dtype=dtype), steps)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_fake_score_that_is_told_the_step_starts_as_one_that_is_not(options: dict) -> None:
-    plain, networks, dtype = make_shared(**options), told(options), options.get("dtype", torch.float32)
+def test_a_fake_score_with_a_step_embedding_starts_as_one_without(options: dict) -> None:
+    plain, networks, dtype = make_shared(**options), with_steps(options), options.get("dtype", torch.float32)
     with torch.no_grad():
-        untold = at_step(plain, FAKE_SCORE, None, dtype)
-        assert all(torch.equal(at_step(networks, FAKE_SCORE, step, dtype), untold) for step in (None, 0, 3))
+        without = at_step(plain, FAKE_SCORE, None, dtype)
+        assert all(torch.equal(at_step(networks, FAKE_SCORE, step, dtype), without) for step in (None, 0, 3))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_student_and_teacher_ignore_the_step_and_the_fake_score_tells_steps_apart(options: dict) -> None:
-    plain, networks, dtype = make_shared(**options), told(options, fill=1.0), options.get("dtype", torch.float32)
+def test_student_and_teacher_ignore_the_step_and_the_fake_score_does_not(options: dict) -> None:
+    plain, networks, dtype = make_shared(**options), with_steps(options, fill=1.0), options.get("dtype", torch.float32)
     with torch.no_grad():
         fakes = [at_step(networks, FAKE_SCORE, step, dtype) for step in (0, 3)]
         for role in (STUDENT, TEACHER):
             assert torch.equal(at_step(networks, role, 3, dtype), at_step(plain, role, None, dtype))
         assert relative_error(fakes[0], fakes[1]) > 0.02
-        # A sample's own step counts, whatever the others' are; without one there is nothing to tell.
+        # A sample's own step counts, whatever the others' are; without one nothing is added.
         mixed = networks.predict(FAKE_SCORE, noisy(), T, make_conditioning(4, dtype=dtype), torch.tensor([0, 3, 3, 0]))
         for i, step in enumerate((0, 3, 3, 0)):
             assert relative_error(mixed[i], fakes[step > 0][i]) < (1e-5 if dtype == torch.float32 else 1e-2)
@@ -162,8 +163,8 @@ def test_student_and_teacher_ignore_the_step_and_the_fake_score_tells_steps_apar
 
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 @pytest.mark.usefixtures("float64")
-def test_the_step_embeddings_gradient_is_exact_and_only_of_the_steps_that_were_told(options: dict) -> None:
-    networks, direction = told(options, fill=0.1), torch.randn(4, 4, 8, 8)
+def test_the_step_embeddings_gradient_is_exact_and_only_of_the_steps_that_were_with_steps(options: dict) -> None:
+    networks, direction = with_steps(options, fill=0.1), torch.randn(4, 4, 8, 8)
     embedding = networks.step_embedding
     x0 = networks.predict(FAKE_SCORE, noisy(), T, make_conditioning(4), torch.tensor([1, 3, 3, 1]))
     at_step(networks, STUDENT, 2)  # the others are busy before the gradient is asked for
@@ -185,7 +186,7 @@ def test_the_step_embeddings_gradient_is_exact_and_only_of_the_steps_that_were_t
 
 
 def test_the_step_embedding_is_the_fake_scores_parameter_alone_and_learns() -> None:
-    networks = told({})
+    networks = with_steps({})
     assert any(parameter is networks.step_embedding for parameter in networks.parameters(FAKE_SCORE))
     assert not any(parameter is networks.step_embedding for parameter in networks.parameters(STUDENT))
     assert not any(parameter is networks.step_embedding for parameter in networks.denoiser.parameters())

@@ -17,12 +17,13 @@ from rdm_diffusers.distillation import (
     GNDM,
     Draws,
     Samples,
+    collect_samples,
+    draw_samples,
     estimate_reward,
-    executed_index,
-    executed_samples,
     fake_score_direction,
     renoising_times,
     rollout,
+    trained_places,
 )
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SeparateNetworks
@@ -103,7 +104,14 @@ class LearnedDenoiser(nn.Module):
 def make_networks(student: nn.Module, fake: nn.Module, teacher: Mixture) -> SeparateNetworks:
     """Three roles whose output is x0; the teacher is exact."""
     denoisers = {STUDENT: student, FAKE_SCORE: fake, TEACHER: ExactDenoiser(teacher)}
-    return SeparateNetworks(denoisers, StableDiffusionFamily(), SCHEDULE, "sample", make_conditioning(1), 1.0)
+    return SeparateNetworks(
+        denoisers,
+        family=StableDiffusionFamily(),
+        schedule=SCHEDULE,
+        prediction_type="sample",
+        null_conditioning=make_conditioning(1),
+        guidance_scale=1.0,
+    )
 
 
 def distance(a: Tensor, b: Tensor, directions: int = 64) -> float:
@@ -115,9 +123,9 @@ def distance(a: Tensor, b: Tensor, directions: int = 64) -> float:
 
 def draw(networks: SeparateNetworks, scheduler: RdmScheduler, count: int) -> Tensor:
     """The student's points `[count, 2]`."""
-    noise = [torch.randn(count, *SHAPE) for _ in range(STEPS + 1)]
+    noise = [torch.randn(count, *SHAPE) for _ in range(STEPS)]
     conditioning = make_conditioning(1).expand(count)
-    return rollout(partial(networks.predict, STUDENT), scheduler, noise, conditioning).next[-1].flatten(1)
+    return draw_samples(partial(networks.predict, STUDENT), scheduler, noise, conditioning).flatten(1)
 
 
 def pretrain(networks: SeparateNetworks, target: Mixture) -> None:
@@ -147,10 +155,10 @@ def distil(networks: SeparateNetworks, scheduler: RdmScheduler, objective: GNDM,
 
     for update in range(UPDATES):
         groups = range(update * GROUPS, (update + 1) * GROUPS)
-        noise = [draws.normal(f"rollout/{k}", groups, SHAPE) for k in range(STEPS + 1)]
-        trajectory = rollout(partial(networks.predict, STUDENT), scheduler, noise, conditioning)
+        noise = [draws.normal(f"rollout/{k}", groups, SHAPE) for k in range(STEPS)]
+        states = rollout(partial(networks.predict, STUDENT), scheduler, noise, conditioning)
         steps = [draws.subset("steps", group, 1, of=STEPS) for group in groups]
-        samples = executed_samples(trajectory, executed_index(steps, GROUP, "cpu"), conditioning)
+        samples = collect_samples(states, trained_places(steps, GROUP), conditioning)
         tau = renoising_times(draws.uniform("tau", groups), SCHEDULE)
         estimate = estimate_reward(networks, samples, tau, draws.normal("tau_noise", groups, SHAPE))
         x0 = networks.predict(STUDENT, samples.x_t, samples.t, samples.conditioning)
@@ -213,7 +221,9 @@ def test_the_log_ratio_is_higher_for_samples_nearer_to_the_teacher() -> None:
     assert ratios[0].mean() > 0 > ratios[1].mean()
 
 
-@pytest.mark.parametrize(("objective", "fake_updates"), [(DMD(GROUP), 5), (GNDM(GROUP), 2)], ids=["dmd", "gndm"])
+@pytest.mark.parametrize(
+    ("objective", "fake_updates"), [(DMD(group_size=GROUP), 5), (GNDM(group_size=GROUP), 2)], ids=["dmd", "gndm"]
+)
 def test_a_short_distillation_at_least_halves_the_distance_to_the_target(objective: GNDM, fake_updates: int) -> None:
     target = Mixture(radius=1.5, width=0.3, modes=3)
     networks = make_networks(LearnedDenoiser(), LearnedDenoiser(), target)

@@ -26,7 +26,7 @@ QUIET = {
     "PYTHONPATH": ROOT,
 }  # fmt: skip
 ENGINES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
-GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"], gndm_lambda="james_stein")
+GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"])
 ACCUMULATED = dict(gradient_accumulation_steps=2, fake_score_steps=True, gradient_checkpointing=True)
 CASES = {
     "lora": ("lora", "ddp", {}),

@@ -57,17 +57,17 @@ def test_resuming_changes_nothing_with_folded_adapters_and_a_validation_at_the_c
     assert_resuming_changes_nothing(argv, tmp_path, ["--fold_adapters"], validation_steps=3)
 
 
-def test_resuming_changes_nothing_with_rewards_james_stein_reused_rollouts_and_all_that_has_a_memory(
+def test_resuming_changes_nothing_with_rewards_reused_rollouts_and_all_that_has_a_memory(
     argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "WARM_UP", 2)  # so that the alarms' memory is of both halves
-    rewards = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box:-1"], gndm_lambda="james_stein")
+    rewards = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box:-1"])
     rollouts = dict(reuse_rollouts=3, importance_weighting="clipped", num_renoisings=2, monitor_images=1)
     assert_resuming_changes_nothing(argv, tmp_path, ["--fake_score_steps", "--projection_guard"], **rewards, **rollouts)
     state = read_state(tmp_path / "broken" / "checkpoint-6")
-    kept = {"james_stein/shared", "james_stein/power", "reward_variance/tiny_bold"}
+    kept = {"variance_within_groups", "tilted_weight", "reward_variance/tiny_bold"}
     assert kept <= {name.removeprefix("statistics/") for name in state}
-    assert state["statistics/james_stein/shared"].dtype == torch.float64
+    assert state["statistics/variance_within_groups"].dtype == torch.float64
 
 
 def test_a_run_that_reuses_rollouts_resumes_at_their_ends_alone(argv, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,9 @@
-"""Backward simulation, the choice of executed samples, and the keyed random numbers."""
+"""Backward simulation, the states that are trained on, and the keyed random numbers."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from parts import make_conditioning
 from parts_float64 import ROUNDING
 from torch import Tensor
 
-from rdm_diffusers.distillation import Draws, Samples, Trajectory, executed_index, executed_samples, rollout
+from rdm_diffusers.distillation import Draws, Samples, Step, collect_samples, draw_samples, rollout, trained_places
 from rdm_diffusers.families import Conditioning
 from rdm_diffusers.schedulers import RdmScheduler
 
@@ -30,83 +33,95 @@ def four_steps(**options) -> RdmScheduler:
 
 def noises() -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return [torch.randn(BATCH, 4, 8, 8, generator=generator) for _ in range(STEPS + 1)]
+    return [torch.randn(BATCH, 4, 8, 8, generator=generator) for _ in range(STEPS)]
 
 
-def executed(trajectory: Trajectory, steps: list[list[int]], conditioning: Conditioning) -> Samples:
+def steps_of(scheduler: RdmScheduler, noise: Iterable[Tensor] | None = None, **options) -> list[Step]:
+    """A whole rollout of the known student."""
+    return list(rollout(known, scheduler, noises() if noise is None else noise, make_conditioning(BATCH), **options))
+
+
+def collected(rollout: list[Step], steps: list[list[int]]) -> Samples:
     """The samples that are trained on where group i is at the steps `steps[i]`."""
-    return executed_samples(trajectory, executed_index(steps, GROUP, "cpu"), conditioning)
+    return collect_samples(rollout, trained_places(steps, GROUP), make_conditioning(BATCH))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
 @pytest.mark.usefixtures("float64")
 def test_a_rollout_at_eta_one_predicts_and_renoises(prediction_type: str) -> None:
     scheduler, noise, conditioning = four_steps(prediction_type=prediction_type), noises(), make_conditioning(BATCH)
-    trajectory = rollout(known, scheduler, noise, conditioning)
     x_t = noise[0]
-    for k, t in enumerate(scheduler.timesteps):
+    for k, (step, t) in enumerate(zip(steps_of(scheduler, noise), scheduler.timesteps, strict=True)):
         x0 = known(x_t, t.expand(BATCH), conditioning)
-        assert torch.allclose(trajectory.x_t[k], x_t, atol=ROUNDING)
-        assert torch.allclose(trajectory.x0[k], x0, atol=ROUNDING)
-        assert trajectory.t[k] == t
+        assert torch.allclose(step.x_t, x_t, atol=ROUNDING)
+        assert torch.allclose(step.x0, x0, atol=ROUNDING)
+        assert (step.k, step.t) == (k, t)
         if k < STEPS - 1:
             x_t = scheduler.schedule.add_noise(x0, noise[k + 1], scheduler.timesteps[k + 1].expand(BATCH))
-            assert torch.allclose(trajectory.next[k], x_t, atol=ROUNDING)
-    assert torch.equal(trajectory.next[-1], trajectory.x0[-1])
-    assert trajectory.std[-1] == 0
+    assert torch.equal(step.mean, step.x0)
+    assert step.std == 0
+    assert torch.equal(draw_samples(known, scheduler, noise, conditioning), step.x0)
 
 
 def test_a_rollout_states_the_distribution_that_it_drew_from() -> None:
     noise = noises()
-    trajectory = rollout(known, four_steps(eta=0.5), noise, make_conditioning(BATCH))
-    for k in range(STEPS - 1):
-        drawn = trajectory.mean[k] + trajectory.std[k] * noise[k + 1]
-        assert torch.equal(trajectory.next[k], drawn)
-    assert trajectory.std[:-1].min() > 0
+    steps = steps_of(four_steps(eta=0.5), noise)
+    for step, following in pairwise(steps):
+        assert torch.equal(following.x_t, step.mean + step.std * noise[following.k])
+        assert step.std > 0
+
+
+def test_noise_is_drawn_when_it_is_needed_and_none_after_the_last_step() -> None:
+    drawn = []
+
+    def drawing() -> Iterator[Tensor]:
+        for k, noise in enumerate(noises()):
+            drawn.append(k)
+            yield noise
+
+    for step in rollout(known, four_steps(), drawing(), make_conditioning(BATCH)):
+        assert drawn == list(range(step.k + 1))
+    assert drawn == [0, 1, 2, 3]
+    drawn.clear()
+    assert len(steps_of(four_steps(), drawing(), num_steps=2)) == 2
+    assert drawn == [0, 1]
 
 
 def test_a_deterministic_rollout_needs_no_noise_but_the_first() -> None:
-    noise, conditioning = noises(), make_conditioning(BATCH)
-    full = rollout(known, four_steps(eta=0.0), noise, conditioning)
-    other = rollout(known, four_steps(eta=0.0), [noise[0], *noises()[1:][::-1]], conditioning)
-    assert torch.equal(full.next, other.next)
+    assert len(steps_of(four_steps(eta=0.0), noises()[:1])) == STEPS
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_rollout_does_not_depend_on_its_micro_batches_and_may_stop_early() -> None:
-    scheduler, noise, conditioning = four_steps(), noises(), make_conditioning(BATCH)
-    whole = rollout(known, scheduler, noise, conditioning)
-    pieces = rollout(known, scheduler, noise, conditioning, num_steps=2, micro_batch_size=4)
-    assert pieces.x0.shape == (2, BATCH, 4, 8, 8)
-    assert torch.allclose(pieces.x0, whole.x0[:2], atol=ROUNDING)
-    assert torch.allclose(pieces.next, whole.next[:2], atol=ROUNDING)
+    whole, pieces = steps_of(four_steps()), steps_of(four_steps(), num_steps=2, micro_batch_size=4)
+    assert len(pieces) == 2
+    for piece, step in zip(pieces, whole, strict=False):
+        for name in ("x_t", "x0", "mean"):
+            assert torch.allclose(getattr(piece, name), getattr(step, name), atol=ROUNDING)
 
 
 def test_a_rollout_holds_no_gradients() -> None:
     weight = torch.ones(1, requires_grad=True)
-    trajectory = rollout(lambda x_t, t, c: weight * x_t, four_steps(), noises(), make_conditioning(BATCH))
-    assert not trajectory.x0.requires_grad
-    assert not trajectory.next.requires_grad
+    for step in rollout(lambda x_t, t, c: weight * x_t, four_steps(), noises(), make_conditioning(BATCH)):
+        assert torch.is_grad_enabled()  # outside of the rollout
+        assert not any(tensor.requires_grad for tensor in (step.x_t, step.x0, step.mean))
 
 
-def test_executed_samples_lie_group_after_group_and_step_after_step() -> None:
-    conditioning = make_conditioning(BATCH)
-    trajectory = rollout(known, four_steps(), noises(), conditioning)
-    samples = executed(trajectory, [[0, 3], [1], [2, 3]], conditioning)
+def test_samples_lie_group_after_group_and_step_after_step() -> None:
+    conditioning, steps = make_conditioning(BATCH), steps_of(four_steps())
+    samples = collected(steps, [[0, 3], [1], [2, 3]])
     layout = [(0, 0), (0, 1), (3, 0), (3, 1), (1, 2), (1, 3), (2, 4), (2, 5), (3, 4), (3, 5)]  # step, sample
     assert len(samples) == len(layout)
     for i, (k, b) in enumerate(layout):
         assert samples.step[i] == k
-        assert samples.t[i] == trajectory.t[k]
-        assert torch.equal(samples.x_t[i], trajectory.x_t[k, b])
-        assert torch.equal(samples.x0[i], trajectory.x0[k, b])
+        assert samples.t[i] == steps[k].t
+        assert torch.equal(samples.x_t[i], steps[k].x_t[b])
+        assert torch.equal(samples.x0[i], steps[k].x0[b])
         assert torch.equal(samples.conditioning.tensors["prompt_embeds"][i], conditioning.tensors["prompt_embeds"][b])
 
 
 def test_micro_batches_cover_the_samples_in_order() -> None:
-    conditioning = make_conditioning(BATCH)
-    trajectory = rollout(known, four_steps(), noises(), conditioning)
-    samples = executed(trajectory, [[0, 1], [1, 2], [2, 3]], conditioning)
+    samples = collected(steps_of(four_steps()), [[0, 1], [1, 2], [2, 3]])
     parts = [samples[part] for part in samples.micro_batches(5)]
     assert [len(part) for part in parts] == [5, 5, 2]
     assert torch.equal(torch.cat([part.x0 for part in parts]), samples.x0)

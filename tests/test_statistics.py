@@ -1,4 +1,4 @@
-"""What GNDM measures over a group: the fake score's bias, James and Stein's lambda, the normalisers; running means."""
+"""What GNDM measures over a group: the fake score's bias, the normalisers; running means."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rdm_diffusers.distillation import (
     normalizer,
     renoising_times,
 )
-from rdm_diffusers.distillation.advantages import low_pass, variance_within_groups
+from rdm_diffusers.distillation.advantages import variance_within_groups
 from rdm_diffusers.prediction import NoiseSchedule, expand
 
 SHAPE = (8, 4, 8, 8)
@@ -89,12 +89,12 @@ def test_the_bias_is_measured_half_over_the_samples_own_step_and_half_over_all()
     e = replace(random_estimate(), step=torch.tensor([0] * 4 + [1] * 4))  # one group, two states of each rollout
 
     def correction(**pooling) -> Tensor:
-        return GNDM(GROUP, 1.0, **pooling).advantage(e, RunningMeans()).correction
+        return GNDM(group_size=GROUP, **pooling).advantage(e, RunningMeans()).correction
 
-    own, over_all = correction(), correction(states=2, pool_steps=1.0)
+    own, over_all = correction(), correction(steps_per_rollout=2, pool_steps=1.0)
     assert not torch.allclose(own, over_all, atol=1e-2)
-    assert torch.allclose(correction(states=2), (own + over_all) / 2, atol=1e-6)
-    assert torch.equal(correction(states=2, pool_steps=0.0), own)
+    assert torch.allclose(correction(steps_per_rollout=2), (own + over_all) / 2, atol=1e-6)
+    assert torch.equal(correction(steps_per_rollout=2, pool_steps=0.0), own)
 
 
 @pytest.mark.parametrize("estimator", BIAS_ESTIMATORS)
@@ -126,7 +126,7 @@ def test_the_shift_estimator_undoes_what_a_fake_score_misses_of_a_student_that_m
     e, true = moved_student(schedule, delta, variance)
     wanted = e.teacher_x0 - true
     missed = by_tau(e.reward - wanted, e) / delta
-    left = by_tau(corrected(GNDM(GROUP, 1.0), e) - wanted, e) / delta
+    left = by_tau(corrected(GNDM(group_size=GROUP), e) - wanted, e) / delta
     assert missed.abs().max() > 0.8  # of the shift, at high noise
     assert left.abs().max() < 0.04  # at every noise
 
@@ -168,59 +168,6 @@ def test_a_samples_bias_depends_on_the_others_of_its_group_alone(estimator: str)
     assert changed == [False] * 4 + [True, False, True, True]
 
 
-@pytest.mark.parametrize("pool", [2, 3, 8, 16])
-def test_low_pass_gives_every_pixel_the_mean_of_its_tile(pool: int) -> None:
-    latents = torch.randn(2, 3, 8, 8)
-    smooth = low_pass(latents, pool)
-    assert smooth.shape == latents.shape
-    for row in range(0, 8, pool):
-        for column in range(0, 8, pool):
-            tile = (..., slice(row, row + pool), slice(column, column + pool))
-            mean = latents[tile].mean((-2, -1), keepdim=True)
-            assert torch.allclose(smooth[tile], mean.expand_as(smooth[tile]), atol=1e-6)
-
-
-def test_a_pooled_bias_is_the_low_pass_of_the_bias() -> None:
-    e = random_estimate()
-    pooled, whole = fake_score_bias(e, GROUP, pool=4), fake_score_bias(e, GROUP)
-    assert torch.allclose(pooled, low_pass(whole, 4), atol=1e-5)
-    assert torch.equal(low_pass(whole, 1), whole)
-    pooled, whole = (GNDM(GROUP, 1.0, debias_pool=pool).advantage(e, RunningMeans()).correction for pool in (4, 1))
-    assert torch.allclose(pooled, low_pass(whole, 4), atol=1e-5)
-
-
-def shrunk(e: RewardEstimate, statistics: RunningMeans | None = None) -> Tensor:
-    """James and Stein's lambda of each sample `[M]`."""
-    means = RunningMeans() if statistics is None else statistics
-    shrunk, whole = (GNDM(GROUP, strength).advantage(e, means).correction for strength in ("james_stein", 1.0))
-    return (shrunk / whole).flatten(1).mean(1)
-
-
-@pytest.mark.parametrize(("delta", "low", "high"), [(0.0, 0.0, 0.06), (8.0, 0.94, 1.0)])
-def test_james_steins_lambda_is_near_0_for_a_perfect_fake_score_and_near_1_for_a_biased_one(
-    delta: float, low: float, high: float
-) -> None:
-    strength = by_tau(shrunk(e := moved_student(SCHEDULES["flow"], delta)[0]), e)
-    assert low <= strength.min() <= strength.max() <= high + 1e-6
-
-
-def test_james_steins_lambda_is_the_share_of_the_bias_in_what_the_others_show() -> None:
-    count, bias, spread = 40_000, 0.5, 1.0
-    x0 = torch.randn(count, 1, 1, 1)
-    e = make_estimate(x0, x0, x0 + bias + spread * torch.randn_like(x0))  # all at one tau
-    assert shrunk(e).mean() == pytest.approx(bias**2 / (bias**2 + spread**2 / (GROUP - 1)), abs=0.03)
-
-
-def test_james_steins_lambda_remembers_earlier_updates_for_each_bin_of_tau() -> None:
-    statistics, (biased, _) = RunningMeans(), moved_student(SCHEDULES["flow"], 8.0)
-    first = by_tau(shrunk(biased, statistics), biased)
-    x0 = torch.randn(8, 1, 2, 2)
-    tau = torch.full((8,), 0.1)
-    one_bin = make_estimate(x0, x0, x0 + torch.randn_like(x0), tau=tau)
-    assert shrunk(one_bin, statistics).mean() == pytest.approx(first[0].item(), abs=0.05)
-    assert torch.allclose(by_tau(shrunk(biased, statistics), biased)[1:], first[1:], atol=0.01)
-
-
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_every_normaliser_is_what_it_says(normalization: str) -> None:
     e = random_estimate()
@@ -242,7 +189,9 @@ def test_every_normaliser_is_what_it_says(normalization: str) -> None:
         )
     assert torch.allclose(e.distance, distance)
     assert torch.allclose(normalizer(e, normalization, GROUP), torch.stack(expected))
-    advantage = GNDM(GROUP, 0.0, normalization).advantage(e, RunningMeans())
+    advantage = GNDM(group_size=GROUP, gndm_lambda=0.0, advantage_normalization=normalization).advantage(
+        e, RunningMeans()
+    )
     assert torch.allclose(advantage.value, reward / expand(torch.stack(expected), reward), rtol=1e-4)
     assert torch.allclose(advantage.normalizer, torch.stack(expected))
 

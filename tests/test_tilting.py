@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rdm_diffusers.distillation import (
     GNDMR,
-    Draws,
     RunningMeans,
     Samples,
     fake_score_bias,
@@ -91,14 +90,16 @@ class Box:
         return images[:, 0, 0, 0].tolist()
 
 
-def tilted(names: dict[str, float], form: str = "tilt") -> tuple[Samples, dict[str, Tensor]]:
-    """Samples judged by black boxes of these names and weights."""
-    rewards = [Box(name) for name in names]
-    combination = GNDMR(GROUP, names)
-    judges = ExternalRewards(rewards, combination, lambda z: z, Draws(0, GROUP), 3, form, tilt=0.5)
+def tilted(names: dict[str, float]) -> tuple[Samples, dict[str, Tensor]]:
+    """Samples weighted by black boxes of these names and weights."""
+    combination = GNDMR(group_size=GROUP, weights=names)
+    rewards = ExternalRewards(
+        rewards=[Box(name) for name in names], combination=combination, decode=lambda z: z, micro_batch_size=3,
+        reward_tilt=0.5,
+    )  # fmt: skip
     x0, step = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(2)), torch.tensor([0] * 4 + [2] * 4)
     samples = Samples(x0, step, x0, step, Conditioning({"prompt_embeds": torch.zeros(8, 1)}))
-    return judges.tilted(samples, ["prompt"] * 8, RunningMeans())
+    return rewards.tilt(samples, ["prompt"] * 8, RunningMeans())
 
 
 def test_rewards_share_the_tilt_by_their_weights() -> None:
@@ -111,8 +112,7 @@ def test_rewards_share_the_tilt_by_their_weights() -> None:
     assert {"reward/a", "reward_invalid/a", "reward/a/step_3", "reward_std/a/step_1"} <= health.keys()
 
 
-@pytest.mark.parametrize("form", ["group", "perturbation"])
-def test_other_forms_leave_the_samples_as_they_are(form: str) -> None:
-    samples, health = tilted({"a": 1.0}, form)
+def test_without_black_boxes_the_samples_stay_as_they_are() -> None:
+    samples, health = tilted({})
     assert samples.weight is None
     assert health == {}

@@ -6,7 +6,6 @@ A group's G members lie side by side along the batch.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..prediction import expand
@@ -20,7 +19,7 @@ VARIANCE_DECAY = 0.95
 
 def grouped(values: Tensor, group_size: int) -> Tensor:
     """`[M, ...]` as `[M / G, G, ...]`."""
-    return values.unflatten(0, (-1, group_size))
+    return values.reshape(-1, group_size, *values.shape[1:])
 
 
 def leave_one_out_mean(values: Tensor, group_size: int, states: int = 1) -> Tensor:
@@ -33,7 +32,7 @@ def leave_one_out_mean(values: Tensor, group_size: int, states: int = 1) -> Tens
     """
     if group_size == 1:
         return torch.zeros_like(values)
-    rollouts = values.unflatten(0, (-1, states, group_size))
+    rollouts = values.reshape(-1, states, group_size, *values.shape[1:])
     others = rollouts.sum((1, 2), keepdim=True) - rollouts.sum(1, keepdim=True)
     return (others / (states * (group_size - 1))).expand_as(rollouts).flatten(0, 2)
 
@@ -70,7 +69,6 @@ def fake_score_bias(
     estimate: RewardEstimate,
     group_size: int,
     estimator: str = "shift",
-    pool: int = 1,
     variance: float | Tensor = 1.0,
     states: int = 1,
 ) -> Tensor:
@@ -90,7 +88,6 @@ def fake_score_bias(
         estimate: R_dm of M samples.
         group_size: G.
         estimator: one of `BIAS_ESTIMATORS`.
-        pool: keep only what varies more slowly than so many latent pixels; 1 keeps all.
         variance: v of the `bias_unit`.
         states: over how many states of the rollouts the bias is measured, as in `leave_one_out_mean`.
     """
@@ -104,16 +101,7 @@ def fake_score_bias(
         mean = total / expand(share, residual)
     else:
         mean = leave_one_out_mean(residual / expand(unit, residual), group_size, states)
-    return expand(unit, residual) * low_pass(mean, pool)
-
-
-def low_pass(latents: Tensor, pool: int) -> Tensor:
-    """`[M, C, H, W]` averaged over tiles of `pool` x `pool` (smaller at the edges), at the same size."""
-    if pool == 1:
-        return latents
-    tiles = F.avg_pool2d(latents, pool, ceil_mode=True, count_include_pad=False)
-    repeated = tiles.repeat_interleave(pool, -2).repeat_interleave(pool, -1)
-    return repeated[..., : latents.shape[-2], : latents.shape[-1]]
+    return expand(unit, residual) * mean
 
 
 def normalizer(estimate: RewardEstimate, normalization: str, group_size: int) -> Tensor:

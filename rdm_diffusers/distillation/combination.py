@@ -16,10 +16,10 @@ from .statistics import RunningMeans
 COMBINATIONS = ("share", "sum")
 RMS_DECAY, SLOW_DECAY, STD_DECAY = 0.95, 0.999, 0.99
 EPS = 1e-30
-TINY = 1e-18  # smaller gradients have squares that float32 rounds to 0, so they are left to fade
+TINY = 1e-18  # the squares of smaller gradients are 0 in float32; they add nothing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GNDMR:
     """R_dm joined by external rewards.
 
@@ -27,21 +27,21 @@ class GNDMR:
         sum:   d + sum_m w_m g_m                              (DMDR, the baseline: the losses are added up)
 
     with d = R' / n, g_m reward m's gradient, and rms running averages over all batches and student steps (for the
-    rewards the greater of a quick and a slow one). In `share`, rho says how large the rewards' part is beside d;
+    rewards the greater of a quick and a slow one). In `share`, rho is the size of the rewards' part beside d;
     multiplying a reward by a number changes nothing.
 
     Args:
         group_size: G.
         weights: each reward's weight by name; in `share` only their proportions and signs count.
         reward_share: rho in [0, 1], the strength of the rewards in `share`.
-        combination: one of `COMBINATIONS`.
+        reward_combination: one of `COMBINATIONS`.
         projection_guard: take from the rewards' part of each sample what opposes d.
     """
 
     group_size: int
     weights: Mapping[str, float] = field(default_factory=dict)
     reward_share: float = 0.2
-    combination: str = "share"
+    reward_combination: str = "share"
     projection_guard: bool = False
 
     def combine(self, advantage: Tensor, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> Tensor:
@@ -53,10 +53,10 @@ class GNDMR:
                 push nowhere; where all are invalid the result is d and the statistics stay as they were.
             statistics: updated.
         """
-        self._note_values(gradients, statistics)
-        if self.combination == "sum":
+        self._update_variances(gradients, statistics)
+        if self.reward_combination == "sum":
             size = advantage[0].numel()  # a mean over samples beside a mean over elements
-            pushes = (self.weights[name] * size * found.gradient for name, found in gradients.items())
+            pushes = (self.weights[name] * size * reward.gradient for name, reward in gradients.items())
             part = sum(pushes, torch.zeros_like(advantage))
         else:
             part = self._share(advantage, gradients, statistics)
@@ -68,28 +68,27 @@ class GNDMR:
             return part
         rewarded = torch.stack([gradient.valid for gradient in gradients.values()]).any(0)
         size = running_rms("R_dm", advantage, rewarded, statistics)
-        for name, found in gradients.items():
-            # The slower mean remembers a reward's strength, so that one that is satisfied fades instead of shouting.
-            rms = torch.maximum(
-                *(
-                    running_rms(f"reward/{name}", found.gradient, found.valid, statistics, decay)
-                    for decay in (RMS_DECAY, SLOW_DECAY)
-                )
+        for name, reward in gradients.items():
+            # The slower mean remembers a reward's strength, so that a satisfied reward fades.
+            quick, slow = (
+                running_rms(f"reward/{name}", reward.gradient, reward.valid, statistics, decay)
+                for decay in (RMS_DECAY, SLOW_DECAY)
             )
-            part += self.reward_share * size * self.proportion(name) / rms.clamp(min=TINY) * found.gradient
+            scale = torch.maximum(quick, slow).clamp(min=TINY)
+            part += self.reward_share * size * self.proportion(name) / scale * reward.gradient
         return part
 
     def proportion(self, name: str) -> float:
         """A reward's weight, so that the sizes of all add up to 1."""
         return self.weights[name] / sum(abs(weight) for weight in self.weights.values())
 
-    def _note_values(self, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> None:
-        """Keeps the running within-group variance of each reward, for the log."""
-        for name, gradient in gradients.items():
-            groups = grouped(torch.where(gradient.valid, gradient.values, torch.nan), self.group_size)
-            spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1)
-            known = spread.isfinite()
-            statistics.update(f"reward_variance/{name}", spread[known].sum(), known.sum(), STD_DECAY)
+    def _update_variances(self, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> None:
+        """Updates the running within-group variance of each reward, for the log."""
+        for name, reward in gradients.items():
+            groups = grouped(torch.where(reward.valid, reward.values, torch.nan), self.group_size)
+            variance = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1)
+            finite = variance.isfinite()
+            statistics.update(f"reward_variance/{name}", variance[finite].sum(), finite.sum(), STD_DECAY)
 
 
 def running_rms(name: str, values: Tensor, valid: Tensor, statistics: RunningMeans, decay: float = RMS_DECAY) -> Tensor:

@@ -1,8 +1,8 @@
-"""Importance sampling: one rollout serves several updates, weighed by how likely the student still is to make it."""
+"""Importance sampling: one rollout serves several updates, weighted by how likely the student still is to take it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..families import Conditioning
 from ..schedulers import RdmScheduler
 from ..schedulers.transitions import gaussian_log_prob
-from .rollout import PredictX0, Trajectory, predict_in_parts
+from .rollout import PredictX0, Step, take_step
 
 IMPORTANCE_WEIGHTINGS = ("none", "clipped", "self_normalized")
 CLIP = 0.2
@@ -20,36 +20,40 @@ CLIP = 0.2
 def revisit(
     predict: PredictX0,
     scheduler: RdmScheduler,
-    trajectory: Trajectory,
+    rollout: Iterable[Step],
     conditioning: Conditioning,
     micro_batch_size: int | None = None,
-) -> Trajectory:
-    """The same states as the student sees them now: its predictions and the transitions' means are computed anew.
+) -> Iterator[Step]:
+    """Yields a rollout's steps with the same states and what the student predicts there now. No gradients.
 
     Args:
         predict: `predict(x_t, t, conditioning) -> x0`, the student.
         scheduler: as in `rollout`.
-        trajectory: B old rollouts.
+        rollout: the steps of B samples, as the student took them.
         conditioning: of length B.
         micro_batch_size: how many samples go through the student at once; all by default.
     """
-    size, x0, means = micro_batch_size or trajectory.x_t.shape[1], [], []
-    for state, t in zip(trajectory.x_t, trajectory.t, strict=True):
-        x0.append(predict_in_parts(predict, state, t, conditioning, size))
-        means.append(scheduler.transition(x0[-1], state, t, scheduler.previous_timestep(t).to(t.device))[0])
-    return replace(trajectory, x0=torch.stack(x0), mean=torch.stack(means))
+    for step in rollout:
+        size = micro_batch_size or len(step.x_t)
+        yield take_step(predict, scheduler, step.k, step.t, step.x_t, conditioning, size)
 
 
-def log_ratios(now: Trajectory, then: Trajectory) -> Tensor:
+def log_ratios(now: Sequence[Step], then: Sequence[Step]) -> Tensor:
     """log p_now - log p_then of reaching each state from the initial noise, `[K, B]`, float64, in nats.
 
     Exact: the transitions are Gaussian. The first state is 0, and deterministic transitions count nothing.
+
+    Args:
+        now: the K steps of B samples, as `revisit` gives them.
+        then: the same as the student took them.
     """
-    steps = [
-        gaussian_log_prob(following, mean, std) - gaussian_log_prob(following, old, std)
-        for following, mean, old, std in zip(then.next, now.mean, then.mean, then.std, strict=True)
-    ]
-    return torch.stack([torch.zeros_like(steps[0]), *steps[:-1]]).cumsum(0)
+    ratios = [torch.zeros(len(then[0].x_t), dtype=torch.float64, device=then[0].x_t.device)]
+    for new, old, following in zip(now, then, then[1:], strict=False):
+        ratio = gaussian_log_prob(following.x_t, new.mean, old.std) - gaussian_log_prob(
+            following.x_t, old.mean, old.std
+        )
+        ratios.append(ratios[-1] + ratio)
+    return torch.stack(ratios)
 
 
 def importance_weights(log_ratio: Tensor, weighting: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The objectives, each a recipe from R_dm to one direction for the student's prediction, and the fake score's loss."""
+"""The objectives, which turn R_dm into one direction for the student's prediction, and the fake score's loss."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from .distribution_matching import RewardEstimate
 from .statistics import RunningMeans
 
 EPS = 1e-8
-JAMES_STEIN = "james_stein"
-TAU_BINS, JAMES_STEIN_DECAY = 5, 0.95
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Advantage:
     normalizer: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GNDM:
     """Group-normalised distribution matching, our reading of arXiv 2603.28460.
 
@@ -45,29 +43,26 @@ class GNDM:
 
     Args:
         group_size: G; 1 leaves nothing to correct with.
-        gndm_lambda: the strength of the correction, 0 to 1, or `james_stein`: what best predicts each sample's residual
-            from the others', measured per tau-bin over the last updates.
-        normalization: one of `advantages.NORMALIZATIONS`.
+        gndm_lambda: the strength of the correction, 0 to 1.
+        advantage_normalization: one of `advantages.NORMALIZATIONS`.
         bias_estimator: one of `advantages.BIAS_ESTIMATORS`.
-        debias_pool: b keeps only what varies more slowly than so many latent pixels; 1 keeps all.
-        states: how many states of each rollout are trained on, in groups that follow each other.
-        pool_steps: the share of b that is measured over all those states, 0 to 1; the rest is over the sample's own
-            step. The fake score learns from all states, so both average to zero once it is perfect: all of them make
-            less noise, the step's own know it better.
+        steps_per_rollout: how many states of each rollout are trained on, in groups that follow each other.
+        pool_steps: the share of b that is measured over all those states, 0 to 1; the rest is measured at the sample's
+            own step. The fake score learns from all states, so both average to zero once it is perfect. All states
+            together have less noise; the sample's own step is closer to its bias.
     """
 
     group_size: int = 4
-    gndm_lambda: float | str = 1.0
-    normalization: str = "group"
+    gndm_lambda: float = 1.0
+    advantage_normalization: str = "group"
     bias_estimator: str = "shift"
-    debias_pool: int = 1
-    states: int = 1
+    steps_per_rollout: int = 1
     pool_steps: float = 0.5
 
     def advantage(self, estimate: RewardEstimate, statistics: RunningMeans) -> Advantage:
         """R' / n and its parts. Updates `statistics`."""
         correction = self._correction(estimate, statistics)
-        n = normalizer(estimate, self.normalization, self.group_size).clamp(min=EPS)
+        n = normalizer(estimate, self.advantage_normalization, self.group_size).clamp(min=EPS)
         return Advantage((estimate.reward + correction) / expand(n, correction), estimate.reward, correction, n)
 
     def direction(self, estimate: RewardEstimate, statistics: RunningMeans | None = None) -> Tensor:
@@ -78,38 +73,16 @@ class GNDM:
     def _correction(self, estimate: RewardEstimate, statistics: RunningMeans) -> Tensor:
         if self.gndm_lambda == 0 or self.group_size == 1:
             return torch.zeros_like(estimate.reward)
-        bias = self._bias(estimate, statistics)
-        if isinstance(self.gndm_lambda, str):
-            return expand(shrinkage(estimate, bias, statistics), bias) * bias
-        return self.gndm_lambda * bias
-
-    def _bias(self, estimate: RewardEstimate, statistics: RunningMeans) -> Tensor:
         variance = variance_within_groups(estimate, self.group_size, statistics)
-        measured = partial(fake_score_bias, estimate, self.group_size, self.bias_estimator, self.debias_pool, variance)
-        if self.states == 1 or self.pool_steps == 0:
-            return measured()
-        return torch.lerp(measured(), measured(self.states), self.pool_steps)
+        bias_over = partial(fake_score_bias, estimate, self.group_size, self.bias_estimator, variance)
+        if self.steps_per_rollout == 1 or self.pool_steps == 0:
+            return self.gndm_lambda * bias_over()
+        return self.gndm_lambda * torch.lerp(bias_over(), bias_over(self.steps_per_rollout), self.pool_steps)
 
 
-def shrinkage(estimate: RewardEstimate, bias: Tensor, statistics: RunningMeans) -> Tensor:
-    """The positive-part James-Stein lambda of each sample `[M]`, in [0, 1].
-
-    The residual of a sample is independent of b, which others measured, but for the bias that both share. So the
-    regression of the one on the other, per tau-bin, is power of bias / (power of bias + noise).
-    """
-    bins = (estimate.tau * TAU_BINS).long()
-    residual = estimate.fake_x0 - estimate.x0
-    ones = torch.zeros(TAU_BINS, device=bias.device).index_add_(0, bins, torch.ones_like(estimate.tau))
-    means = []
-    for name, products in (("shared", residual * bias), ("power", bias * bias)):
-        total = torch.zeros_like(ones).index_add_(0, bins, products.flatten(1).mean(1))
-        means.append(statistics.update(f"james_stein/{name}", total, ones, JAMES_STEIN_DECAY))
-    return (means[0] / means[1].clamp(min=EPS**2)).clamp(0, 1)[bins]
-
-
-def DMD(group_size: int = 1) -> GNDM:  # noqa: N802 - an objective's name
+def DMD(*, group_size: int = 1) -> GNDM:  # noqa: N802 - an objective's name
     """DMD2's objective (arXiv 2405.14867): R_dm as it is, each sample divided by its own n."""
-    return GNDM(group_size, gndm_lambda=0.0, normalization="sample")
+    return GNDM(group_size=group_size, gndm_lambda=0.0, advantage_normalization="sample")
 
 
 def fake_score_direction(prediction: Tensor, x0: Tensor, weight: Tensor, batch: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""Backward simulation (DMD2, arXiv 2405.14867): the student samples, and we keep the states it passed through."""
+"""Backward simulation (DMD2, arXiv 2405.14867): the student samples, and trains on states that it passes through."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,33 +12,34 @@ from ..families import Conditioning
 from ..schedulers import RdmScheduler
 
 PredictX0 = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Place = tuple[int, slice]  # a step of the student, and the samples of one group
 
 
 @dataclass(frozen=True)
-class Trajectory:
-    """What the student did, one entry per step k of K for each of B samples.
+class Step:
+    """One step of a rollout of B samples; everything float32 and detached.
 
     Args:
-        x_t: the states `[K, B, C, H, W]`, float32.
-        t: their times `[K]`.
-        x0: the student's predictions there `[K, B, C, H, W]`, float32, detached.
-        mean, std: the transitions' means `[K, B, C, H, W]` and standard deviations `[K]`.
-        next: the samples drawn from them `[K, B, C, H, W]`; the last is the picture.
+        k: which step, 0 the noisiest.
+        t: its time, a scalar.
+        x_t: the states `[B, C, H, W]`.
+        x0: the predictions there, same shape; those of the grid's last step are the samples.
+        mean, std: the next states are N(mean, std^2); std is a scalar, 0 in the last step.
     """
 
-    x_t: Tensor
+    k: int
     t: Tensor
+    x_t: Tensor
     x0: Tensor
     mean: Tensor
     std: Tensor
-    next: Tensor
 
 
 @dataclass(frozen=True)
 class Samples:
     """The states that are trained on: M samples, group after group, the G members of a group side by side.
 
-    A group is G samples of one prompt at the same executed step, each with its own noise.
+    A group is G samples of one prompt at one step, each with its own noise.
 
     Args:
         x_t: `[M, C, H, W]`.
@@ -61,70 +62,91 @@ class Samples:
 
     def __getitem__(self, index: Tensor | slice) -> Samples:
         """The chosen samples."""
-        picked = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "weight"}
         weight = None if self.weight is None else self.weight[index]
-        return Samples(**{name: value[index] for name, value in picked.items()}, weight=weight)
+        return Samples(
+            self.x_t[index], self.t[index], self.x0[index], self.step[index], self.conditioning[index], weight
+        )
 
     def micro_batches(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` samples that cover all."""
         return (slice(start, start + size) for start in range(0, len(self), size))
 
 
-def predict_in_parts(predict: PredictX0, state: Tensor, t: Tensor, conditioning: Conditioning, size: int) -> Tensor:
-    """x0 of states `[B, C, H, W]` at one time `t`, at most `size` samples at once."""
-    parts = [slice(start, start + size) for start in range(0, len(state), size)]
-    return torch.cat([predict(state[part], t.expand(len(state[part])), conditioning[part]) for part in parts])
+def take_step(
+    predict: PredictX0, scheduler: RdmScheduler, k: int, t: Tensor, x_t: Tensor, conditioning: Conditioning, size: int
+) -> Step:
+    """The student's step k from the states `x_t` at time `t`, at most `size` samples at once."""
+    parts = [slice(start, start + size) for start in range(0, len(x_t), size)]
+    x0 = torch.cat([predict(x_t[part], t.expand(len(x_t[part])), conditioning[part]) for part in parts])
+    mean, std = scheduler.transition(x0, x_t, t, scheduler.previous_timestep(t).to(t.device))
+    return Step(k, t, x_t, x0, mean, std)
 
 
 @torch.no_grad()
 def rollout(
     predict: PredictX0,
     scheduler: RdmScheduler,
-    noise: Sequence[Tensor],
+    noise: Iterable[Tensor],
     conditioning: Conditioning,
+    *,
     num_steps: int | None = None,
     micro_batch_size: int | None = None,
-) -> Trajectory:
-    """Samples with the student on the scheduler's grid. No gradients.
+) -> Iterator[Step]:
+    """Yields the student's steps on the scheduler's grid, one by one. No gradients.
 
     Args:
         predict: `predict(x_t, t, conditioning) -> x0`, the student.
         scheduler: its grid and stochasticity.
-        noise: the initial noise and then one tensor per stochastic transition, each `[B, C, H, W]`.
+        noise: the initial noise and then one tensor per stochastic transition, each `[B, C, H, W]`; each is taken when
+            it is needed, and none for what follows the last step.
         conditioning: of length B.
         num_steps: stop after so many steps; all by default.
         micro_batch_size: how many samples go through the student at once; all by default.
     """
-    grid = scheduler.timesteps[:num_steps].to(noise[0].device)
-    size = micro_batch_size or len(noise[0])
-    state, steps = noise[0], []
-    for k, t in enumerate(grid):
-        x0 = predict_in_parts(predict, state, t, conditioning, size)
-        mean, std = scheduler.transition(x0, state, t, scheduler.previous_timestep(t).to(t.device))
-        following = mean + std * noise[k + 1] if std > 0 else mean
-        steps.append((state, t, x0, mean, std, following))
-        state = following
-    return Trajectory(*(torch.stack(column) for column in zip(*steps, strict=True)))
+    noises, times = iter(noise), scheduler.timesteps[:num_steps]
+    x_t = next(noises)
+    for k, t in enumerate(times):
+        step = take_step(predict, scheduler, k, t.to(x_t.device), x_t, conditioning, micro_batch_size or len(x_t))
+        yield step
+        if k + 1 < len(times):
+            x_t = step.mean + step.std * next(noises) if step.std > 0 else step.mean
 
 
-def executed_index(
-    steps: Sequence[Sequence[int]], group_size: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Which states are trained on: of the i-th group's G samples, those at the steps `steps[i]`.
+def draw_samples(
+    predict: PredictX0,
+    scheduler: RdmScheduler,
+    noise: Iterable[Tensor],
+    conditioning: Conditioning,
+    *,
+    micro_batch_size: int | None = None,
+) -> Tensor:
+    """The student's samples `[B, C, H, W]`: where its `rollout` ends. Arguments as there; no gradients."""
+    for step in rollout(predict, scheduler, noise, conditioning, micro_batch_size=micro_batch_size):
+        x0 = step.x0
+    return x0
 
-    Returns:
-        The steps k and the samples b, both `[sum(len(s) for s in steps) * G]`, laid out as `Samples` says.
+
+def trained_places(steps: Sequence[Sequence[int]], group_size: int) -> list[Place]:
+    """Which states are trained on: of the i-th group's G samples those at the steps `steps[i]`, in this order."""
+    groups = [slice(i * group_size, (i + 1) * group_size) for i in range(len(steps))]
+    return [(k, members) for members, chosen in zip(groups, steps, strict=True) for k in chosen]
+
+
+def collect_samples(rollout: Iterable[Step], places: Sequence[Place], conditioning: Conditioning) -> Samples:
+    """The states of a rollout to train on, collected as they pass.
+
+    Args:
+        rollout: its steps, up to the last that `places` names.
+        places: as `trained_places` gives them; the samples lie in their order.
+        conditioning: of the rollout's samples.
     """
-    k = torch.tensor([step for group in steps for step in group], device=device).repeat_interleave(group_size)
-    members = [
-        torch.arange(i * group_size, (i + 1) * group_size, device=device)
-        for i, group in enumerate(steps)
-        for _ in group
-    ]
-    return k, torch.cat(members)
-
-
-def executed_samples(trajectory: Trajectory, index: tuple[Tensor, Tensor], conditioning: Conditioning) -> Samples:
-    """Picks the states to train on by `executed_index`; `conditioning` is the rollouts' own."""
-    k, b = index
-    return Samples(trajectory.x_t[k, b], trajectory.t[k], trajectory.x0[k, b], k, conditioning[b])
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for step in rollout:
+        for i, (k, members) in enumerate(places):
+            if k == step.k:
+                x_t = step.x_t[members]
+                found[i] = x_t, step.t.expand(len(x_t)), step.x0[members]
+    x_t, t, x0 = (torch.cat(column) for column in zip(*(found[i] for i in range(len(places))), strict=True))
+    steps = [k for k, members in places for _ in range(members.start, members.stop)]
+    chosen = Conditioning.cat([conditioning[members] for _, members in places])
+    return Samples(x_t, t, x0, torch.tensor(steps, device=x_t.device), chosen)

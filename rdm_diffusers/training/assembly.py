@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from ..config import LoraStudentConfig, RunConfig
-from ..distillation import GNDM, Draws, RunningMeans, rollout
+from ..distillation import GNDM, Draws, RunningMeans, draw_samples
 from ..families import Conditioning, Family, PromptOptions, Teacher, check_lora, load_denoiser, load_teacher
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..rewards import WeightedReward
@@ -100,12 +100,11 @@ def make_networks(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.optimisation.seed)
             adapters = lora_config(family, config.student)
-            return SharedBase(teacher, adapters, config.fold_adapters, family, *common.values())
+            return SharedBase(teacher, adapters, fold_adapters=config.fold_adapters, family=family, **common)
     denoisers = {STUDENT: trained(), FAKE_SCORE: trained(), TEACHER: teacher}
     for denoiser in denoisers.values():
         prepare_denoiser(denoiser, config.memory)
-    dtype = None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision]
-    return SeparateNetworks(denoisers, family, *common.values(), compute_dtype=dtype)
+    return SeparateNetworks(denoisers, family=family, **common)
 
 
 def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator) -> Networks:
@@ -126,13 +125,14 @@ def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, 
         prediction_type=teacher.prediction_type,
         null_conditioning=nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision]),
         guidance_scale=guidance_outside(config, teacher.family, teacher.pipeline),
+        compute_dtype=None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision],
     )
     place(networks, accelerator)
     for denoiser in networks.modules:
         compile_blocks(denoiser, config.memory)
     if config.method.fake_score_steps:
         fake_score = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else teacher.denoiser
-        networks.tell_steps(
+        networks.add_step_embedding(
             fake_score.get_submodule(teacher.family.time_embedding_name), config.method.num_student_steps
         )
     return networks
@@ -164,7 +164,7 @@ def make_distillation(
         groups_per_update=optimisation.samples_per_update // (method.group_size * method.steps_per_rollout),
         steps_per_rollout=method.steps_per_rollout,
         micro_batch_size=optimisation.train_batch_size,
-        rewards=join_rewards(rewards, teacher, draws, config) if rewards else None,
+        rewards=join_rewards(rewards, teacher, draws.device, config) if rewards else None,
         num_renoisings=method.num_renoisings,
         importance_weighting=method.importance_weighting,
         process_index=accelerator.process_index,
@@ -178,9 +178,9 @@ def make_objective(config: RunConfig) -> GNDM:
     return GNDM(
         group_size=method.group_size,
         gndm_lambda=method.gndm_lambda,
-        normalization=method.advantage_normalization,
+        advantage_normalization=method.advantage_normalization,
         bias_estimator=method.bias_estimator,
-        states=method.steps_per_rollout,
+        steps_per_rollout=method.steps_per_rollout,
         pool_steps=method.pool_steps,
     )
 
@@ -194,13 +194,15 @@ def teacher_contrast(run: Distillation, teacher: Teacher, count: int) -> float |
     conditioning = run.prompts.once([i * len(prompts) // count for i in range(count)])
     generators = [run.draws.generator("contrast", i) for i in range(count)]
     noise = torch.stack([torch.randn(run.latent_shape, generator=generator) for generator in generators])
-    scheduler = make_scheduler(teacher, CONTRAST_STEPS, eta=0.0)
-    trajectory = rollout(
-        partial(run.networks.predict, TEACHER), scheduler, [noise.to(run.draws.device)], conditioning,
+    latents = draw_samples(
+        partial(run.networks.predict, TEACHER),
+        make_scheduler(teacher, CONTRAST_STEPS, eta=0.0),
+        [noise.to(run.draws.device)],
+        conditioning,
         micro_batch_size=run.micro_batch_size,
-    )  # fmt: skip
+    )
     run.networks.calls.clear()
-    return trajectory.next[-1].std().item()
+    return latents.std().item()
 
 
 def make_state(networks: Networks, accelerator: Accelerator, config: RunConfig) -> TrainState:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..distillation import RunningMeans
 from ..folders import digest_of_file, sync
-from ..sharding import spread_like, whole
+from ..sharding import gather, shard_like
 from .checkpoint_files import (
     PARTIAL,
     PREFIX,
@@ -158,7 +158,7 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     """
     if tensor.shape != parameter.shape:
         raise RuntimeError(f"a tensor is {list(tensor.shape)} there, and {list(parameter.shape)} in the network")
-    parameter.data.copy_(spread_like(tensor, parameter))
+    parameter.data.copy_(shard_like(tensor, parameter))
 
 
 def _parts(state: TrainState, keep_tensors: bool = True) -> Iterator[tuple[str, dict[str, Tensor], dict]]:
@@ -179,7 +179,7 @@ def _on_cpu(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole copies: tensors that share memory, as 8-bit optimisers' maps do, cannot be saved together."""
     copies = {}
     for name, tensor in tensors.items():
-        put_together = whole(tensor.detach())
+        put_together = gather(tensor.detach())
         if keep:
             copies[name] = put_together.cpu().clone().contiguous()
     return copies
@@ -210,7 +210,7 @@ def _unpack_role(role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scal
         node = entries.setdefault(int(index), {})
         for step in path[:-1]:
             node = node.setdefault(step, {})
-        node[path[-1]] = spread_like(value, parameters[int(index)]) if isinstance(value, Tensor) else value
+        node[path[-1]] = shard_like(value, parameters[int(index)]) if isinstance(value, Tensor) else value
     for entry in entries.values():
         for name, value in entry.items():
             if isinstance(value, dict) and value.keys() == QUANTISED:

@@ -13,7 +13,7 @@ from .checkpoint_files import PREFIX
 from .checkpoints import TrainState, is_saved, save_checkpoint
 from .interrupts import anywhere, interruptible
 from .progress import Progress
-from .updates import Distillation, collect, fake_score_update, judge, reuse, student_update
+from .updates import Distillation, collect, fake_score_update, reuse, student_update, weigh_samples
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -42,7 +42,7 @@ def train(trainer: Trainer) -> int:
             batch = collect(run, state.update // method.reuse_rollouts)
             for visit in range(method.reuse_rollouts):
                 batch = reuse(run, batch) if visit else batch
-                batch, health = judge(run, batch, state.statistics)
+                batch, health = weigh_samples(run, batch, state.statistics)
                 health |= student_update(run, batch, state.statistics)
                 health["student_grad_norm"] = step(state, STUDENT)
                 for repeat in range(method.fake_updates_per_step):

@@ -132,16 +132,19 @@ class _Planner:
         """The roles. Any noise schedule does; one without a table works on the meta device."""
         told = self.family.embeds_guidance(self.pipeline)
         scale = 1.0 if told else self.args.guidance_scale
-        common = (self.family, NoiseSchedule(None, 1000), "flow_prediction", self.prompt, scale)
+        common: dict[str, Any] = dict(
+            family=self.family, schedule=NoiseSchedule(None, 1000), prediction_type="flow_prediction",
+            null_conditioning=self.prompt, guidance_scale=scale,
+        )  # fmt: skip
         trained = self.denoiser if self.is_lora else self._trained_network()
         if self.args.gradient_checkpointing:
             model.checkpoint_blocks(trained, self.autocast, self.device_type)
         if not self.is_lora:
-            return SeparateNetworks({STUDENT: trained, FAKE_SCORE: trained, TEACHER: self.denoiser}, *common)
+            return SeparateNetworks({STUDENT: trained, FAKE_SCORE: trained, TEACHER: self.denoiser}, **common)
         config = lora_config(self.family, self.run.student)
         config.init_lora_weights = False  # there is nothing to fill
-        with torch.device("meta"), no_init_weights():
-            networks = SharedBase(trained, config, self.args.fold_adapters, *common)
+        with no_init_weights():
+            networks = SharedBase(trained, config, fold_adapters=self.args.fold_adapters, **common)
         self.parameters["lora"] = sum(parameter.numel() for parameter in networks.parameters(STUDENT))
         return networks
 

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..config import RunConfig
 from ..config.checks import eight_bit_package
 from ..errors import RunError
-from ..sharding import whole
+from ..sharding import gather
 
 BUCKET = 2**26  # bytes of gradients that are averaged over processes at once
 
@@ -51,7 +51,7 @@ class RoleOptimizer:
         """
         average_gradients(self.parameters)
         kinds = by_kind(self.parameters)
-        norm = torch.stack([whole(get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]).norm()
+        norm = torch.stack([gather(get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]).norm()
         if not norm.isfinite():
             raise NonFiniteError(
                 "The gradient is not finite; nothing was saved over the last checkpoint. Resume from it with a lower "

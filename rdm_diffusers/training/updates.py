@@ -1,8 +1,10 @@
-"""The two updates of one training step, on samples that one rollout gave to both."""
+"""The two updates of one training step, on the samples of one rollout."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -12,10 +14,9 @@ from ..distillation import (
     Draws,
     RunningMeans,
     Samples,
-    Trajectory,
+    Step,
+    collect_samples,
     estimate_reward,
-    executed_index,
-    executed_samples,
     fake_score_direction,
     importance_health,
     importance_weights,
@@ -23,10 +24,12 @@ from ..distillation import (
     renoising_times,
     revisit,
     rollout,
+    trained_places,
 )
+from ..distillation.rollout import Place
 from ..families import Conditioning
 from ..networks import FAKE_SCORE, STUDENT, Networks
-from ..prediction import expand, output_weight
+from ..prediction import NoiseSchedule, expand, output_weight
 from ..schedulers import RdmScheduler
 from .external_rewards import ExternalRewards
 from .monitor import batch_health, contrast, fake_loss_health
@@ -34,14 +37,14 @@ from .optimizers import NonFiniteError
 from .prompts import PromptGroups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What the updates need and do not change, gathered once per run.
+    """What the updates need and do not change, made once per run.
 
     Args:
         networks: the roles.
         scheduler: the student's sampler on its trained grid.
-        objective: R_dm to direction.
+        objective: turns R_dm into a direction.
         prompts: the groups' prompts.
         draws: the run's randomness.
         latent_shape: `(C, H, W)`.
@@ -78,22 +81,37 @@ class Distillation:
         """The student's x0 `[B, C, H, W]`."""
         return self.networks.predict(STUDENT, x_t, t, conditioning)
 
-    def groups(self, rollout: int) -> range:
-        """The numbers of the groups that this process rolls out; no two rollouts or processes share one."""
-        first = (rollout * self.num_processes + self.process_index) * self.groups_per_update
+    def groups(self, number: int) -> range:
+        """The groups of this process in the `number`-th rollout; no two rollouts or processes share one."""
+        first = (number * self.num_processes + self.process_index) * self.groups_per_update
         return range(first, first + self.groups_per_update)
 
-    def depth(self, rollout: int) -> int:
-        """How many steps a rollout goes: to the last state that any process trains on.
+    def depth(self, number: int) -> int:
+        """How many steps the `number`-th rollout takes: up to the last state that any process trains on.
 
-        So all of them make as many network calls, which they must where they share the weights' shards.
+        So all processes make equally many network calls, which they must where they share the weights' shards.
         """
         size = self.groups_per_update * self.num_processes
-        return max(self.executed_steps(group)[-1] for group in range(rollout * size, (rollout + 1) * size)) + 1
+        return max(self.trained_steps(group)[-1] for group in range(number * size, (number + 1) * size)) + 1
 
-    def executed_steps(self, group: int) -> list[int]:
+    def trained_steps(self, group: int) -> list[int]:
         """Which of a group's states are trained on, ascending."""
         return self.draws.subset("executed_steps", group, self.steps_per_rollout, self.num_steps)
+
+
+@dataclass(frozen=True)
+class WholeRollout:
+    """A rollout with all its steps, for importance weights.
+
+    Args:
+        steps: as the student took them.
+        places: which of their states are the batch's samples.
+        conditioning: of the rollout's samples.
+    """
+
+    steps: list[Step]
+    places: list[Place]
+    conditioning: Conditioning
 
 
 @dataclass(frozen=True)
@@ -102,22 +120,18 @@ class Batch:
 
     Args:
         samples: M samples.
-        keys: one per group and executed step.
+        keys: one per group and trained step.
         prompts: of the same.
-        trajectory: the rollouts that the samples were picked from, as the student made them.
-        conditioning: of the rollouts.
-        index: which of the trajectory's states the samples are (`executed_index`).
         visit: how many updates the rollout has served.
-        log_ratio: log p_now - log p_then of reaching each state `[M]`, in nats; None where nobody asked.
+        rollout: the whole of it, only where importance weights are asked for.
+        log_ratio: log p_now - log p_then of reaching each state `[M]`, in nats; of a reused rollout with weights.
     """
 
     samples: Samples
     keys: list[int]
     prompts: list[str]
-    trajectory: Trajectory
-    conditioning: Conditioning
-    index: tuple[Tensor, Tensor]
     visit: int = 0
+    rollout: WholeRollout | None = None
     log_ratio: Tensor | None = None
 
     @property
@@ -126,45 +140,51 @@ class Batch:
         group_size = len(self.samples) // len(self.prompts)
         return [prompt for prompt in self.prompts for _ in range(group_size)]
 
-    def named(self, index: int) -> str:
+    def name_of(self, index: int) -> str:
         """The prompt and step of a sample, for messages."""
         return f"prompt {self.sample_prompts[index]!r}, student step {int(self.samples.step[index]) + 1}"
 
 
 def collect(run: Distillation, number: int) -> Batch:
-    """Rolls the student out for the `number`-th time and picks the states to train on. No gradients."""
+    """Rolls the student out for the `number`-th time and collects the states to train on. No gradients."""
     groups = run.groups(number)
-    steps, depth = [run.executed_steps(group) for group in groups], run.depth(number)
-    noise = [run.draws.normal(f"rollout_noise/{k}", groups, run.latent_shape) for k in range(depth)]
-    noise.append(torch.zeros_like(noise[0]))  # of the transition out of the last step, which nobody reads
-    conditioning = run.prompts.conditioning(groups)
-    trajectory = rollout(run.student, run.scheduler, noise, conditioning, depth, run.micro_batch_size)
-    keys = [g * run.num_steps + k for g, chosen in zip(groups, steps, strict=True) for k in chosen]
-    prompts = [run.prompts.prompt(g) for g, chosen in zip(groups, steps, strict=True) for _ in chosen]
-    index = executed_index(steps, run.draws.group_size, noise[0].device)
-    samples = executed_samples(trajectory, index, conditioning)
-    return Batch(samples, keys, prompts, trajectory, conditioning, index)
+    trained = [run.trained_steps(group) for group in groups]
+    noise = (run.draws.normal(f"rollout_noise/{k}", groups, run.latent_shape) for k in count())
+    conditioning, places = run.prompts.conditioning(groups), trained_places(trained, run.draws.group_size)
+    steps: Iterator[Step] | list[Step] = rollout(
+        run.student, run.scheduler, noise, conditioning,
+        num_steps=run.depth(number), micro_batch_size=run.micro_batch_size,
+    )  # fmt: skip
+    whole = None
+    if run.importance_weighting != "none":
+        steps = list(steps)
+        whole = WholeRollout(steps, places, conditioning)
+    keys = [group * run.num_steps + k for group, chosen in zip(groups, trained, strict=True) for k in chosen]
+    prompts = [run.prompts.prompt(group) for group, chosen in zip(groups, trained, strict=True) for _ in chosen]
+    return Batch(collect_samples(steps, places, conditioning), keys, prompts, rollout=whole)
 
 
 @torch.no_grad()
 def reuse(run: Distillation, batch: Batch) -> Batch:
     """The same rollout for another update: its states stay, the student's predictions there are made anew."""
-    if run.importance_weighting == "none":
+    if batch.rollout is None:
         old = batch.samples
         parts = [old[part] for part in old.micro_batches(run.micro_batch_size)]
         x0 = torch.cat([run.student(part.x_t, part.t, part.conditioning) for part in parts])
         return replace(batch, samples=replace(old, x0=x0), visit=batch.visit + 1)
-    now = revisit(run.student, run.scheduler, batch.trajectory, batch.conditioning, run.micro_batch_size)
-    samples = executed_samples(now, batch.index, batch.conditioning)
-    ratio = log_ratios(now, batch.trajectory)[batch.index]
-    return replace(batch, samples=samples, visit=batch.visit + 1, log_ratio=ratio)
+    then, places, conditioning = batch.rollout.steps, batch.rollout.places, batch.rollout.conditioning
+    now = list(revisit(run.student, run.scheduler, then, conditioning, run.micro_batch_size))
+    ratios = log_ratios(now, then)
+    log_ratio = torch.cat([ratios[k, members] for k, members in places])
+    samples = collect_samples(now, places, conditioning)
+    return replace(batch, samples=samples, visit=batch.visit + 1, log_ratio=log_ratio)
 
 
-def judge(run: Distillation, batch: Batch, statistics: RunningMeans) -> tuple[Batch, dict[str, Tensor]]:
-    """Asks the rewards that tilt the target, if there are any; the batch with its weights, and the health numbers."""
+def weigh_samples(run: Distillation, batch: Batch, statistics: RunningMeans) -> tuple[Batch, dict[str, Tensor]]:
+    """The batch with the weights that rewards without gradients give its samples, if there are any; health numbers."""
     if run.rewards is None:
         return batch, {}
-    samples, health = run.rewards.tilted(batch.samples, batch.sample_prompts, statistics)
+    samples, health = run.rewards.tilt(batch.samples, batch.sample_prompts, statistics)
     return replace(batch, samples=samples), health
 
 
@@ -193,9 +213,7 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
     ascent = advantage.value.unflatten(0, (copies, len(samples))).mean(0)
     health = batch_health(estimate, advantage, run.draws.group_size) | {"contrast": contrast(samples, run.num_steps)}
     if run.rewards is not None:
-        ascent, reward_health = run.rewards.join(
-            ascent, samples, batch.sample_prompts, batch.keys, statistics, batch.visit
-        )
+        ascent, reward_health = run.rewards.join(ascent, samples, batch.sample_prompts, statistics)
         health |= reward_health
     if batch.log_ratio is not None:
         ascent = expand(importance_weights(batch.log_ratio, run.importance_weighting), ascent) * ascent
@@ -236,7 +254,7 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     return fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
 
 
-def _training_times(uniform: Tensor, schedule) -> Tensor:
+def _training_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
     """Uniform over all training timesteps; for flow, never quite 0, where the output is undefined."""
     t = uniform * schedule.num_train_timesteps
     return t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
@@ -248,6 +266,6 @@ def _require_finite(term: str, values: Tensor, batch: Batch, offset: int = 0) ->
     finite = values.isfinite().flatten(1).all(1) if values.ndim > 1 else values.isfinite()
     first = (offset + int((~finite).nonzero()[0, 0])) % len(batch.samples)
     raise NonFiniteError(
-        f"The {term} is not finite for {batch.named(first)}; nothing was saved over the last checkpoint. Resume from "
+        f"The {term} is not finite for {batch.name_of(first)}; nothing was saved over the last checkpoint. Resume from "
         "it with a lower learning rate."
     )

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ..distillation import rollout
+from ..distillation import draw_samples
 from ..errors import one_line
 from ..evaluation.pictures import labelled_rows
 from ..families import Conditioning, Teacher
@@ -43,13 +43,11 @@ def sample_student(run: Distillation, teacher: Teacher, conditioning: Conditioni
     """One picture per prompt `[B, 3, H, W]` in [0, 1], from noises that only the seed decides."""
     generator = run.draws.generator("validation", 0)
     shape = (len(conditioning), *run.latent_shape)
-    noise = [torch.randn(shape, generator=generator).to(run.draws.device) for _ in range(run.num_steps + 1)]
-    trajectory = rollout(
-        run.student, run.scheduler, noise, conditioning, micro_batch_size=run.micro_batch_size,
-    )  # fmt: skip
-    with on_device([teacher.pipeline.vae], trajectory.next.device):
-        one_by_one = trajectory.next[-1].split(1)  # a decoder takes much memory for a picture
-        return torch.cat([teacher.family.decode(teacher.pipeline, latents) for latents in one_by_one])
+    noise = (torch.randn(shape, generator=generator).to(run.draws.device) for _ in range(run.num_steps))
+    size = run.micro_batch_size
+    latents = draw_samples(run.student, run.scheduler, noise, conditioning, micro_batch_size=size)
+    with on_device([teacher.pipeline.vae], latents.device):  # one by one, because decoding takes much memory
+        return torch.cat([teacher.family.decode(teacher.pipeline, latent) for latent in latents.split(1)])
 
 
 def validation_picture(run: Distillation, state: TrainState, teacher: Teacher, texts: Texts) -> Image.Image:
