@@ -11,8 +11,8 @@ import shlex
 from pathlib import Path
 
 from diffusers import DDIMScheduler
-from rdm_diffusers.training.arguments import parse_args
-from rdm_diffusers.training.record import training_record
+from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.config.record import training_record
 
 from rdm_diffusers.families import FAMILIES
 from rdm_diffusers.hub.card import render
@@ -47,16 +47,16 @@ def waiting_card(name: str) -> str:
     """The card of a student that is not trained yet."""
     pipeline_class, license_tags, own = STUDENTS[name]
     args = parse_args(shlex.split(f"{own} {USUAL} --output_dir {name} --push_to_hub"))
-    told = args.guidance_scale if pipeline_class == "FluxPipeline" else 0.0  # FLUX.1-dev is told its guidance
-    stock = FAMILIES[pipeline_class].stock_scheduler(DDIMScheduler(), args.num_student_steps, args.eta)
+    told = args.method.guidance_scale if pipeline_class == "FluxPipeline" else 0.0  # FLUX.1-dev is told its guidance
+    stock = FAMILIES[pipeline_class].stock_scheduler(DDIMScheduler(), args.method.num_student_steps, args.method.eta)
     student = StudentConfig(
-        base_model_name_or_path=args.pretrained_model_name_or_path,
+        base_model_name_or_path=args.teacher.pretrained_model_name_or_path,
         pipeline_class=pipeline_class,
-        scheduler={"eta": args.eta},
-        num_inference_steps=args.num_student_steps,
+        scheduler={"eta": args.method.eta},
+        num_inference_steps=args.method.num_student_steps,
         call_arguments={"guidance_scale": told},
         license=license_tags,
-        training=training_record(args, args.max_train_steps),
+        training=training_record(args.as_arguments() | {"command": args.command, "num_processes": 1}, args.optimisation.max_train_steps),
     )
     scheduler = {**stock.config, "_class_name": type(stock).__name__}
     comfyui = f"comfyui/{name}.safetensors"

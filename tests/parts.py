@@ -152,7 +152,6 @@ def make_run(argv: list[str], student: str = "lora") -> Trainer:
             patch.setattr(trainer_module, step, lambda *args: None)
         patch.setattr(trainer_module, "load", load_in_default_dtype)
         trainer.load()
-    trainer.run = trainer.distillation
     return trainer
 
 

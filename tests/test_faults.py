@@ -14,6 +14,7 @@ import train_rdm_lora
 from rdm_diffusers.errors import explain
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.rewards import RewardError
+from rdm_diffusers.training import trainer
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_a_reward_that_raises_is_named_with_its_place_and_mended_the_run_is_as_i
         RewardError, match=r"The reward judge raised KeyError at .*reward.py:7 .'colour'.; fix it"
     ) as raised:
         train_rdm_lora.main(argv("run", **options))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+    assert [path.name for path in (tmp_path / "run").glob("check*")] == ["checkpoint-1"]
     fault.unlink()
     train_rdm_lora.main(argv("run", **options, resume_from_checkpoint="latest"))
     train_rdm_lora.main(argv("straight", **options))
@@ -67,14 +68,14 @@ def test_a_full_disk_at_the_end_loses_nothing(
     script: ModuleType, argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "export_lora" if script is train_rdm_lora else "export_full"
-    export, own = getattr(script, name), {} if script is train_rdm_lora else {"rank": None}
+    export, own = getattr(trainer, name), {} if script is train_rdm_lora else {"rank": None}
 
     def without_space(*args, **kwargs) -> None:
         with files_of_at_most(4096):
             export(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, name, without_space)
+        patch.setattr(trainer, name, without_space)
         with pytest.raises(OSError, match=r"The student could not be written .* its checkpoints are intact. Free some"):
             script.main(argv("run", **own))
     script.main(argv("run", resume_from_checkpoint="latest", **own))

@@ -296,10 +296,10 @@ def test_a_card_that_was_made_to_hang_its_reader_tells_no_licence(tmp_path: Path
     [
         ("[" * DEEP, "nested more than 32 deep"),
         ({"arguments": []}, "arguments is a list instead of an object"),
-        ({"arguments": {"rank": 10**9}}, "argument rank is 1000000000"),
+        ({"arguments": {"rank": 10**9}}, "--rank is 1000000000"),
         ({"arguments": {"rank": "4"}}, "argument rank is text"),
         ({"arguments": {"pretrained_model_name_or_path": None}}, "pretrained_model_name_or_path is null"),
-        ({"arguments": {"resolution": 80_000}}, "argument resolution is 80000"),
+        ({"arguments": {"resolution": 80_000}}, "--resolution is 80000"),
         ({"update": "x"}, "update is text"),
     ],
 )

@@ -18,7 +18,7 @@ from parts import make_run, run_arguments, train_run
 import train_rdm_full
 import train_rdm_lora
 from rdm_diffusers.folders import locked
-from rdm_diffusers.training import finish, launch, loop
+from rdm_diffusers.training import finish, launch, loop, tracking, trainer
 from rdm_diffusers.training.checkpoints import damage, find_checkpoint
 from rdm_diffusers.training.launch import check_trackers
 from rdm_diffusers.training.run_folder import alone_in
@@ -61,7 +61,7 @@ def test_an_interrupted_run_ends_with_128_and_the_signal_and_makes_no_student(ar
     with pytest.raises(SystemExit) as ended:
         train_rdm_lora.main(argv(max_train_steps=3))
     assert ended.value.code == 143
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "config.yaml"]
 
 
 def test_the_launchers_echo_of_a_signal_is_not_a_second_one(argv, tmp_path: Path) -> None:
@@ -121,6 +121,12 @@ def test_where_there_are_no_locks_a_run_says_so_and_goes_on(tmp_path: Path, monk
         pass
 
 
+def let_push(monkeypatch: pytest.MonkeyPatch, pushed: list[Path]) -> None:
+    """Has a run only note which folder it would push."""
+    monkeypatch.setattr(trainer, "check_hub", lambda *args: None)
+    monkeypatch.setattr(trainer, "publish", lambda config: pushed.append(Path(config.output.output_dir)))
+
+
 @pytest.mark.parametrize("script", [train_rdm_lora, train_rdm_full], ids=["lora", "full"])
 def test_pictures_that_fail_take_neither_card_nor_push(script, argv, tmp_path: Path, monkeypatch) -> None:
     def fail(*args: object) -> None:
@@ -128,9 +134,9 @@ def test_pictures_that_fail_take_neither_card_nor_push(script, argv, tmp_path: P
 
     pushed: list[Path] = []
     monkeypatch.setattr(finish, "save_samples", fail)
-    monkeypatch.setattr(script, "publish", lambda folder, args: pushed.append(folder))
+    let_push(monkeypatch, pushed)
     with pytest.warns(UserWarning, match=r"The student is safe, but the student's pictures and numbers could not"):
-        script.main(argv(**({} if script is train_rdm_lora else {"rank": None})))
+        script.main(argv(push_to_hub=True, **({} if script is train_rdm_lora else {"rank": None})))
     assert pushed == [tmp_path / "run"]
     assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "rdm_config.json").exists()
 
@@ -154,9 +160,9 @@ def test_numbers_that_fail_keep_the_pictures(prompts_file: Path, tmp_path: Path,
 def test_a_card_that_cannot_be_written_does_not_take_the_push(argv, tmp_path: Path, monkeypatch) -> None:
     pushed: list[Path] = []
     (tmp_path / "run" / "README.md").mkdir(parents=True)
-    monkeypatch.setattr(train_rdm_lora, "publish", lambda folder, args: pushed.append(folder))
+    let_push(monkeypatch, pushed)
     with pytest.warns(UserWarning, match=r"the card could not be written; try again with rdm-card .*run \("):
-        train_rdm_lora.main(argv())
+        train_rdm_lora.main(argv(push_to_hub=True))
     assert pushed == [tmp_path / "run"]
 
 
@@ -183,17 +189,17 @@ def test_a_validation_picture_that_cannot_be_written_does_not_end_the_run(argv, 
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_run(argv, monkeypatch) -> None:
-    monkeypatch.setattr(launch, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     for name in ("none", "tensorboard", "all"):
         check_trackers(name)
     with pytest.raises(ImportError, match=r"--report_to wandb needs a package that is not installed, so .*\[track\]'"):
         train_rdm_lora.main(argv(report_to="wandb"))
-    monkeypatch.setattr(launch, "get_available_trackers", list)
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
     with pytest.raises(ImportError, match="--report_to all needs a package"):
         check_trackers("all")
 
 
 def test_a_tracker_that_cannot_start_is_one_sentence(argv, monkeypatch) -> None:
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ValueError, match=r"--report_to none cannot start \(division by zero\); mend that, or leave"):
+    with pytest.raises(ValueError, match=r"--report_to none cannot start \(division by zero\); fix that, or leave"):
         train_rdm_lora.main(argv())

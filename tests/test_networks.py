@@ -222,7 +222,7 @@ def test_folded_weights_follow_the_moving_average_and_a_loaded_checkpoint(
     teacher_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     it = make_run([*run_arguments(teacher_folder, prompts_file, tmp_path), "--fold_adapters"])
-    conditioning = it.run.prompts.conditioning([0])
+    conditioning = it.distillation.prompts.conditioning([0])
 
     @torch.no_grad()
     def predict() -> Tensor:
@@ -232,7 +232,7 @@ def test_folded_weights_follow_the_moving_average_and_a_loaded_checkpoint(
     checkpoint = save_checkpoint(tmp_path, it.state, it.arguments)
     randomise_adapters(it.networks)
     live = predict()
-    with averaged_student(it.run, it.state):
+    with averaged_student(it.distillation, it.state):
         assert torch.equal(predict(), first)
     assert torch.equal(predict(), live)
     load_checkpoint(checkpoint, it.state)
@@ -263,8 +263,8 @@ def test_a_validation_leaves_the_student_float32_and_bit_for_bit_as_it_was(
     it = make_run(run_arguments(teacher_folder, prompts_file, tmp_path, mixed_precision="bf16"))
     randomise_adapters(it.networks)  # away from the average
     before = [parameter.detach().clone() for parameter in it.networks.parameters(STUDENT)]
-    with averaged_student(it.run, it.state):
-        images = sample_student(it.run, it.teacher, it.texts.shown_conditioning)
+    with averaged_student(it.distillation, it.state):
+        images = sample_student(it.distillation, it.teacher, it.texts.shown_conditioning)
         assert any(not torch.equal(p, b) for p, b in zip(it.networks.parameters(STUDENT), before, strict=True))
     after = it.networks.parameters(STUDENT)
     assert images.shape == (2, 3, 32, 32)

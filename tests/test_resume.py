@@ -14,7 +14,8 @@ from parts import make_run, read_state, run_arguments, train_run
 from safetensors.torch import load_file
 
 import train_rdm_lora
-from rdm_diffusers.training import monitor, optimizers
+from rdm_diffusers.config import checks
+from rdm_diffusers.training import monitor
 from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -92,7 +93,7 @@ def test_ctrl_c_waits_for_the_last_update_that_a_rollout_serves(argv) -> None:
 def test_resuming_changes_nothing_with_8_bit_adam(
     package: str, argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: name == package or None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: name == package or None)
     # Rank 32 makes matrices of more than 4096 elements, which alone are kept in 8 bits.
     with torch.compiler.set_stance("force_eager"):  # torchao would compile its step for half a minute
         assert_resuming_changes_nothing(argv, tmp_path, ["--use_8bit_adam"], rank=32)

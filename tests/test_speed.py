@@ -61,7 +61,7 @@ def test_a_run_needs_its_text_encoders_no_more_once_its_prompts_are_read(student
     it = make_run(argv(monitor_images=1, **({} if student == "lora" else {"rank": None})), student)
     it.teacher.pipeline.text_encoder = None
     assert train_run(it, lambda update: None) == 0
-    with averaged_student(it.run, it.state):
+    with averaged_student(it.distillation, it.state):
         it.networks.student_weights()
     del it.validate  # which `train_run` replaced
     it.validate()

@@ -67,11 +67,11 @@ def test_a_run_that_does_not_reuse_rollouts_is_the_plain_loop(argv, tmp_path: Pa
     train_run(looped)
     plain = make_run(argv(output_dir=tmp_path / "plain"))
     for update in range(2):
-        batch = collect(plain.run, update)
-        student_update(plain.run, batch, plain.state.statistics)
+        batch = collect(plain.distillation, update)
+        student_update(plain.distillation, batch, plain.state.statistics)
         step(plain.state, STUDENT)
         for repeat in range(2):
-            fake_score_update(plain.run, batch, repeat)
+            fake_score_update(plain.distillation, batch, repeat)
             step(plain.state, FAKE_SCORE)
         plain.state.update += 1
     for role in (STUDENT, FAKE_SCORE):
@@ -80,7 +80,7 @@ def test_a_run_that_does_not_reuse_rollouts_is_the_plain_loop(argv, tmp_path: Pa
 
 def test_a_reused_rollout_is_made_once_for_all_the_updates_that_it_serves(argv) -> None:
     it = make_run(argv(reuse_rollouts=2, max_train_steps=4, checkpointing_steps=2, num_student_steps=4))
-    depths = [len(collect(it.run, rollout).trajectory.x_t) for rollout in range(2)]
+    depths = [it.distillation.depth(rollout) for rollout in range(2)]
     it.networks.calls.clear()
     train_run(it)
     samples, updates, fake_updates = 8, 4, it.config.method.fake_updates_per_step
@@ -117,8 +117,8 @@ def test_a_reward_is_higher_where_it_is_trained_for_than_where_it_is_punished(ar
         reward = dict(algorithm="gndmr", reward=f"tiny_bold:{sign}", reward_share=0.9, guidance_scale=1.0)
         it = make_run(argv(output_dir=tmp_path / str(sign), max_train_steps=3, fake_updates_per_step=0, **reward))
         train_run(it)
-        pictures = sample_student(it.run, it.teacher, it.teacher.encode_prompts(PROMPTS))
-        reached[sign] = it.run.rewards.rewards[0](pictures, PROMPTS)
+        pictures = sample_student(it.distillation, it.teacher, it.teacher.encode_prompts(PROMPTS))
+        reached[sign] = it.distillation.rewards.rewards[0](pictures, PROMPTS)
     assert (reached[1] > reached[-1]).all()
 
 
@@ -167,8 +167,8 @@ def test_validations_change_nothing_of_the_training(argv, tmp_path: Path, option
         it = make_run([*argv(output_dir=tmp_path / name, max_train_steps=4, validation_steps=every), *options])
 
         def validate(update: int, it=it) -> None:
-            with averaged_student(it.run, it.state):
-                sample_student(it.run, it.teacher, it.texts.shown_conditioning)
+            with averaged_student(it.distillation, it.state):
+                sample_student(it.distillation, it.teacher, it.texts.shown_conditioning)
 
         train_run(it, validate)
         trained.append(weights(it, STUDENT) + weights(it, FAKE_SCORE))

@@ -36,9 +36,9 @@ def gradients(argv: list[str], fresh: bool = False) -> dict[str, list[Tensor]]:
     it = make_run(argv)
     if not fresh:
         randomise_adapters(it.networks)
-    batch, _ = weigh_samples(it.run, collect(it.run, 0), it.state.statistics)
-    student_update(it.run, batch, it.state.statistics)
-    fake_score_update(it.run, batch, 0)
+    batch, _ = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics)
+    student_update(it.distillation, batch, it.state.statistics)
+    fake_score_update(it.distillation, batch, 0)
     return {role: [p.grad for p in it.networks.parameters(role)] for role in (STUDENT, FAKE_SCORE)}
 
 
@@ -95,13 +95,13 @@ def test_the_seed_decides_the_numbers(argv) -> None:
 
 def test_no_two_updates_or_processes_share_a_group(argv) -> None:
     it = make_run(argv(train_batch_size=8, group_size=2))
-    alone = [group for update in range(6) for group in it.run.groups(update)]
+    alone = [group for update in range(6) for group in it.distillation.groups(update)]
     assert alone == list(range(24))
     shares = []
     for process in (0, 1):
-        object.__setattr__(it.run, "process_index", process)
-        object.__setattr__(it.run, "num_processes", 2)
-        shares += [group for update in range(3) for group in it.run.groups(update)]
+        object.__setattr__(it.distillation, "process_index", process)
+        object.__setattr__(it.distillation, "num_processes", 2)
+        shares += [group for update in range(3) for group in it.distillation.groups(update)]
     assert sorted(shares) == list(range(24))
 
 
@@ -114,7 +114,7 @@ def test_every_prompt_is_used_once_an_epoch_in_a_new_order(argv) -> None:
 
 def test_a_group_is_one_prompt_at_one_step_with_noises_of_its_own(argv) -> None:
     it = make_run(argv(steps_per_rollout=2, train_batch_size=16))
-    batch = collect(it.run, 0)
+    batch = collect(it.distillation, 0)
     assert len(batch.samples) == 16
     for first in range(0, 16, 4):
         group = batch.samples[first : first + 4]
@@ -139,9 +139,9 @@ def student_gradients(run, batch) -> list[Tensor]:
 def test_two_renoisings_are_the_average_of_two_estimates(argv) -> None:
     it = make_run(argv())
     randomise_adapters(it.networks)
-    batch = collect(it.run, 0)
-    both = student_gradients(replace(it.run, num_renoisings=2), batch)
-    one, other = (student_gradients(it.run, replace(batch, visit=visit)) for visit in (0, 1))
+    batch = collect(it.distillation, 0)
+    both = student_gradients(replace(it.distillation, num_renoisings=2), batch)
+    one, other = (student_gradients(it.distillation, replace(batch, visit=visit)) for visit in (0, 1))
     average = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
     assert relative_error(both, average) < ROUNDING
     assert relative_error(one, other) > 0.1
@@ -150,12 +150,12 @@ def test_two_renoisings_are_the_average_of_two_estimates(argv) -> None:
 @pytest.mark.usefixtures("float64")
 def test_a_rollout_for_another_update_keeps_its_states_and_predicts_them_anew(argv) -> None:
     it = make_run(argv(train_batch_size=3, gradient_accumulation_steps=8, steps_per_rollout=2, group_size=4))
-    first = collect(it.run, 0)
+    first = collect(it.distillation, 0)
     randomise_adapters(it.networks)  # the student changed
-    second = reuse(it.run, first)
+    second = reuse(it.distillation, first)
     with torch.no_grad():
         samples = first.samples
-        x0 = it.run.student(samples.x_t, samples.t, samples.conditioning)
+        x0 = it.distillation.student(samples.x_t, samples.t, samples.conditioning)
     assert relative_error(second.samples.x0, x0) < ROUNDING
     assert relative_error(second.samples.x0, first.samples.x0) > 0.01
     for name in ("x_t", "t", "step"):
@@ -166,20 +166,20 @@ def test_a_rollout_for_another_update_keeps_its_states_and_predicts_them_anew(ar
 @pytest.mark.usefixtures("float64")
 def test_importance_weights_multiply_the_directions_of_a_reused_rollout(argv) -> None:
     it = make_run(argv(reuse_rollouts=2, importance_weighting="clipped", num_student_steps=4))
-    batch = next(b for b in (collect(it.run, n) for n in range(9)) if b.samples.step.unique().tolist() == [1, 2])
-    unchanged = reuse(it.run, batch)
+    batch = next(b for b in (collect(it.distillation, n) for n in range(9)) if b.samples.step.unique().tolist() == [1, 2])
+    unchanged = reuse(it.distillation, batch)
     assert unchanged.log_ratio.abs().max() < ROUNDING
-    plain = student_gradients(replace(it.run, importance_weighting="none"), replace(unchanged, log_ratio=None))
-    assert relative_error(student_gradients(it.run, unchanged), plain) < ROUNDING
+    plain = student_gradients(replace(it.distillation, importance_weighting="none"), replace(unchanged, log_ratio=None))
+    assert relative_error(student_gradients(it.distillation, unchanged), plain) < ROUNDING
     randomise_adapters(it.networks)
-    changed = reuse(it.run, batch)
-    unweighted = reuse(replace(it.run, importance_weighting="none"), batch)
+    changed = reuse(it.distillation, batch)
+    unweighted = reuse(replace(it.distillation, importance_weighting="none"), batch)
     assert relative_error(changed.samples.x0, unweighted.samples.x0) < ROUNDING
     assert changed.log_ratio.shape == (8,)
     assert changed.log_ratio.max() < -1  # never will it make these states again, so all weights are at their least
-    plain = student_gradients(it.run, replace(changed, log_ratio=None))
-    assert relative_error(student_gradients(it.run, changed), [0.8 * gradient for gradient in plain]) < ROUNDING
-    health = student_update(it.run, changed, RunningMeans())
+    plain = student_gradients(it.distillation, replace(changed, log_ratio=None))
+    assert relative_error(student_gradients(it.distillation, changed), [0.8 * gradient for gradient in plain]) < ROUNDING
+    health = student_update(it.distillation, changed, RunningMeans())
     assert {"effective_sample_size", "clip_fraction", "drift"} <= health.keys()
     assert health["clip_fraction"] == 1
 
@@ -201,7 +201,8 @@ def test_no_random_number_of_a_run_is_used_twice(argv) -> None:
     it = make_run(argv(**options, steps_per_rollout=2))
     draws = CountedDraws(it.config.optimisation.seed, it.config.method.group_size)
     object.__setattr__(draws, "counts", Counter())
-    train_run(SimpleNamespace(**{**vars(it), "run": replace(it.run, draws=draws)}))
+    it.distillation = replace(it.distillation, draws=draws)
+    train_run(it)
     kinds = {purpose.split("/")[0] for purpose, _ in draws.counts}
     assert kinds == {"rollout_noise", "tau", "tau_noise", "fake_time", "fake_noise"}
     assert sorted({key for key, count in draws.counts.items() if count > 1}) == []
@@ -223,36 +224,36 @@ def poison(networks, role: str, sample: int) -> None:
 @pytest.mark.parametrize("role", [TEACHER, FAKE_SCORE])
 def test_a_direction_that_is_not_finite_names_term_prompt_and_step_and_touches_no_gradient(argv, role: str) -> None:
     it = make_run(argv())
-    batch = collect(it.run, 0)
+    batch = collect(it.distillation, 0)
     poison(it.networks, role, sample=6)
     where = f"for prompt {batch.prompts[1]!r}, student step {int(batch.samples.step[6]) + 1}"
     with pytest.raises(NonFiniteError) as caught:
-        student_update(it.run, batch, it.state.statistics)
+        student_update(it.distillation, batch, it.state.statistics)
     assert f"The R_dm is not finite {where}" in str(caught.value)
     assert all(p.grad is None for role in (STUDENT, FAKE_SCORE) for p in it.networks.parameters(role))
 
 
 def test_a_fake_score_loss_that_is_not_finite_names_term_prompt_and_step(argv) -> None:
     it = make_run(argv(train_batch_size=2, gradient_accumulation_steps=4))
-    batch = collect(it.run, 0)
+    batch = collect(it.distillation, 0)
     batch.samples.x0[5] = torch.nan
     where = f"for prompt {batch.prompts[1]!r}, student step {int(batch.samples.step[5]) + 1}"
     with pytest.raises(NonFiniteError) as caught:
-        fake_score_update(it.run, batch, 0)
+        fake_score_update(it.distillation, batch, 0)
     assert f"The fake score loss is not finite {where}" in str(caught.value)
 
 
 @pytest.mark.usefixtures("float64")
 def test_black_boxes_reweigh_the_fake_scores_loss_and_nothing_else_of_it(argv) -> None:
     it = make_run(argv(**GNDMR))
-    batch, _ = weigh_samples(it.run, collect(it.run, 0), it.state.statistics)
+    batch, _ = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics)
     assert batch.samples.weight is not None
     assert batch.samples.weight.std() > 0.05
 
     def of_weights(weight: Tensor | None) -> list[Tensor]:
         for parameter in it.networks.parameters(FAKE_SCORE):
             parameter.grad = None
-        fake_score_update(it.run, replace(batch, samples=replace(batch.samples, weight=weight)), 0)
+        fake_score_update(it.distillation, replace(batch, samples=replace(batch.samples, weight=weight)), 0)
         return [parameter.grad.clone() for parameter in it.networks.parameters(FAKE_SCORE)]
 
     ones = torch.ones(len(batch.samples))
@@ -265,8 +266,8 @@ def test_black_boxes_reweigh_the_fake_scores_loss_and_nothing_else_of_it(argv) -
 def test_the_health_numbers_are_finite_and_the_correction_has_a_share(argv, options: dict) -> None:
     it = make_run(argv(steps_per_rollout=2, **options))
     randomise_adapters(it.networks)
-    batch, health = weigh_samples(it.run, collect(it.run, 0), it.state.statistics)
-    health |= student_update(it.run, batch, it.state.statistics) | fake_score_update(it.run, batch, 0)
+    batch, health = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics)
+    health |= student_update(it.distillation, batch, it.state.statistics) | fake_score_update(it.distillation, batch, 0)
     assert {"reward_over_distance", "correction_over_reward", "log_ratio", "fake_loss", "contrast"} <= health.keys()
     assert all(value.ndim == 0 and value.isfinite() for value in health.values())
     assert health["correction_over_reward"] > 0
@@ -278,8 +279,8 @@ def test_the_health_numbers_are_finite_and_the_correction_has_a_share(argv, opti
 def test_the_contrast_is_that_of_the_students_last_step_and_unknown_where_a_batch_has_none(argv) -> None:
     it, seen = make_run(argv(train_batch_size=4)), {}
     for number in range(6):
-        batch = collect(it.run, number)
-        seen[int(batch.samples.step[0])] = student_update(it.run, batch, RunningMeans())["contrast"]
+        batch = collect(it.distillation, number)
+        seen[int(batch.samples.step[0])] = student_update(it.distillation, batch, RunningMeans())["contrast"]
     assert not seen[0].isfinite()
     assert seen[1] > 0
 
@@ -290,5 +291,5 @@ def test_an_invalid_reward_neither_stops_a_run_nor_touches_its_samples(argv, tmp
     plain = make_run(argv())
     for it in (rewarded, plain):
         randomise_adapters(it.networks)
-    one, other = (student_gradients(it.run, collect(it.run, 0)) for it in (rewarded, plain))
+    one, other = (student_gradients(it.distillation, collect(it.distillation, 0)) for it in (rewarded, plain))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

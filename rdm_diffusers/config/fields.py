@@ -78,6 +78,14 @@ class Setting:
         """Whether the flag may be given several times."""
         return self.default == ()
 
+    @property
+    def kinds(self) -> tuple[type, ...]:
+        """The types that the value has in JSON."""
+        bound, empty = self.flag.bound, (type(None),) if self.default in (None, ()) else ()
+        if isinstance(bound, Interval):
+            return (int if bound.whole else float, *empty)
+        return (list if self.is_repeatable else bool if bound is None else str, *empty)
+
     def checked(self, value: Any) -> Any:
         """A value of a file, of Python or of the command line as the field holds it.
 

@@ -12,6 +12,10 @@ RETIRED: dict[str, Any] = {
 JAMES_STEIN = "james_stein"  # a value of gndm_lambda
 
 
+class RetiredError(ValueError):
+    """A run was made with an option that this release does not have; the message names it and the release that has it."""
+
+
 def retirement(flag: str) -> str:
     """What a sentence says of a retired flag."""
     return f"{flag} was retired after release 0.1.0 (docs/method.md says why); leave it out, or use that release."
@@ -21,11 +25,11 @@ def without_retired(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A run's recorded arguments without those of retired flags that did nothing.
 
     Raises:
-        ValueError: if one of them did something.
+        RetiredError: if one of them did something.
     """
     for name, idle in RETIRED.items():
         if idle is not None and arguments.get(name, idle) != idle:
-            raise ValueError(retirement(f"--{name} {arguments[name]}, with which the run was made,"))
+            raise RetiredError(retirement(f"--{name} {arguments[name]}, with which the run was made,"))
     if arguments.get("gndm_lambda") == JAMES_STEIN:
-        raise ValueError(retirement(f"--gndm_lambda {JAMES_STEIN}, with which the run was made,"))
+        raise RetiredError(retirement(f"--gndm_lambda {JAMES_STEIN}, with which the run was made,"))
     return {name: value for name, value in arguments.items() if name not in RETIRED}

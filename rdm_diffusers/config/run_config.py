@@ -11,6 +11,7 @@ import yaml
 
 from ..bounds import did_you_mean
 from ..credentials import INSTEAD, has_secret
+from ..json_files import check_kinds
 from .checks import check
 from .fields import Setting, settings_of
 from .filling import DERIVED, filled
@@ -102,12 +103,14 @@ class RunConfig:
             arguments: as `as_arguments` gives them.
 
         Raises:
-            ValueError: if a value is out of its bounds, or belongs to an option that was retired.
+            RetiredError: if a value belongs to an option that was retired.
+        ValueError: if one is out of its bounds, or of another type.
         """
         values = {name: value for name, value in without_retired(arguments).items() if name not in CIRCUMSTANCES}
         student = values.pop("student", "lora" if "rank" in values else "full")
         if student not in STUDENTS:
             raise ValueError(f"student is {student}; it must be lora or full.")
+        check_kinds(values, {each.name: each.kinds for each in all_settings(student)}, "argument ")
         return cls._unchecked(student, **values)
 
     @classmethod

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import RunConfig
 from ..config.record import training_record
+from ..config.retired import RetiredError
 from ..families import Conditioning, Teacher
 from ..hub import export_full, export_lora
 from ..json_files import check_kinds, read_object
@@ -50,8 +51,10 @@ def check_saved(checkpoint: Path) -> None:
     try:
         check_kinds(record, {"arguments": dict, "digests": dict, "update": int})
         RunConfig.from_record(record.get("arguments", {}))
+    except RetiredError as error:
+        raise RetiredError(f"{checkpoint}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {REMEDY}.") from error
+        raise ValueError(f"{path} is damaged ({str(error).rstrip('.')}); {REMEDY}.") from error
 
 
 def chosen_weights(checkpoint: Path, use_ema: bool | None) -> str:

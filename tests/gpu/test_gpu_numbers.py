@@ -63,11 +63,11 @@ def test_bf16_is_close_to_float32_in_every_family(name: str, prompts_file: Path,
         it = make_run(
             run_arguments(tmp_path / "teacher", prompts_file, output, mixed_precision=precision, **flags), student
         )
-        x_t = it.run.draws.normal("x_t", [0], it.run.latent_shape)
+        x_t = it.distillation.draws.normal("x_t", [0], it.distillation.latent_shape)
         t = torch.tensor([100.0, 400.0, 700.0, 950.0], device="cuda").to(
             torch.float32 if it.teacher.schedule.is_flow else torch.int64
         )
-        conditioning = it.run.prompts.conditioning([0])
+        conditioning = it.distillation.prompts.conditioning([0])
         with torch.no_grad():
             found[precision] = [it.networks.predict(role, x_t, t, conditioning) for role in ROLES]
         assert train_run(it) == 0
@@ -86,7 +86,7 @@ def test_flux_has_a_finite_gradient_in_bf16_with_every_kind_of_attention(
     flags = dict(resolution=32, max_sequence_length=8, mixed_precision="bf16")
     with sdpa_kernel([kind, SDPBackend.MATH]):
         it = make_run(run_arguments(tmp_path / "teacher", prompts_file, tmp_path / "student", **flags))
-        student_update(it.run, collect(it.run, 0), it.state.statistics)
+        student_update(it.distillation, collect(it.distillation, 0), it.state.statistics)
     assert all(p.grad is None or p.grad.isfinite().all() for p in it.networks.parameters(STUDENT))
 
 
@@ -114,8 +114,8 @@ def test_compiled_blocks_compute_the_same_for_both_adapters(precision: str, argv
     directions = []
     for compiled in (None, True):
         it = make_run(argv(torch_compile=compiled, mixed_precision=precision))
-        batch = collect(it.run, 0)
-        student_update(it.run, batch, it.state.statistics)
+        batch = collect(it.distillation, 0)
+        student_update(it.distillation, batch, it.state.statistics)
         directions.append([p.grad for p in it.networks.parameters(STUDENT) if p.grad is not None])
         assert train_run(it) == 0
     assert relative_error(directions[1], directions[0]) < (1e-3 if precision == "no" else 64 * BF16)
