@@ -11,9 +11,9 @@ import shlex
 from pathlib import Path
 
 from diffusers import DDIMScheduler
+
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.config.record import training_record
-
 from rdm_diffusers.families import FAMILIES
 from rdm_diffusers.hub.card import render
 from rdm_diffusers.hub.card_facts import CardFacts
@@ -56,7 +56,9 @@ def waiting_card(name: str) -> str:
         num_inference_steps=args.method.num_student_steps,
         call_arguments={"guidance_scale": told},
         license=license_tags,
-        training=training_record(args.as_arguments() | {"command": args.command, "num_processes": 1}, args.optimisation.max_train_steps),
+        training=training_record(
+            args.as_arguments() | {"command": args.command, "num_processes": 1}, args.optimisation.max_train_steps
+        ),
     )
     scheduler = {**stock.config, "_class_name": type(stock).__name__}
     comfyui = f"comfyui/{name}.safetensors"

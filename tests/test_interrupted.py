@@ -18,7 +18,7 @@ from parts import make_run, run_arguments, train_run
 import train_rdm_full
 import train_rdm_lora
 from rdm_diffusers.folders import locked
-from rdm_diffusers.training import finish, launch, loop, tracking, trainer
+from rdm_diffusers.training import finish, loop, tracking, trainer
 from rdm_diffusers.training.checkpoints import damage, find_checkpoint
 from rdm_diffusers.training.launch import check_trackers
 from rdm_diffusers.training.run_folder import alone_in

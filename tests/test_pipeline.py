@@ -164,11 +164,17 @@ def test_a_lora_reloads_exactly_also_where_alpha_is_not_the_rank(
     randomise_adapters(it.networks)
     export_lora(tmp_path, it.teacher, it.networks.student_weights(), it.distillation.scheduler)
     pipeline = RdmDistillationPipeline.from_pretrained(tmp_path)
-    x_t, t, conditioning = torch.randn(4, 4, 8, 8), torch.tensor([999, 700, 400, 20]), it.distillation.prompts.conditioning([0])
+    x_t, t, conditioning = (
+        torch.randn(4, 4, 8, 8),
+        torch.tensor([999, 700, 400, 20]),
+        it.distillation.prompts.conditioning([0]),
+    )
     with torch.no_grad():
         trained = it.networks.predict(STUDENT, x_t, t, conditioning)
         output = pipeline.unet(x_t, t, conditioning.tensors["prompt_embeds"]).sample
-    reloaded = (x_t - it.distillation.networks.schedule.scales(t, x_t)[1] * output) / it.distillation.networks.schedule.scales(t, x_t)[0]
+    reloaded = (
+        x_t - it.distillation.networks.schedule.scales(t, x_t)[1] * output
+    ) / it.distillation.networks.schedule.scales(t, x_t)[0]
     assert relative_error(reloaded, trained) < 1e-5
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,7 +165,9 @@ def test_a_rollout_for_another_update_keeps_its_states_and_predicts_them_anew(ar
 @pytest.mark.usefixtures("float64")
 def test_importance_weights_multiply_the_directions_of_a_reused_rollout(argv) -> None:
     it = make_run(argv(reuse_rollouts=2, importance_weighting="clipped", num_student_steps=4))
-    batch = next(b for b in (collect(it.distillation, n) for n in range(9)) if b.samples.step.unique().tolist() == [1, 2])
+    batch = next(
+        b for b in (collect(it.distillation, n) for n in range(9)) if b.samples.step.unique().tolist() == [1, 2]
+    )
     unchanged = reuse(it.distillation, batch)
     assert unchanged.log_ratio.abs().max() < ROUNDING
     plain = student_gradients(replace(it.distillation, importance_weighting="none"), replace(unchanged, log_ratio=None))
@@ -178,7 +179,9 @@ def test_importance_weights_multiply_the_directions_of_a_reused_rollout(argv) ->
     assert changed.log_ratio.shape == (8,)
     assert changed.log_ratio.max() < -1  # never will it make these states again, so all weights are at their least
     plain = student_gradients(it.distillation, replace(changed, log_ratio=None))
-    assert relative_error(student_gradients(it.distillation, changed), [0.8 * gradient for gradient in plain]) < ROUNDING
+    assert (
+        relative_error(student_gradients(it.distillation, changed), [0.8 * gradient for gradient in plain]) < ROUNDING
+    )
     health = student_update(it.distillation, changed, RunningMeans())
     assert {"effective_sample_size", "clip_fraction", "drift"} <= health.keys()
     assert health["clip_fraction"] == 1

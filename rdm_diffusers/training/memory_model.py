@@ -1,4 +1,8 @@
-"""What networks need of memory, found by running them on the meta device, where tensors have sizes and no numbers."""
+"""The memory that networks need, measured on the meta device, where tensors have sizes and no numbers.
+
+PyTorch's own `MemTracker` does not replace this: it refuses frozen parameters and takes about thirty times as long, and
+fake tensors of a GPU need a build of torch for GPUs.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..families import Conditioning, Family, PromptOptions
-from ..networks import STUDENT, TEACHER, Networks
+from ..networks import STUDENT, Networks
 from ..tiny import resolve_teacher
 
-READ_BY_VALUE = ("prompt_embeds_mask", "prompt_length")  # their shapes alone do not say how long a prompt is
-# What torch.autocast does on a GPU to the operations that diffusers' networks are made of.
+READ_BY_VALUE = ("prompt_embeds_mask", "prompt_length")  # their values, not their shapes, hold a prompt's length
+# The operations of diffusers' networks that torch.autocast lowers and raises on a GPU.
 LOWERED = {"linear", "conv2d", "matmul", "__matmul__", "bmm", "baddbmm", "addmm"}
 RAISED = {"layer_norm", "group_norm", "softmax", "log_softmax", "pow", "__pow__", "rsqrt", "norm", "cumsum", "exp"}
 
 
 def meta_models(name_or_path: str, config: dict[str, Any], revision: str | None) -> dict[str, nn.Module]:
-    """The networks of a `pipeline_config` on the meta device, by component, from their configurations; float32."""
+    """The networks of a `pipeline_config` by component, in float32, on the meta device."""
     models: dict[str, nn.Module] = {}
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, entry in config.items():
@@ -54,14 +58,9 @@ def _is_network(kind: Any) -> bool:
 
 
 def meta_pipeline(family: Family, models: dict[str, nn.Module]) -> diffusers.DiffusionPipeline:
-    """The stock pipeline of networks on the meta device, which knows its sizes and cannot be called."""
+    """The stock pipeline of networks on the meta device; it cannot be called."""
     parts, _ = family.pipeline_class._get_signature_keys(family.pipeline_class)
     return family.pipeline_class(**{name: models.get(name) for name in parts} | family.load_options)
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with its floating-point weights and buffers in a dtype, in place, without a word from diffusers."""
-    return nn.Module.to(model, dtype)
 
 
 def nbytes(*modules: nn.Module) -> int:
@@ -70,39 +69,32 @@ def nbytes(*modules: nn.Module) -> int:
 
 
 class LivePeak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside it, from when they are made until nothing holds them.
+    """Counts the bytes of tensors created inside it (`now`), and the most at any time (`peak`).
 
-    What single kernels need of their own for a moment is not seen.
-
-    Args:
-        modules: what is there already and does not count.
-
-    Attributes:
-        now: bytes at the moment.
-        peak: the most so far.
+    Temporary buffers inside kernels are not counted, nor are the modules' weights, buffers and existing gradients.
     """
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet = weakref.WeakSet()
+        self._counted: weakref.WeakSet = weakref.WeakSet()
         for module in modules:
             for tensor in [*module.parameters(), *module.buffers()]:
-                self._seen.add(tensor.untyped_storage())
+                self._counted.add(tensor.untyped_storage())
                 if tensor.grad is not None:
-                    self._seen.add(tensor.grad.untyped_storage())
+                    self._counted.add(tensor.grad.untyped_storage())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+                self._count(leaf.untyped_storage())
         return result
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._counted:
             return
-        self._seen.add(storage)
+        self._counted.add(storage)
         self._add(storage.nbytes())
         weakref.finalize(storage, self._add, -storage.nbytes())
 
@@ -113,7 +105,7 @@ class LivePeak(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention that keeps what fused kernels keep for backward: queries, keys, values, the result, a number a row."""
+    """Attention that saves for backward what fused kernels save: queries, keys, values, the result, a number a row."""
     stock = F.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -139,19 +131,12 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def stand_in_autocast(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager:
-    """A `StandInAutocast`; for None, where nothing is cast, nothing."""
-    return nullcontext() if dtype is None else StandInAutocast(dtype, device_type)
+def meta_autocast(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager:
+    """`torch.autocast` for the meta device, which has none, by a device's rules; no casts for None."""
+    return nullcontext() if dtype is None else _MetaAutocast(dtype, device_type)
 
 
-class StandInAutocast(TorchFunctionMode):
-    """`torch.autocast` of a device, for tensors on the meta device, which has none.
-
-    Args:
-        dtype: what is computed in.
-        device_type: whose rules.
-    """
-
+class _MetaAutocast(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype, device_type: str):
         super().__init__()
         self.dtype = dtype
@@ -160,20 +145,18 @@ class StandInAutocast(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name in LOWERED:
-            args, kwargs = self._each(self._lower, args, kwargs)
-        elif name in self.raised:
-            args, kwargs = self._each(lambda t: t.float() if t.dtype == self.dtype else t, args, kwargs)
+        cast = self._lower if name in LOWERED else self._raise if name in self.raised else None
+        if cast:
+            args = tuple(cast(value) for value in args)
+            kwargs = {name: cast(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _each(change: Callable[[Tensor], Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        def of(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def _raise(self, value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype == self.dtype else value
 
-        return tuple(of(value) for value in args), {name: of(value) for name, value in kwargs.items()}
-
-    def _lower(self, tensor: Tensor) -> Tensor:
+    def _lower(self, tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            return tensor
         if not (tensor.requires_grad and tensor.is_leaf):
             return tensor.to(self.dtype)
         if id(tensor) not in self._copies:
@@ -186,28 +169,23 @@ class StandInAutocast(TorchFunctionMode):
 
 
 def checkpoint_blocks(network: Any, dtype: torch.dtype | None, device_type: str) -> None:
-    """Gradient checkpointing, whose recomputation has an autocast of its own, as in the thread that does it on a GPU.
-
-    Args:
-        network: one of diffusers.
-        dtype, device_type: as `stand_in_autocast` takes them.
-    """
+    """Turns on a diffusers network's gradient checkpointing, with `meta_autocast` in its recomputation, too."""
 
     def run(block: nn.Module, *args: Any) -> Any:
-        contexts = nullcontext(), stand_in_autocast(dtype, device_type)
+        contexts = nullcontext(), meta_autocast(dtype, device_type)
         return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: contexts)
 
     network.enable_gradient_checkpointing(run)
 
 
 def quantise(model: nn.Module, kind: str) -> None:
-    """Gives all linear layers of a model on the meta device the sizes and the manners of quantised ones, in place."""
+    """Turns all linear layers of a model on the meta device into quantised ones, in place."""
     for module in model.modules():
         if type(module) is nn.Linear:
             shape = module.weight.shape
             module.__class__ = {"int8": _Int8Linear, "fp8": _Fp8Linear, "nf4": _Nf4Linear}[kind]
             small = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "nf4": torch.uint8}[kind]
-            # nf4 has two weights a byte, a byte for 64 weights' scale, and a float32 for 256 of these.
+            # nf4 has two weights a byte, a byte for the scale of 64 weights, and a float32 for 256 scales.
             size = (shape.numel() // 2 + shape.numel() // 64 + 4 * (shape.numel() // 16384 + 1),)
             packed = torch.empty(size if kind == "nf4" else shape, dtype=small, device="meta")
             scale = torch.empty(0 if kind == "nf4" else shape[0], dtype=module.weight.dtype, device="meta")
@@ -216,7 +194,7 @@ def quantise(model: nn.Module, kind: str) -> None:
 
 
 class _Int8Linear(nn.Linear):
-    """torchao's: a copy of the weight in the input's dtype, which autograd keeps."""
+    """torchao's: autograd saves a copy of the weight in the input's dtype."""
 
     scale: Tensor
 
@@ -227,7 +205,7 @@ class _Int8Linear(nn.Linear):
 
 
 class _Fp8Linear(nn.Linear):
-    """torchao's: as with int8, by way of float32."""
+    """torchao's: as int8, with a float32 copy in between."""
 
     scale: Tensor
 
@@ -237,7 +215,7 @@ class _Fp8Linear(nn.Linear):
 
 
 class _Nf4Linear(nn.Linear):
-    """bitsandbytes': a copy of the weight in the input's dtype, made anew in the backward."""
+    """bitsandbytes': the backward makes its own copy of the weight in the input's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _Nf4.apply(input, self.bias, (self.out_features, self.in_features))
@@ -255,37 +233,34 @@ class _Nf4(torch.autograd.Function):
 
 
 def conditioning(family: Family, pipeline: diffusers.DiffusionPipeline, options: PromptOptions, dtype: torch.dtype):
-    """The `Conditioning` of one prompt, on the meta device but for what is read by its value."""
+    """The `Conditioning` of one prompt, on the meta device except for tensors whose values are read."""
     shapes = family.conditioning_shapes(pipeline, options)
     tokens = shapes["prompt_embeds"][0]
 
-    def stand_in(name: str, shape: tuple[int, ...]) -> Tensor:
+    def empty(name: str, shape: tuple[int, ...]) -> Tensor:
         if name in READ_BY_VALUE:
             return torch.full(shape, 1 if name.endswith("mask") else tokens)
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    return Conditioning({name: stand_in(name, (1, *shape)) for name, shape in shapes.items()})
+    return Conditioning({name: empty(name, (1, *shape)) for name, shape in shapes.items()})
 
 
 @torch.no_grad()
+def inference_peak(call: Callable[[], object], *modules: nn.Module) -> int:
+    """The most bytes that a call allocates beside the modules' weights, without gradients."""
+    with fused_attention(), LivePeak(*modules) as live:
+        call()
+    return live.peak
+
+
 def encoding_peak(encoder: Any, batch: int, tokens: int) -> int:
-    """Bytes that a text encoder needs beside its weights to read `batch` prompts of `tokens` tokens."""
+    """Bytes that a text encoder allocates to read `batch` prompts of `tokens` tokens."""
     if type(encoder).__name__.startswith("CLIP"):
         tokens = encoder.config.max_position_embeddings
     ids = torch.empty(batch, tokens, dtype=torch.long, device="meta")
-    # The stock pipelines take T5's and Gemma's last layer, and choose among all layers of the others.
-    chosen = not type(encoder).__name__.startswith(("T5", "Gemma"))
-    with fused_attention(), LivePeak(encoder) as live:
-        encoder(ids, output_hidden_states=chosen)
-    return live.peak
-
-
-@torch.no_grad()
-def decoding_peak(family: Family, pipeline: diffusers.DiffusionPipeline, batch: int, latents: tuple[int, ...]) -> int:
-    """Bytes that the autoencoder needs beside its weights to decode `batch` latents of a shape `(C, H, W)`."""
-    with fused_attention(), LivePeak(pipeline.vae) as live:
-        family.decode(pipeline, torch.empty(batch, *latents, device="meta"))
-    return live.peak
+    # The stock pipelines take the last layer of T5 and Gemma, and choose among all layers of the others.
+    all_layers = not type(encoder).__name__.startswith(("T5", "Gemma"))
+    return inference_peak(lambda: encoder(ids, output_hidden_states=all_layers), encoder)
 
 
 def update_peak(
@@ -298,27 +273,19 @@ def update_peak(
         inputs: x_t, t and the conditioning, as `predict` takes them.
         has_gradients: whether the student has gradients already, which then do not count.
         dtype: of autocast, if any.
-        device_type: whose autocast.
+        device_type: whose autocast rules hold.
 
     Returns:
-        What the forward leaves for the backward, and the most at any time.
+        The bytes that the forward saves for the backward, and the most at any time.
     """
     student = networks.parameters(STUDENT)
     for parameter in student:
         parameter.grad = torch.empty_like(parameter) if has_gradients else None
     with fused_attention(), LivePeak(*networks.modules) as live:
-        with stand_in_autocast(dtype, device_type):
+        with meta_autocast(dtype, device_type):
             x0 = networks.predict(STUDENT, *inputs)
-        kept = live.now
+        saved = live.now
         networks.backward(STUDENT, x0, torch.empty_like(x0))
     for parameter in student:
         parameter.grad = None
-    return kept, live.peak
-
-
-@torch.no_grad()
-def teacher_peak(networks: Networks, inputs: tuple) -> int:
-    """Bytes that one call of the teacher, guided if it is, needs without gradients."""
-    with fused_attention(), LivePeak(*networks.modules) as live:
-        networks.predict(TEACHER, *inputs)
-    return live.peak
+    return saved, live.peak
