@@ -67,13 +67,13 @@ def test_a_single_missing_tensor_is_enough(part: str, teacher: Path) -> None:
 def test_a_tensor_of_another_shape_is_refused(part: str, teacher: Path) -> None:
     name = sorted(load_file(weights_of(teacher, part)))[2]
     change(teacher, part, lambda tensors: tensors.update({name: torch.zeros(3, 5)}))
-    assert f"its {part} has other shapes than its config.json says, of {name};" in refusal(teacher)
+    assert f"its {part} has shapes that differ from its config.json, in {name};" in refusal(teacher)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_tensors_that_the_network_does_not_have_are_refused(part: str, teacher: Path) -> None:
     change(teacher, part, lambda tensors: tensors.update({"control.weight": torch.zeros(2)}))
-    assert f"its {part} has tensors that its config.json does not know, control.weight;" in refusal(teacher)
+    assert f"its {part} has tensors that its config.json does not have, control.weight;" in refusal(teacher)
 
 
 def test_a_head_that_the_text_encoder_does_not_need_is_taken(teacher: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_variant_that_is_not_there_names_those_that_are(teacher: Path) -> None
 def test_pickled_weights_are_refused_also_before_a_run_is_tried(
     teacher: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
-    said = r"has pickled weights only \(\w+/\w+\.bin\), which may run code and are refused; save it anew"
+    said = r"has only pickled weights \(\w+/\w+\.bin\), which can run code and are refused; if you trust them"
     with pytest.raises(ValueError, match=said):
         load_teacher(str(as_pickles(teacher)), torch.float32)
     with pytest.raises(ValueError, match=said):

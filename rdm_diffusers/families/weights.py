@@ -1,4 +1,4 @@
-"""Whether a pipeline's weights are there, readable, and all of them, before anything is loaded."""
+"""Checks that a pipeline's weights are complete and readable, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 SAFE, PICKLED = ".safetensors", (".bin", ".ckpt", ".pt", ".pth")
 # diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.safetensors
 VARIANT = re.compile(r"^[^.]+\.(?P<variant>[^.]+?)(-\d{5}-of-\d{5})?\.safetensors$")
-NAMED = 3  # how many tensors an error names
+NAMED = 3  # tensors in an error message
 
 
 def networks_of(config: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
@@ -40,19 +40,18 @@ def check_files(
         name: its folder or Hub id.
         components: the folders that hold networks.
         files: all files, by their paths in it.
-        variant: as in diffusers; a component without it is loaded without.
-        complete: whether weights that are not there at all are refused, too.
+        variant: as in diffusers; components without it are loaded from their plain files.
+        complete: whether to refuse components without any weights, too.
 
     Raises:
-        ValueError: naming the component and the way out.
+        ValueError: naming the component and what to do.
     """
-    found = {component: _variants(component, files) for component in components}
-    there = sorted({each for variants in found.values() for each in variants if each})
-    if variant is not None and there != [] and variant not in there:
-        raise ValueError(f"The {what} {name} has no files of the variant {variant}; it has {', '.join(there)}.")
-    for component, variants in found.items():
-        inside = [file for file in files if file.startswith(component + "/")]
-        pickles = [file for file in inside if file.endswith(PICKLED)]
+    variants_of = {component: _variants(component, files) for component in components}
+    available = sorted({each for variants in variants_of.values() for each in variants if each})
+    if variant is not None and available and variant not in available:
+        raise ValueError(f"The {what} {name} has no files of the variant {variant}; it has {', '.join(available)}.")
+    for component, variants in variants_of.items():
+        pickles = [file for file in files if file.startswith(component + "/") and file.endswith(PICKLED)]
         if {variant, None} & variants:
             continue
         if variants:
@@ -63,15 +62,15 @@ def check_files(
             )
         if pickles:
             raise ValueError(
-                f"The {what} {name} has pickled weights only ({pickles[0]}), which may run code and are refused; save "
-                f"it anew where you trust it: DiffusionPipeline.from_pretrained({name!r}).save_pretrained('safe')."
+                f"The {what} {name} has only pickled weights ({pickles[0]}), which can run code and are refused; if "
+                f"you trust them, convert them: DiffusionPipeline.from_pretrained({name!r}).save_pretrained('safe')."
             )
         if complete:
             raise ValueError(f"The {what} {name} has no weights of its {component}; save or download it again.")
 
 
 def _variants(component: str, files: Collection[str]) -> set[str | None]:
-    """The variants in which a component's safetensors are there; None is the plain one."""
+    """The variants of a component's safetensors; None is the plain one."""
     names = [file.removeprefix(component + "/") for file in files if file.startswith(component + "/")]
     safe = [name for name in names if name.endswith(SAFE) and "/" not in name]
     matches = [VARIANT.match(name) for name in safe]
@@ -81,9 +80,9 @@ def _variants(component: str, files: Collection[str]) -> set[str | None]:
 def check_weights(
     what: str, name: str, config: Mapping[str, Any], folder: Path, variant: str | None, without: Collection[str] = ()
 ) -> None:
-    """Refuses a pipeline in a folder of which a network's weights are missing, damaged or of another network.
+    """Refuses a folder's pipeline if weights are missing, damaged or of another network.
 
-    Libraries load random numbers for what is missing. Nothing is loaded here; the files' headers are read.
+    Libraries fill missing weights with random numbers. Nothing is loaded here; only the files' headers are read.
 
     Args:
         what, name: as in `check_files`.
@@ -122,19 +121,19 @@ def refuse(whose: str, part: str, problem: str | None) -> None:
 
 @lru_cache(maxsize=64)
 def _problem(kind: Any, folder: Path, variant: str | None, stamps: tuple) -> str | None:
-    """What is wrong with a network's files, which are known by their sizes and times; None if nothing is."""
+    """What is wrong with a network's files, cached by their sizes and times; None if nothing is."""
     options = {"variant": variant, "use_safetensors": True, "device_map": {"": "meta"}}
     try:
         with quiet():
-            _, said = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            _, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
         absent = _absent_from_shards(folder, variant)
-    except Exception as error:  # whatever a library raises of damaged files
+    except Exception as error:  # libraries raise anything for damaged files
         return f"is damaged ({(str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')})"
-    return f"lacks {_listed(absent)}" if absent else problem_in(kind, said)
+    return f"lacks {_listed(absent)}" if absent else problem_in(kind, info)
 
 
 def _absent_from_shards(folder: Path, variant: str | None) -> set[str]:
-    """The tensors that a sharded network's index names and its shards lack; diffusers believes the index."""
+    """Tensors in a sharded network's index that its shards lack; diffusers trusts the index."""
     absent: set[str] = set()
     for index in folder.glob(f"*{SAFE}.index.{variant}.json" if variant else f"*{SAFE}.index.json"):
         places = json.loads(index.read_text())["weight_map"]
@@ -144,19 +143,19 @@ def _absent_from_shards(folder: Path, variant: str | None) -> set[str]:
     return absent
 
 
-def problem_in(kind: type[nn.Module], said: Mapping[str, Any]) -> str | None:
-    """What the loading info of `from_pretrained` says is wrong with a network's weights; None if nothing is."""
-    if said["missing_keys"]:
-        return f"lacks {_listed(said['missing_keys'])}"
-    if said["mismatched_keys"]:
-        return f"has other shapes than its config.json says, of {_listed(key[0] for key in said['mismatched_keys'])}"
-    if said["unexpected_keys"] and issubclass(kind, ModelMixin):  # language models may have heads that nobody needs
-        return f"has tensors that its config.json does not know, {_listed(said['unexpected_keys'])}"
+def problem_in(kind: type[nn.Module], info: Mapping[str, Any]) -> str | None:
+    """What is wrong with a network's weights by the loading info of `from_pretrained`; None if nothing is."""
+    if info["missing_keys"]:
+        return f"lacks {_listed(info['missing_keys'])}"
+    if info["mismatched_keys"]:
+        return f"has shapes that differ from its config.json, in {_listed(key[0] for key in info['mismatched_keys'])}"
+    if info["unexpected_keys"] and issubclass(kind, ModelMixin):  # text encoders may come with unused heads
+        return f"has tensors that its config.json does not have, {_listed(info['unexpected_keys'])}"
     return None
 
 
 def _listed(names: Any) -> str:
-    """The first few names, and how many others there are."""
+    """The first few names, and the number of others."""
     ordered = sorted(names)
     others = f" and {len(ordered) - NAMED} others" if len(ordered) > NAMED else ""
     return ", ".join(ordered[:NAMED]) + others
@@ -164,7 +163,7 @@ def _listed(names: Any) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, diffusers and transformers report errors only, and no progress."""
+    """Limits diffusers and transformers to reporting errors, without progress bars."""
     levels = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
     bars = transformers.utils.logging.is_progress_bar_enabled()
     try:

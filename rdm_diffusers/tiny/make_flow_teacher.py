@@ -7,7 +7,6 @@ shipped classifier.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -18,19 +17,19 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_TEACHER, TINY_TEACHERS
 from .captions import DRAWINGS
 from .classifier import load_classifier
-from .make_teacher import SEED, draw_batch, encode_pool, minimise, text_config, tokenize
+from .make_teacher import SEED, draw_batch, encode_pool, parse_steps, text_config, tokenize, train_denoiser
 from .reference import write_reference
 from .tokenizer import make_tokenizer
 
 TEXT_DIMS = (64, 32)
-# Zeros in the place of the third encoder's tokens, which stock pipelines append where there is none.
+# Zeros instead of the third encoder's tokens, which stock pipelines append if there is none.
 T5_TOKENS = MAX_SEQUENCE_LENGTHS[TINY_FLOW_NAME]
 
 TRANSFORMER = dict(
@@ -70,14 +69,12 @@ class Denoiser(nn.Module):
         return self.transformer(x_t, embeds, pooled, sigma * 1000, return_dict=False)[0]
 
 
-def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int) -> Denoiser:
+def make_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int) -> Denoiser:
     """Trains with the rectified-flow loss at logit-normal times (SD3, arXiv 2403.03206); the moving average."""
     generator = torch.Generator().manual_seed(SEED + 3)
     denoiser = Denoiser(tokenizer)
     latents, drawings = encode_pool(vae, generator)
     tokens = tokenize(tokenizer, [drawing.caption for drawing in DRAWINGS] + [""])
-    parameters = list(denoiser.parameters())
-    ema = EMAModel(parameters, decay=0.9995)
 
     def loss_of(step: int) -> Tensor:
         x0, captions, noise = draw_batch(latents, drawings, generator)
@@ -86,9 +83,7 @@ def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int) -> 
         noisy = (1 - scale) * x0 + scale * noise
         return F.mse_loss(denoiser(noisy, sigma, tokens[captions]), noise - x0)
 
-    for _ in minimise(loss_of, parameters, steps, 1.5e-3, "denoiser"):
-        ema.step(parameters)
-    ema.copy_to(parameters)
+    train_denoiser(loss_of, list(denoiser.parameters()), steps, 1.5e-3, 0.9995)
     return denoiser
 
 
@@ -98,7 +93,7 @@ def make_pipeline(steps: int) -> StableDiffusion3Pipeline:
     vae = AutoencoderKL.from_pretrained(Path(TINY_TEACHER) / "vae")
     vae.register_to_config(_name_or_path="vae", shift_factor=0.0)  # not this machine's path
     tokenizer = make_tokenizer()
-    denoiser = train_denoiser(vae, tokenizer, steps)
+    denoiser = make_denoiser(vae, tokenizer, steps)
     return StableDiffusion3Pipeline(
         transformer=denoiser.transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae,
         text_encoder=denoiser.text_encoders[0], tokenizer=tokenizer,
@@ -108,14 +103,11 @@ def make_pipeline(steps: int) -> StableDiffusion3Pipeline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to build in; a finished teacher is kept")
-    parser.add_argument("--denoiser_steps", type=int, default=14_000)
-    args = parser.parse_args()
-    teacher = args.output_dir / Path(TINY_TEACHERS[TINY_FLOW_NAME]).name
+    folder, steps = parse_steps(__doc__, denoiser=14_000)
+    teacher = folder / Path(TINY_TEACHERS[TINY_FLOW_NAME]).name
     if not (teacher / "model_index.json").exists():
-        make_pipeline(args.denoiser_steps).save_pretrained(teacher)
-    write_reference(args.output_dir, TINY_FLOW_NAME, load_classifier())
+        make_pipeline(steps["denoiser"]).save_pretrained(teacher)
+    write_reference(folder, TINY_FLOW_NAME, load_classifier())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Rebuilds the embedded tiny teacher from nothing: `python -m rdm_diffusers.tiny.make_teacher --output_dir teacher`.
 
-Four stages, each seeded and each leaving its result in the output folder, so that an interrupted build goes on where
+Four stages, each seeded and each leaving its result in the output folder, so that an interrupted build resumes where
 it stopped: the classifier, the autoencoder, the text encoder with the U-Net, and the reference statistics.
 """
 
@@ -49,6 +49,14 @@ def minimise(loss_of: Callable[[int], Tensor], parameters: list, steps: int, lr:
         if step % 500 == 0 or step == steps - 1:
             print(f"{name} {step + 1}/{steps} loss {running:.4f} {time.time() - started:.0f} s", flush=True)
         yield step
+
+
+def train_denoiser(loss_of: Callable[[int], Tensor], parameters: list, steps: int, lr: float, decay: float) -> None:
+    """As `minimise`, and leaves the parameters' moving average in them."""
+    ema = EMAModel(parameters, decay=decay)
+    for _ in minimise(loss_of, parameters, steps, lr, "denoiser"):
+        ema.step(parameters)
+    ema.copy_to(parameters)
 
 
 def roughen(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -124,10 +132,8 @@ def make_denoiser(
     generator = torch.Generator().manual_seed(SEED + 2)
     text_encoder, unet = CLIPTextModel(text_config(tokenizer)), UNet2DConditionModel(**UNET)
     latents, drawings = encode_pool(vae, generator)
-    tokens = tokenize(tokenizer, [DRAWINGS[i].caption for i in range(len(DRAWINGS))] + [""])
+    tokens = tokenize(tokenizer, [drawing.caption for drawing in DRAWINGS] + [""])
     schedule = noise_scheduler()
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
-    ema = EMAModel(parameters, decay=0.9995)
 
     def loss_of(step: int) -> Tensor:
         x0, captions, noise = draw_batch(latents, drawings, generator)
@@ -136,9 +142,7 @@ def make_denoiser(
         text = text_encoder(tokens[captions])[0]
         return F.mse_loss(unet(noisy, timesteps, text).sample, noise)
 
-    for _ in minimise(loss_of, parameters, steps, 1e-3, "denoiser"):
-        ema.step(parameters)
-    ema.copy_to(parameters)
+    train_denoiser(loss_of, [*unet.parameters(), *text_encoder.parameters()], steps, 1e-3, 0.9995)
     return unet, text_encoder
 
 
@@ -232,15 +236,18 @@ def make_teacher(folder: Path, steps: dict[str, int]) -> None:
     write_reference(folder, TINY_NAME, load_classifier(folder))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_steps(description: str | None, **defaults: int) -> tuple[Path, dict[str, int]]:
+    """The output folder and the steps of each stage, from a command line with `--output_dir` and `--STAGE_steps`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to build in; finished stages are kept")
-    parser.add_argument("--classifier_steps", type=int, default=3000)
-    parser.add_argument("--autoencoder_steps", type=int, default=2500)
-    parser.add_argument("--denoiser_steps", type=int, default=18_000)
+    for stage, steps in defaults.items():
+        parser.add_argument(f"--{stage}_steps", type=int, default=steps)
     args = parser.parse_args()
-    stages = ("classifier", "autoencoder", "denoiser")
-    make_teacher(args.output_dir, {stage: getattr(args, f"{stage}_steps") for stage in stages})
+    return args.output_dir, {stage: getattr(args, f"{stage}_steps") for stage in defaults}
+
+
+def main() -> None:
+    make_teacher(*parse_steps(__doc__, classifier=3000, autoencoder=2500, denoiser=18_000))
 
 
 if __name__ == "__main__":
