@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from parts_configs import write_configs
 
+from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.training.memory_plan import GIB, MemoryPlan, plan_memory
 
@@ -94,7 +95,7 @@ def folder(teacher: str) -> Path:
     return write_configs(teacher, Path(tempfile.mkdtemp(prefix="rdm-recipes-")) / "teacher")
 
 
-def arguments(command: str) -> argparse.Namespace:
+def arguments(command: str) -> RunConfig:
     """A recipe's arguments, checked; the teacher is a folder instead of its name on the Hub."""
     accelerate, launch, script, *words = shlex.split(command)
     if (accelerate, launch) != ("accelerate", "launch"):

@@ -105,7 +105,7 @@ def test_no_two_updates_or_processes_share_a_group(argv) -> None:
 
 
 def test_every_prompt_is_used_once_an_epoch_in_a_new_order(argv) -> None:
-    prompts = make_run(argv()).run.prompts
+    prompts = make_run(argv()).distillation.prompts
     epochs = [[prompts.index(epoch * 5 + i) for i in range(5)] for epoch in range(4)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1

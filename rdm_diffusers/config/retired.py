@@ -13,7 +13,7 @@ JAMES_STEIN = "james_stein"  # a value of gndm_lambda
 
 
 class RetiredError(ValueError):
-    """A run was made with an option that this release does not have; the message names it and the release that has it."""
+    """A run was made with an option that this release does not have; the message says which one has it."""
 
 
 def retirement(flag: str) -> str:
