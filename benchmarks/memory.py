@@ -28,11 +28,10 @@ import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
-from peft.tuners.lora import LoraLayer
 from runs import ROOT, write_result
 from step_cost import Run, command_line, cost, make_run, save_teacher, software
 
-from rdm_diffusers.adapters import compute_in_input_dtype
+from rdm_diffusers.adapters import add_adapters
 from rdm_diffusers.families import Teacher, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SeparateNetworks, SharedBase
 from rdm_diffusers.training.arguments import parse_args
@@ -272,12 +271,8 @@ def make_three_copies(
     denoisers = {role: load_denoiser(*source).eval().requires_grad_(False) for role in (STUDENT, FAKE_SCORE)}
     for denoiser in denoisers.values():
         prepare_denoiser(denoiser, args)
-        denoiser.add_adapter(lora_config(teacher.family, args))
-        in_float32(denoiser)
-        for layer in denoiser.modules():
-            if isinstance(layer, LoraLayer):
-                compute_in_input_dtype(layer)
-    networks = SeparateNetworks({**denoisers, TEACHER: teacher.denoiser}, *known(teacher, texts, args, accelerator))
+        add_adapters(denoiser, lora_config(teacher.family, args), ["default"])
+    networks = SeparateNetworks({**denoisers, TEACHER: teacher.denoiser}, **common(teacher, texts, args, accelerator))
     place(networks, accelerator)
     return networks
 
@@ -285,28 +280,27 @@ def make_three_copies(
 class FullFakeScore(SharedBase):
     """A student's LoRA on the teacher's base, and a fake score that is a network of its own."""
 
-    def __init__(self, fake_score, *others):
-        super().__init__(*others)
-        self.denoiser.delete_adapters("fake_score")
+    autocast_roles = (FAKE_SCORE,)
+
+    def __init__(self, fake_score, *args, **kwargs):
         self.fake_score = fake_score
-        self._trainable[FAKE_SCORE] = list(fake_score.parameters())
+        super().__init__(*args, **kwargs)
+        self.denoiser.delete_adapters("fake_score")
 
     @property
     def modules(self) -> list:
         return [self.denoiser, self.fake_score]
 
-    def place(self, put) -> None:
-        put(self.fake_score)
-        super().place(put)
+    def place(self, move) -> None:
+        move(self.fake_score)
+        super().place(move)
+
+    def _find_trainable(self) -> None:
+        super()._find_trainable()
         self._trainable[FAKE_SCORE] = list(self.fake_score.parameters())
 
-    def _callable(self, role: str):
-        return self.fake_score if role == FAKE_SCORE else super()._callable(role)
-
-    def _output(self, role, x_t, t, conditioning):
-        mixed = role == FAKE_SCORE and conditioning.tensors["prompt_embeds"].dtype != torch.float32
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=mixed):
-            return super()._output(role, x_t, t, conditioning)
+    def _network(self, role: str):
+        return self.fake_score if role == FAKE_SCORE else super()._network(role)
 
 
 def make_full_fake(teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator) -> FullFakeScore:
@@ -315,22 +309,20 @@ def make_full_fake(teacher: Teacher, texts: Texts, args: argparse.Namespace, acc
     for denoiser in (fake_score, teacher.denoiser):
         prepare_denoiser(denoiser, args)
     config = lora_config(teacher.family, args)
-    networks = FullFakeScore(fake_score, teacher.denoiser, config, False, *known(teacher, texts, args, accelerator))
+    dtype = None if args.mixed_precision == "no" else DTYPES[args.mixed_precision]
+    options = common(teacher, texts, args, accelerator)
+    networks = FullFakeScore(fake_score, teacher.denoiser, config, compute_dtype=dtype, **options)
     place(networks, accelerator)
     return networks
 
 
-def known(teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator) -> tuple:
-    """What all `Networks` are told."""
-    nothing = texts.nothing.to(accelerator.device, DTYPES[args.mixed_precision])
-    return teacher.family, teacher.schedule, teacher.prediction_type, nothing, args.guidance_scale
-
-
-def in_float32(denoiser: torch.nn.Module) -> None:
-    """Trained weights are float32 whatever the base is."""
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+def common(teacher: Teacher, texts: Texts, args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """What all kinds of `Networks` take."""
+    return dict(
+        family=teacher.family, schedule=teacher.schedule, prediction_type=teacher.prediction_type,
+        null_conditioning=texts.nothing.to(accelerator.device, DTYPES[args.mixed_precision]),
+        guidance_scale=args.guidance_scale,
+    )  # fmt: skip
 
 
 LAYOUTS = {"shared": make_lora_networks, "three_copies": make_three_copies, "full_fake": make_full_fake}
