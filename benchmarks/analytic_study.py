@@ -46,11 +46,13 @@ from torch import Tensor, nn
 from rdm_diffusers.distillation import (
     GNDM,
     Draws,
+    collect_samples,
+    draw_samples,
     estimate_reward,
-    executed_samples,
     fake_score_direction,
     renoising_times,
     rollout,
+    trained_places,
 )
 from rdm_diffusers.families import Conditioning
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
@@ -166,7 +168,12 @@ def make_problem(settings: Settings, tensors: dict[str, Tensor], seed: int) -> P
     }
     null = Conditioning({"prompt_embeds": torch.zeros(1, CLASSES)})
     networks = SeparateNetworks(
-        denoisers, StableDiffusionFamily(), schedule, settings.prediction_type, null, settings.guidance_scale
+        denoisers,
+        family=StableDiffusionFamily(),
+        schedule=schedule,
+        prediction_type=settings.prediction_type,
+        null_conditioning=null,
+        guidance_scale=settings.guidance_scale,
     )
     return Problem(settings, mixture, networks, scheduler)
 
@@ -204,7 +211,10 @@ def distil(problem: Problem, seed: int) -> None:
     """
     it, networks = problem.settings, problem.networks
     draws, groups = Draws(seed, group_size=it.batch), it.batch // it.group_size
-    objective = GNDM(it.group_size, it.gndm_lambda, it.normalization, it.bias_estimator)
+    objective = GNDM(
+        group_size=it.group_size, gndm_lambda=it.gndm_lambda, advantage_normalization=it.normalization,
+        bias_estimator=it.bias_estimator,
+    )  # fmt: skip
     rates = {STUDENT: it.learning_rate, FAKE_SCORE: it.fake_learning_rate}
     optimizers = {role: torch.optim.Adam(networks.parameters(role), rate, fused=True) for role, rate in rates.items()}
     average = EMAModel(networks.parameters(STUDENT), decay=it.ema_decay)
@@ -217,10 +227,9 @@ def distil(problem: Problem, seed: int) -> None:
         choice = draws.generator("classes and steps", update)
         labels, steps = (torch.randint(count, (groups,), generator=choice) for count in (CLASSES, it.num_steps))
         classes = one_hot(labels.repeat_interleave(it.group_size))
-        noise = [draws.normal(f"rollout/{k}", [update], SHAPE) for k in range(it.num_steps + 1)]
-        trajectory = rollout(partial(networks.predict, STUDENT), problem.scheduler, noise, classes)
-        executed = (steps.repeat_interleave(it.group_size), torch.arange(it.batch))
-        samples = executed_samples(trajectory, executed, classes)
+        noise = (draws.normal(f"rollout/{k}", [update], SHAPE) for k in range(it.num_steps))
+        states = rollout(partial(networks.predict, STUDENT), problem.scheduler, noise, classes)
+        samples = collect_samples(states, trained_places([[k] for k in steps.tolist()], it.group_size), classes)
         tau = renoising_times(draws.uniform("tau", [update]), networks.schedule)
         estimate = estimate_reward(networks, samples, tau, draws.normal("tau noise", [update], SHAPE))
         x0 = networks.predict(STUDENT, samples.x_t, samples.t, samples.conditioning)
@@ -237,13 +246,14 @@ def distil(problem: Problem, seed: int) -> None:
 
 @torch.no_grad()
 def draw(problem: Problem, role: str, scheduler: RdmScheduler, seed: int) -> Tensor:
-    """The role's points `[classes, points, D]`, a class at a time, because a trajectory keeps all its states."""
+    """The role's points `[classes, points, D]`, a class at a time."""
     generator, count = torch.Generator().manual_seed(seed), problem.settings.points
     predict, parts = partial(problem.networks.predict, role), []
     for label in range(CLASSES):
+        # One noise more than is needed, as when the results were measured: the next class's come after it.
         noise = [torch.randn(count, *SHAPE, generator=generator) for _ in range(len(scheduler.timesteps) + 1)]
-        trajectory = rollout(predict, scheduler, noise, one_hot(torch.full((count,), label)), micro_batch_size=1000)
-        parts.append(trajectory.next[-1].flatten(1))
+        points = draw_samples(predict, scheduler, noise, one_hot(torch.full((count,), label)), micro_batch_size=1000)
+        parts.append(points.flatten(1))
     return torch.stack(parts)
 
 

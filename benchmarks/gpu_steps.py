@@ -13,13 +13,12 @@ from diffusers.training_utils import free_memory
 from flops import FlopsByDtype
 from memory import GIB, LAYOUTS, PHASES
 from step_cost import Run, command_line, cost, make_run, save_teacher
-from throughput import floor
+from throughput import collect_whole, floor
 
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.training.assembly import networks_of_run
 from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.progress import peak_memory
-from rdm_diffusers.training.updates import collect
 
 REPEATS = 3
 COMMON: dict[str, Any] = dict(
@@ -106,7 +105,7 @@ def bare_calls(run: Run) -> dict[str, Any]:
     """Seconds of the network calls alone that an update needs, as the median of a few."""
     parts: dict[str, list[float]] = {}
     for number in range(1, REPEATS + 1):
-        for name, calls in floor(run, collect(run.distillation, number)).items():
+        for name, calls in floor(run, collect_whole(run, number)).items():
             parts.setdefault(name, []).append(cost(lambda calls=calls: list(calls)).wall)
     by_part = {name: median(seconds) for name, seconds in parts.items()}
     return {"bare_calls_seconds": sum(by_part.values()), "bare_calls_by_part": by_part}

@@ -28,11 +28,10 @@ import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
-from peft.tuners.lora import LoraLayer
 from runs import ROOT, write_result
 from step_cost import Run, command_line, cost, make_run, save_teacher, software
 
-from rdm_diffusers.adapters import compute_in_input_dtype
+from rdm_diffusers.adapters import add_adapters
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import Conditioning, Teacher, load_denoiser
@@ -272,12 +271,10 @@ def make_three_copies(
     denoisers = {role: load_denoiser(*source).eval().requires_grad_(False) for role in (STUDENT, FAKE_SCORE)}
     for denoiser in denoisers.values():
         prepare_denoiser(denoiser, config.memory)
-        denoiser.add_adapter(lora_config(teacher.family, config.student))
-        in_float32(denoiser)
-        for layer in denoiser.modules():
-            if isinstance(layer, LoraLayer):
-                compute_in_input_dtype(layer)
-    networks = SeparateNetworks({**denoisers, TEACHER: teacher.denoiser}, *known(config, teacher, nothing, accelerator))
+        add_adapters(denoiser, lora_config(teacher.family, config.student), ["default"])
+    networks = SeparateNetworks(
+        {**denoisers, TEACHER: teacher.denoiser}, **common(config, teacher, nothing, accelerator)
+    )
     place(networks, accelerator)
     return networks
 
@@ -285,28 +282,27 @@ def make_three_copies(
 class FullFakeScore(SharedBase):
     """A student's LoRA on the teacher's base, and a fake score that is a network of its own."""
 
-    def __init__(self, fake_score, *others):
-        super().__init__(*others)
-        self.denoiser.delete_adapters("fake_score")
+    autocast_roles = (FAKE_SCORE,)
+
+    def __init__(self, fake_score, *args, **kwargs):
         self.fake_score = fake_score
-        self._trainable[FAKE_SCORE] = list(fake_score.parameters())
+        super().__init__(*args, **kwargs)
+        self.denoiser.delete_adapters("fake_score")
 
     @property
     def modules(self) -> list:
         return [self.denoiser, self.fake_score]
 
-    def place(self, put) -> None:
-        put(self.fake_score)
-        super().place(put)
+    def place(self, move) -> None:
+        move(self.fake_score)
+        super().place(move)
+
+    def _find_trainable(self) -> None:
+        super()._find_trainable()
         self._trainable[FAKE_SCORE] = list(self.fake_score.parameters())
 
-    def _callable(self, role: str):
-        return self.fake_score if role == FAKE_SCORE else super()._callable(role)
-
-    def _output(self, role, x_t, t, conditioning):
-        mixed = role == FAKE_SCORE and conditioning.tensors["prompt_embeds"].dtype != torch.float32
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=mixed):
-            return super()._output(role, x_t, t, conditioning)
+    def _network(self, role: str):
+        return self.fake_score if role == FAKE_SCORE else super()._network(role)
 
 
 def make_full_fake(
@@ -317,24 +313,20 @@ def make_full_fake(
     for denoiser in (fake_score, teacher.denoiser):
         prepare_denoiser(denoiser, config.memory)
     adapters = lora_config(teacher.family, config.student)
-    networks = FullFakeScore(
-        fake_score, teacher.denoiser, adapters, False, *known(config, teacher, nothing, accelerator)
-    )
+    dtype = None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision]
+    options = common(config, teacher, nothing, accelerator)
+    networks = FullFakeScore(fake_score, teacher.denoiser, adapters, compute_dtype=dtype, **options)
     place(networks, accelerator)
     return networks
 
 
-def known(config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator) -> tuple:
-    """What all `Networks` are told."""
-    empty = nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision])
-    return teacher.family, teacher.schedule, teacher.prediction_type, empty, config.method.guidance_scale
-
-
-def in_float32(denoiser: torch.nn.Module) -> None:
-    """Trained weights are float32 whatever the base is."""
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+def common(config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator) -> dict[str, Any]:
+    """What all kinds of `Networks` take."""
+    return dict(
+        family=teacher.family, schedule=teacher.schedule, prediction_type=teacher.prediction_type,
+        null_conditioning=nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision]),
+        guidance_scale=config.method.guidance_scale,
+    )  # fmt: skip
 
 
 LAYOUTS = {"shared": networks_of_run, "three_copies": make_three_copies, "full_fake": make_full_fake}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
-from rdm_diffusers.distillation import rollout
+from rdm_diffusers.distillation import draw_samples
 from rdm_diffusers.evaluation import evaluation_prompts, teacher_sampler
 from rdm_diffusers.evaluation.samplers import solvers_of
 from rdm_diffusers.families import Teacher, load_teacher
@@ -174,9 +174,9 @@ def measure_images(images: Tensor, teacher: str, reference: str) -> dict:
 def draw(run: Distillation, teacher: Teacher, start: int) -> Tensor:
     """The student's pictures of 240 prompts from noises that only `start` decides."""
     generator = torch.Generator().manual_seed(1_000_000 + start)
-    noise = [torch.randn(240, *run.latent_shape, generator=generator) for _ in range(run.num_steps + 1)]
-    trajectory = rollout(run.student, run.scheduler, noise, every_caption(teacher))
-    return teacher.family.decode(teacher.pipeline, trajectory.next[-1])
+    noise = (torch.randn(240, *run.latent_shape, generator=generator) for _ in range(run.num_steps))
+    latents = draw_samples(run.student, run.scheduler, noise, every_caption(teacher))
+    return teacher.family.decode(teacher.pipeline, latents)
 
 
 @lru_cache(maxsize=1)

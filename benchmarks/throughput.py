@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -107,7 +108,7 @@ def tiny_row(args: argparse.Namespace, name: str, repeats: int) -> dict[str, Any
 
 def measure_pair(run: Run, unfolded: Run, bare: nn.Module | None, floor_first: bool) -> dict[str, Any]:
     """The costs of one update and of its floors."""
-    batch = collect(run.distillation, run.state.update)
+    batch = collect_whole(run, run.state.update)
     found: dict[str, Any] = {}
     for part in ("floor", "step") if floor_first else ("step", "floor"):
         if part == "step":
@@ -122,17 +123,22 @@ def measure_pair(run: Run, unfolded: Run, bare: nn.Module | None, floor_first: b
     return found
 
 
+def collect_whole(run: Run, number: int) -> Batch:
+    """A batch together with all the steps of its rollout, as importance weights need them."""
+    return collect(replace(run.distillation, importance_weighting="clipped"), number)
+
+
 def floor(run: Run, batch: Batch, bare: nn.Module | None = None) -> dict[str, Iterator[None]]:
     """The network calls that an update needs, by what they are for; nothing is computed before they are walked.
 
     Args:
         run: whose networks are called, with the adapters unfolded.
-        batch: the samples.
+        batch: the samples, with their rollout.
         bare: a network that is called for every role instead; its backward goes to its input.
     """
     size, updates = run.config.optimisation.train_batch_size, run.config.method.fake_updates_per_step
-    steps = zip(batch.trajectory.x_t, batch.trajectory.t, strict=True)
-    states = [(x_t, t.expand(len(x_t)), batch.conditioning) for x_t, t in steps]
+    rollout = batch.rollout
+    states = [(step.x_t, step.t.expand(len(step.x_t)), rollout.conditioning) for step in rollout.steps]
     samples = [(s.x_t, s.t, s.conditioning) for s in (batch.samples[p] for p in batch.samples.micro_batches(size))]
     guided = [twice(run, inputs) for inputs in samples] if run.networks.guidance_scale != 1 else samples
     plan = {

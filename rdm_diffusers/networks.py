@@ -125,7 +125,7 @@ class Networks(ABC):
 
     def _autocast(self, role: str) -> AbstractContextManager[Any]:
         off = self.compute_dtype is None or role not in self.autocast_roles
-        device = "meta" if off else self.parameters(role)[0].device.type  # meta has no autocast
+        device = "meta" if off else next(self.modules[0].parameters()).device.type  # meta has no autocast
         return nullcontext() if device == "meta" else torch.autocast(device, self.compute_dtype)
 
     @abstractmethod

@@ -7,12 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import make_conditioning, make_run, make_shared, randomise_adapters, relative_error, run_arguments
+from diffusers import UNet2DConditionModel
+from parts import (
+    TEXT_DIM,
+    make_conditioning,
+    make_run,
+    make_shared,
+    make_unet,
+    randomise_adapters,
+    relative_error,
+    run_arguments,
+)
 from parts_float64 import ROUNDING
+from peft import LoraConfig
 from torch import Tensor, nn
 
+from rdm_diffusers.families import Conditioning
+from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.networks import ADAPTERS, FAKE_SCORE, ROLES, STUDENT, TEACHER, SeparateNetworks, SharedBase
-from rdm_diffusers.prediction import to_x0
+from rdm_diffusers.prediction import NoiseSchedule, to_x0
 from rdm_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
 from rdm_diffusers.training.validation import averaged_student, sample_student
 
@@ -53,6 +66,36 @@ def train_a_little(networks: SharedBase, role: str, lr: float = 1e-2, steps: int
         networks.backward(role, x0, x0.detach() / x0.numel())
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_acting_as_a_role_turns_autocast_on_for_trained_full_networks_alone(role: str) -> None:
+    shared = make_shared()
+    separate = separate_copies(shared)
+    for networks in (shared, separate):
+        with networks.acting_as(role):
+            assert not torch.is_autocast_enabled("cpu")  # without a compute dtype
+        networks.compute_dtype = torch.bfloat16
+        with networks.acting_as(role):
+            assert torch.is_autocast_enabled("cpu") is (networks is separate and role != TEACHER)
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_networks_on_the_meta_device_are_made_and_called_as_any() -> None:
+    with torch.device("meta"):
+        student, teacher, base = (UNet2DConditionModel.from_config(make_unet().config) for _ in range(3))
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights="gaussian")
+    common = dict(
+        family=StableDiffusionFamily(), schedule=NoiseSchedule(None), prediction_type="flow_prediction",
+        null_conditioning=make_conditioning(1), guidance_scale=1.0, compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    conditioning = Conditioning({"prompt_embeds": torch.empty(4, 5, TEXT_DIM, device="meta")})
+    separate = SeparateNetworks({STUDENT: student, FAKE_SCORE: student, TEACHER: teacher}, **common)
+    for networks in (separate, SharedBase(base, config, **common)):
+        assert all(parameter.is_meta for parameter in networks.parameters(STUDENT))
+        x0 = networks.predict(STUDENT, noisy().to("meta"), T.to("meta"), conditioning)
+        networks.backward(STUDENT, x0, x0.detach())
+        assert x0.is_meta and x0.shape == (4, 4, 8, 8)
 
 
 @pytest.mark.parametrize("role", ROLES)
