@@ -1,4 +1,4 @@
-"""LoRA layers whose weights stay float32 and which compute in the dtype of their input.
+"""LoRA adapters whose weights stay float32 and which compute in the dtype of their input.
 
 peft computes an adapter in the dtype of its weights: beside a bf16 base, float32 adapters mean float32 matrix products,
 at a sixteenth of the speed of bf16 ones, and float32 copies of every activation that an adapter reads.

@@ -1,12 +1,13 @@
-"""Noise schedules, and the conversions between a denoiser's output and x0. Every other room speaks x0.
+"""Noise schedules, and the conversions between a denoiser's output and x0. All other code uses x0.
 
 A noisy sample is `x_t = alpha(t) x0 + sigma(t) eps`. Times are in the units of the teacher's timesteps, that is in
-`[0, num_train_timesteps)`; a variance-preserving schedule knows the whole numbers only, a flow schedule all of them.
+`[0, num_train_timesteps)`: whole numbers for a variance-preserving schedule, any for a flow schedule.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class NoiseSchedule:
     num_train_timesteps: int = 1000
 
     @classmethod
-    def from_scheduler(cls, scheduler) -> NoiseSchedule:
+    def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
         """The schedule behind any diffusers scheduler: its `alphas_cumprod` if it has them, else flow."""
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         return cls(alphas_cumprod, scheduler.config.num_train_timesteps)
@@ -69,7 +70,7 @@ class NoiseSchedule:
 
 
 def to_x0(prediction_type: str, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The x0 that a denoiser's output means, in float32. Gradients flow to `output` and `x_t`.
+    """A denoiser's output as x0, in float32. Gradients flow to `output` and `x_t`.
 
     Args:
         prediction_type: one of `PREDICTION_TYPES`. `v_prediction` is alpha eps - sigma x0 (Salimans and Ho 2022);
@@ -94,7 +95,7 @@ def to_x0(prediction_type: str, output: Tensor, x_t: Tensor, alpha: Tensor, sigm
 
 
 def from_x0(prediction_type: str, x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The denoiser output that means `x0`: the inverse of `to_x0`, with the same arguments and errors.
+    """`x0` as a denoiser's output: the inverse of `to_x0`, with the same arguments and errors.
 
     At sigma = 0 only `sample` is defined.
     """

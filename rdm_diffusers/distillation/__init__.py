@@ -7,7 +7,7 @@ from .draws import Draws
 from .importance import IMPORTANCE_WEIGHTINGS, importance_health, importance_weights, log_ratios, revisit
 from .objectives import DMD, GNDM, Advantage, fake_score_direction
 from .reward_gradients import Decode, RewardGradient, differentiable_gradients, reward_values
-from .rollout import Samples, Step, collect_samples, draw_samples, rollout, trained_places
+from .rollout import Place, Samples, Step, collect_samples, draw_samples, rollout, trained_places
 from .statistics import RunningMeans
 from .tilting import standardised_advantage, tilted_weight
 
@@ -22,6 +22,7 @@ __all__ = [
     "Advantage",
     "Decode",
     "Draws",
+    "Place",
     "RewardEstimate",
     "RewardGradient",
     "RunningMeans",

@@ -1,4 +1,4 @@
-"""Group statistics: what GNDM measures of the fake score's bias, and what it divides by. Ours, not the paper's.
+"""Group statistics: the fake score's bias, and what GNDM divides by. Ours, not the paper's.
 
 A group's G members lie side by side along the batch.
 """
@@ -38,7 +38,7 @@ def leave_one_out_mean(values: Tensor, group_size: int, states: int = 1) -> Tens
 
 
 def variance_within_groups(estimate: RewardEstimate, group_size: int, statistics: RunningMeans) -> Tensor:
-    """v, by how much the student's samples of one prompt and step differ: unbiased, over the last updates, a scalar."""
+    """v, the variance of the student's samples of one prompt and step: unbiased, over the last updates, a scalar."""
     deviations = (estimate.x0 - leave_one_out_mean(estimate.x0, group_size)).square().flatten(1).mean(1)
     count = torch.tensor(float(len(deviations)), device=deviations.device)
     mean = statistics.update("variance_within_groups", deviations.sum(), count, VARIANCE_DECAY)
@@ -46,13 +46,13 @@ def variance_within_groups(estimate: RewardEstimate, group_size: int, statistics
 
 
 def bias_unit(estimate: RewardEstimate, estimator: str, variance: float | Tensor = 1.0) -> Tensor:
-    """How much of one unit of bias shows at each sample's tau `[M]`.
+    """The share of one unit of bias that is seen at each sample's tau `[M]`.
 
     Args:
         estimate: for its scales a, s at tau.
-        estimator: `shift` reads the bias as a shift of the student's mean that the fake score has not seen yet. Of such
-            a shift a denoiser of data of variance v misses the share s^2 / (a^2 v + s^2) that x_tau leaves open.
-            `noise` reads it as an error in noise units, s.
+        estimator: `shift` takes the bias for a shift of the student's mean that the fake score has not learned yet. Of
+            such a shift a denoiser of data of variance v misses the share s^2 / (a^2 v + s^2), which x_tau does not
+            show. `noise` takes it for an error in noise units, s.
         variance: v, of the student's samples of one prompt and step.
 
     Raises:
@@ -72,10 +72,10 @@ def fake_score_bias(
     variance: float | Tensor = 1.0,
     states: int = 1,
 ) -> Tensor:
-    """b, the bias of each sample's fake x0 as the *other* rollouts of its group show it: `[M, C, H, W]`.
+    """b, the bias of each sample's fake x0, measured on the *other* rollouts of its group: `[M, C, H, W]`.
 
     A perfect fake score is the posterior mean of the student's own samples, so its residuals average to zero over a
-    group; what is left is its bias for this prompt, measured at no extra network call. It is 0 for groups of 1. With u
+    group. Their mean is its bias for this prompt, at no extra network call. It is 0 for groups of 1. With u
     the `bias_unit`,
 
         shift: b_i = u_i * sum_j (fake_j - x̂_j) / sum_j u_j      (the least-squares weights for a shift)
@@ -105,7 +105,7 @@ def fake_score_bias(
 
 
 def normalizer(estimate: RewardEstimate, normalization: str, group_size: int) -> Tensor:
-    """What R_dm is divided by, one number a sample `[M]`.
+    """n, which R_dm is divided by, one number a sample `[M]`.
 
     Args:
         estimate: R_dm of M samples.

@@ -39,7 +39,7 @@ class RewardEstimate:
 
     @property
     def reward(self) -> Tensor:
-        """R = teacher x0 - fake x0 `[M, C, H, W]`: where the teacher would rather have the sample (DMD2)."""
+        """R = teacher x0 - fake x0 `[M, C, H, W]`: the direction in which the teacher moves the sample (DMD2)."""
         return self.teacher_x0 - self.fake_x0
 
     @property
@@ -58,7 +58,7 @@ class RewardEstimate:
 
 
 def renoising_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """tau from uniform numbers in [0, 1): uniform over `TAU_RANGE` of the range, whole unless the schedule is flow."""
+    """tau from uniform numbers in [0, 1): uniform over `TAU_RANGE`, whole numbers unless the schedule is flow."""
     low, high = (bound * schedule.num_train_timesteps for bound in TAU_RANGE)
     tau = low + uniform * (high - low)
     return tau if schedule.is_flow else tau.long()

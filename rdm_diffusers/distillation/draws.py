@@ -1,7 +1,6 @@
 """Randomness without hidden state: every draw is keyed by the seed, its purpose and the group that it serves.
 
-So a group's numbers do not depend on the batch, the process or the restart that computes them, and the only state a
-checkpoint needs is how many updates are done.
+So a group's numbers depend on no batch, process or restart, and a checkpoint needs the number of updates alone.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Draws:
     Args:
         seed: the run's seed.
         group_size: G, the number of samples in a group.
-        device: where the numbers are put; they are drawn on the CPU, so that every device gets the same.
+        device: where the numbers go; they are drawn on the CPU, so that every device gets the same.
     """
 
     seed: int

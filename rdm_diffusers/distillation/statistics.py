@@ -1,4 +1,4 @@
-"""Running means that several rooms of the method share; the only state that the method keeps."""
+"""Running means, the only state of the method."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ import torch
 from torch import Tensor
 
 
-def _alone(total: Tensor) -> Tensor:
-    return total
-
-
 @dataclass
 class RunningMeans:
     """Exponential moving averages of sums and of counts by name; a mean is their quotient.
@@ -21,14 +17,14 @@ class RunningMeans:
 
     Args:
         reduce: adds a tensor up over all processes; one process alone by default.
-        state: name -> `[2, *shape]`, sum and count, float64. Belongs into checkpoints.
+        state: name -> `[2, *shape]`, sum and count, float64. Checkpoints hold it.
     """
 
-    reduce: Callable[[Tensor], Tensor] = _alone
+    reduce: Callable[[Tensor], Tensor] = field(default=lambda total: total)
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def update(self, name: str, total: Tensor, count: Tensor, decay: float) -> Tensor:
-        """Takes in an update's sums and counts (of one shape) and returns the means, float32; 0 where nothing counted.
+        """Adds an update's sums and counts (of one shape) and returns the means, float32; 0 where nothing counted.
 
         An update that counts nothing at all leaves the state untouched.
         """

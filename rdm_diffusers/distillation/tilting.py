@@ -1,12 +1,12 @@
-"""Rewards that give numbers alone, as a tilt of the distribution that is matched. Ours, not the paper's.
+"""Rewards without gradients, as a tilt of the distribution that is matched. Ours, not the paper's.
 
 R_dm is zero where teacher and fake score agree. Let the fake score learn the student's samples q with the weights
 e^{-kappa r}: then they agree where q e^{-kappa r} is the teacher's p, that is, where
 
     q = p e^{kappa r} / Z,
 
-the optimum of reinforcement learning under a KL penalty. It takes no gradient of the reward, one evaluation a sample,
-and no further network call; the constant Z of each prompt does not matter to a score.
+the optimum of reinforcement learning under a KL penalty. It needs no gradient of the reward, one evaluation a sample,
+and no extra network call; the constant Z of each prompt does not change a score.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ STD_DECAY, MEAN_DECAY, LIMIT = 0.99, 0.95, 3.0
 def standardised_advantage(name: str, values: Tensor, group_size: int, statistics: RunningMeans) -> Tensor:
     """Each sample's reward above the mean of the others of its group, in standard deviations within groups, `[M]`.
 
-    As the sample itself is not in that mean, what it is measured from does not depend on it.
+    The sample itself is not in that mean, so the baseline does not depend on it.
 
     Args:
         name: the reward's, for its running standard deviation.
-        values: `[M]`; samples whose reward is not finite have no part in anything and get 0, as do groups of 1.
+        values: `[M]`; samples whose reward is not finite are left out and get 0, as do groups of 1.
         group_size: G.
         statistics: updated.
     """
@@ -46,7 +46,7 @@ def standardised_advantage(name: str, values: Tensor, group_size: int, statistic
 def tilted_weight(tilt: Tensor, statistics: RunningMeans) -> Tensor:
     """e^{-tilt} over its running mean: each sample's weight for the fake score, `[M]`, about 1 on average.
 
-    Tilts are bounded to +-3, so that a single sample cannot rule an update.
+    Tilts are bounded to +-3, so that no single sample dominates an update.
     """
     weight = torch.exp(-tilt.clamp(-LIMIT, LIMIT))
     count = torch.tensor(float(len(weight)), device=weight.device)

@@ -1,4 +1,4 @@
-"""Is the run healthy? The numbers that say so, and alarms that say in one sentence what is wrong and what to try."""
+"""A run's health numbers, and alarms that say in one sentence what is wrong and what to try."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def fake_loss_health(losses: Tensor, time: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class Monitor:
-    """Follows a run's health numbers, smoothed, and rings alarms.
+    """Smooths a run's health numbers and rings alarms.
 
     Args:
         teacher_contrast: the standard deviation of the teacher's own latents; None if unknown.
@@ -174,7 +174,7 @@ class Monitor:
     def _invalid(self, name: str) -> tuple[str, bool, str]:
         invalid = self._now(f"reward_invalid/{name}")
         text = (
-            f"The reward {name} is not finite for {invalid:.0%} of the samples: mend the reward; those samples are "
+            f"The reward {name} is not finite for {invalid:.0%} of the samples: fix the reward; those samples are "
             "trained by R_dm alone."
         )
         return f"invalid/{name}", invalid > 0.1, text

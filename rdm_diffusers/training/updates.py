@@ -12,6 +12,7 @@ from torch import Tensor
 from ..distillation import (
     GNDM,
     Draws,
+    Place,
     RunningMeans,
     Samples,
     Step,
@@ -26,7 +27,6 @@ from ..distillation import (
     rollout,
     trained_places,
 )
-from ..distillation.rollout import Place
 from ..families import Conditioning
 from ..networks import FAKE_SCORE, STUDENT, Networks
 from ..prediction import NoiseSchedule, expand, output_weight
@@ -167,7 +167,7 @@ def collect(run: Distillation, number: int) -> Batch:
 @torch.no_grad()
 def reuse(run: Distillation, batch: Batch) -> Batch:
     """The same rollout for another update: its states stay, the student's predictions there are made anew."""
-    if batch.rollout is None:
+    if run.importance_weighting == "none" or batch.rollout is None:
         old = batch.samples
         parts = [old[part] for part in old.micro_batches(run.micro_batch_size)]
         x0 = torch.cat([run.student(part.x_t, part.t, part.conditioning) for part in parts])
