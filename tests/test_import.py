@@ -137,3 +137,17 @@ def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
     names = {alias.name for node in at_the_top if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in at_the_top if isinstance(node, ast.ImportFrom) and not node.level}
     assert not {name.split(".")[0] for name in names} & set(OPTIONAL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_has_over_300_lines_and_no_function_over_60(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert all((node.end_lineno or 0) - node.lineno < 60 for node in functions)
+
+
+def test_a_namespace_stays_with_the_parsing() -> None:
+    parsing = {"parsing.py", "bounds.py", "command_line.py", "arguments.py", "secrecy.py"}
+    found = {path.name for path in FILES if "Namespace" in path.read_text()}
+    assert found <= parsing | {"make_teacher.py", "make_flow_teacher.py", "make_v_teacher.py"}

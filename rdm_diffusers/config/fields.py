@@ -76,7 +76,7 @@ class Setting:
     @property
     def is_repeatable(self) -> bool:
         """Whether the flag may be given several times."""
-        return self.default == ()
+        return bool(self.default == ())
 
     @property
     def kinds(self) -> tuple[type, ...]:

@@ -68,7 +68,8 @@ def make_scheduler(teacher: Teacher, num_steps: int, eta: float) -> RdmScheduler
     else:
         grid = {"student_timesteps": stock.timesteps.tolist()}
     config = {**teacher.pipeline.scheduler.config, "timestep_spacing": "trailing", "steps_offset": 0}
-    return RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=eta, **grid)
+    scheduler: RdmScheduler = RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=eta, **grid)
+    return scheduler
 
 
 def lora_config(family: Family, student: LoraStudentConfig) -> LoraConfig:

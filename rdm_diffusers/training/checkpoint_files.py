@@ -31,25 +31,25 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         ValueError: if it is not as it was written.
         OSError: if it cannot be read.
     """
-    record = json.loads((checkpoint / RECORD).read_text("utf-8"))
+    record: Any = json.loads((checkpoint / RECORD).read_text("utf-8"))
     if not isinstance(record, dict) or not record.keys() >= KEYS_OF_0_1_0:
         raise ValueError(f"{RECORD} is no record of a checkpoint")
     digest = record.pop(DIGEST, None)
     if digest is None and record.keys() == KEYS_OF_0_1_0:
-        return record
+        return dict(record)
     if digest != digest_of(record):
         raise ValueError(f"{RECORD} changed since it was written")
-    return record
+    return dict(record)
 
 
 def read_arguments(checkpoint: Path) -> dict[str, Any]:
     """The arguments of the run that wrote a checkpoint."""
-    return read_record(checkpoint)["arguments"]
+    return dict(read_record(checkpoint)["arguments"])
 
 
 def updates_of(checkpoint: Path) -> int:
     """How many updates were done when a checkpoint was written."""
-    return read_record(checkpoint)["update"]
+    return int(read_record(checkpoint)["update"])
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -187,9 +187,9 @@ def _is_newer(path: Path, origin: dict[str, Any]) -> bool:
     """Whether a checkpoint is of a later update, or of the same one in another run."""
     number = _number(path) or 0
     if number != origin["update"]:
-        return number > origin["update"]
+        return bool(number > origin["update"])
     try:
-        return read_record(path)["digests"] != origin["digests"]
+        return bool(read_record(path)["digests"] != origin["digests"])
     except (OSError, ValueError):
         return True
 

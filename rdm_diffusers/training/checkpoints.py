@@ -64,7 +64,7 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, arguments: dict, keep: int | None = None, writes: bool = True
+    folder: Path, state: TrainState, arguments: dict[str, Any], keep: int | None = None, writes: bool = True
 ) -> Path:
     """Writes `folder/checkpoint-<update>`, then removes the oldest beyond `keep`.
 
@@ -103,15 +103,15 @@ def save_checkpoint(
     return target
 
 
-def is_saved(folder: Path, state: TrainState, arguments: dict) -> bool:
+def is_saved(folder: Path, state: TrainState, arguments: dict[str, Any]) -> bool:
     """Whether the folder's checkpoint of this update was written of this very state, or read into it, and is whole."""
     target = folder / f"{PREFIX}{state.update}"
     if state.saved is None or state.saved.resolve() != target.resolve() or damage(target) is not None:
         return False
-    return read_record(target)["arguments"] == json.loads(json.dumps(arguments))
+    return bool(read_record(target)["arguments"] == json.loads(json.dumps(arguments)))
 
 
-def _write(folder: Path, state: TrainState, arguments: dict) -> None:
+def _write(folder: Path, state: TrainState, arguments: dict[str, Any]) -> None:
     digests, scalars = {}, {}
     for name, tensors, numbers in _parts(state):
         path = folder / f"{name}.safetensors"
@@ -161,7 +161,7 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     parameter.data.copy_(shard_like(tensor, parameter))
 
 
-def _parts(state: TrainState, keep_tensors: bool = True) -> Iterator[tuple[str, dict[str, Tensor], dict]]:
+def _parts(state: TrainState, keep_tensors: bool = True) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Any]]]:
     """A checkpoint's files one after another: name, tensors (on the CPU), and the numbers that are not tensors."""
     for role, role_optimizer in state.optimizers.items():
         named = {f"parameter/{i}": p.detach() for i, p in enumerate(role_optimizer.parameters)}
@@ -185,7 +185,7 @@ def _on_cpu(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return copies
 
 
-def _flat(entries: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(entries: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested entries, as the 8-bit optimisers' are, under names like `quant_state/state1` or `exp_avg/codes`."""
     for name, value in entries.items():
         if hasattr(value, "qmap"):
@@ -196,13 +196,13 @@ def _flat(entries: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _unpack_role(role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scalars: dict) -> None:
+def _unpack_role(role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
     parameters, optimizer = role_optimizer.parameters, role_optimizer.optimizer
     if sum(name.startswith("parameter/") for name in tensors) != len(parameters):
         raise KeyError(f"the role has {len(parameters)} parameters, and another number there")
     for i, parameter in enumerate(parameters):
         copy_into(parameter, tensors[f"parameter/{i}"])
-    entries: dict[int, dict] = {}
+    entries: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | scalars).items():
         kind, index, *path = key.split("/")
         if kind != "optimizer":

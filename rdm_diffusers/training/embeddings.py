@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -131,7 +132,7 @@ def _storable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
-def _feature(row: Tensor):
+def _feature(row: Tensor) -> Any:
     dtype = str(row.dtype).removeprefix("torch.")
     if row.ndim == 2:
         return Array2D(shape=tuple(row.shape), dtype=dtype)

@@ -74,17 +74,17 @@ class LivePeak(TorchDispatchMode):
     Temporary buffers inside kernels are not counted, nor are the modules' weights, buffers and existing gradients.
     """
 
-    def __init__(self, *modules: nn.Module):
-        super().__init__()
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._counted: weakref.WeakSet = weakref.WeakSet()
+        self._counted: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         for module in modules:
             for tensor in [*module.parameters(), *module.buffers()]:
                 self._counted.add(tensor.untyped_storage())
                 if tensor.grad is not None:
                     self._counted.add(tensor.grad.untyped_storage())
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -109,7 +109,8 @@ def fused_attention() -> Iterator[None]:
     stock = F.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _Fused.apply(query, key, value)
+        result: Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return result
 
     F.scaled_dot_product_attention = fused
     try:
@@ -120,30 +121,30 @@ def fused_attention() -> Iterator[None]:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, result, rows)
         return result
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def meta_autocast(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager:
+def meta_autocast(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager[Any]:
     """`torch.autocast` for the meta device, which has none, by a device's rules; no casts for None."""
     return nullcontext() if dtype is None else _MetaAutocast(dtype, device_type)
 
 
 class _MetaAutocast(TorchFunctionMode):
-    def __init__(self, dtype: torch.dtype, device_type: str):
+    def __init__(self, dtype: torch.dtype, device_type: str) -> None:
         super().__init__()
         self.dtype = dtype
         self.raised = RAISED if device_type == "cuda" else set()
         self._copies: dict[int, Tensor] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         cast = self._lower if name in LOWERED else self._raise if name in self.raised else None
         if cast:
@@ -163,9 +164,9 @@ class _MetaAutocast(TorchFunctionMode):
             self._copies[id(tensor)] = tensor.to(self.dtype)
         return self._copies[id(tensor)]
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._copies.clear()
-        return super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 def checkpoint_blocks(network: Any, dtype: torch.dtype | None, device_type: str) -> None:
@@ -218,21 +219,25 @@ class _Nf4Linear(nn.Linear):
     """bitsandbytes': the backward makes its own copy of the weight in the input's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Nf4.apply(input, self.bias, (self.out_features, self.in_features))
+        shape = self.out_features, self.in_features
+        result: Tensor = _Nf4.apply(input, self.bias, shape)  # type: ignore[no-untyped-call]
+        return result
 
 
 class _Nf4(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         ctx.shape = shape
         return F.linear(input, input.new_empty(shape), bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-def conditioning(family: Family, pipeline: diffusers.DiffusionPipeline, options: PromptOptions, dtype: torch.dtype):
+def conditioning(
+    family: Family, pipeline: diffusers.DiffusionPipeline, options: PromptOptions, dtype: torch.dtype
+) -> Conditioning:
     """The `Conditioning` of one prompt, on the meta device except for tensors whose values are read."""
     shapes = family.conditioning_shapes(pipeline, options)
     tokens = shapes["prompt_embeds"][0]
@@ -250,7 +255,7 @@ def inference_peak(call: Callable[[], object], *modules: nn.Module) -> int:
     """The most bytes that a call allocates beside the modules' weights, without gradients."""
     with fused_attention(), LivePeak(*modules) as live:
         call()
-    return live.peak
+    return int(live.peak)
 
 
 def encoding_peak(encoder: Any, batch: int, tokens: int) -> int:
@@ -264,7 +269,7 @@ def encoding_peak(encoder: Any, batch: int, tokens: int) -> int:
 
 
 def update_peak(
-    networks: Networks, inputs: tuple, has_gradients: bool, dtype: torch.dtype | None, device_type: str
+    networks: Networks, inputs: tuple[Any, ...], has_gradients: bool, dtype: torch.dtype | None, device_type: str
 ) -> tuple[int, int]:
     """Bytes of one forward and backward of the student.
 

@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
-from ..config import RunConfig
+from ..config import MemoryConfig, RunConfig
 from ..families import check_kinds_of_files, check_lora, family_of, options_for, pipeline_config
 from ..families.quantization import NEEDS_GPU
 from ..networks import STUDENT, TEACHER, Networks, SharedBase
@@ -30,10 +30,6 @@ from .embeddings import embed_prompts
 from .finish import PICTURES_AT_ONCE
 
 GIB = 2**30
-# Of how a network is prepared the plan needs nothing but checkpointing, to which it has its own way.
-NOTHING_SPECIAL: dict[str, Any] = {
-    "gradient_checkpointing": False, "enable_xformers_memory_efficient_attention": False, "attention_backend": None,
-}  # fmt: skip
 FLOAT = 4  # bytes of a float32
 PROMPTS_AT_ONCE = inspect.signature(embed_prompts).parameters["batch_size"].default
 SMALLEST_8BIT = 4096  # numbers; bitsandbytes keeps float32 states for smaller tensors
@@ -79,12 +75,8 @@ class MemoryPlan:
 def plan_memory(config: RunConfig, device_type: str = "cuda") -> MemoryPlan:
     """The plan of a run of LoRAs or full weights.
 
-    Args:
-        config: the run's.
-        device_type: where it will run; a CPU differs in autocast and in the optimisers' temporary memory.
-
-    Raises:
-        ValueError: as `pipeline_config`, `family_of` and `check_lora`.
+    A `device_type` of `cpu` differs in autocast and in the optimisers' temporary memory. Raises as `pipeline_config`,
+    `family_of` and `check_lora` do.
     """
     planner = _Planner(config, device_type)
     sizes = planner.sizes()
@@ -137,7 +129,7 @@ class _Planner:
 
     def _make_networks(self) -> Networks:
         """The roles, with a noise schedule that has no table and so works on the meta device."""
-        config, name = self.run.changed("memory", **NOTHING_SPECIAL), self.family.denoiser_name
+        config, name = replace(self.run, memory=MemoryConfig(mixed_precision="no")), self.family.denoiser_name
         trained = self.denoiser
         if not self.is_lora:
             alone = model.meta_models(self.teacher, {name: self.config[name]}, self.run.teacher.revision)
@@ -205,7 +197,7 @@ class _Planner:
         if not isinstance(self.networks, SharedBase) or not self.run.fold_adapters:
             return 0
         layers = self.networks.layers.values()
-        return sum(layer.get_base_layer().weight.nbytes for layer in layers) + self.trained_size
+        return sum(int(layer.get_base_layer().weight.nbytes) for layer in layers) + self.trained_size
 
     def _gathered(self) -> int:
         """FSDP gathers all weights outside of blocks, the current block and its gradients, and the next block."""
@@ -223,9 +215,9 @@ class _Planner:
         method, latent = self.run.method, FLOAT * math.prod(self.latents)
         samples = self.run.optimisation.samples_per_update
         prompt = sum(tensor.nbytes for tensor in self.prompt.tensors.values())
-        return samples * ((4 * method.num_student_steps + 8 + 6 * method.num_renoisings) * latent + 3 * prompt)
+        return int(samples * ((4 * method.num_student_steps + 8 + 6 * method.num_renoisings) * latent + 3 * prompt))
 
-    def _inputs(self, batch: int) -> tuple:
+    def _inputs(self, batch: int) -> tuple[Any, ...]:
         x_t, t = torch.empty(batch, *self.latents, device="meta"), torch.empty(batch, device="meta")
         return x_t, t, self.prompt[torch.zeros(batch, dtype=torch.long)]
 
@@ -292,7 +284,7 @@ class _Planner:
         pictures = 2 * FLOAT * count * 3 * side**2
         drawn = sizes["decoding a picture, at most"] + pictures
         autoencoder = 0 if self.run.rewards.reward else sizes["autoencoder"]
-        return autoencoder + drawn + self._trajectory(count, self.run.method.num_student_steps)
+        return int(autoencoder + drawn + self._trajectory(count, self.run.method.num_student_steps))
 
     def _last(self, sizes: dict[str, int]) -> int:
         """Teacher and student as stock pipelines, which share everything but the denoiser."""

@@ -51,7 +51,9 @@ class RoleOptimizer:
         """
         average_gradients(self.parameters)
         kinds = by_kind(self.parameters)
-        norm = torch.stack([gather(get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]).norm()
+        norm: Tensor = torch.stack(
+            [gather(get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]
+        ).norm()
         if not norm.isfinite():
             raise NonFiniteError(
                 "The gradient is not finite; nothing was saved over the last checkpoint. Resume from it with a lower "
@@ -142,4 +144,6 @@ def quantised_state(parts: dict[str, Tensor]) -> Tensor:
     """torchao's tensor of 8-bit numbers, of its parts as checkpoints hold them: `codes`, `scale` and `qmap`."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    return OptimState8bit(parts["codes"], parts["scale"], parts["qmap"], signed=bool((parts["qmap"] < 0).any()))
+    signed = bool((parts["qmap"] < 0).any())
+    state: Tensor = OptimState8bit(parts["codes"], parts["scale"], parts["qmap"], signed=signed)
+    return state
