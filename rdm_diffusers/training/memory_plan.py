@@ -104,9 +104,7 @@ class _Planner:
             self.options = replace(self.options, max_sequence_length=length)
         self.dtype, self.is_lora = DTYPES[args.mixed_precision], args.student == "lora"
         self.autocast = None if self.is_lora or args.mixed_precision == "no" else self.dtype
-        self.shown = min(
-            args.num_validation_images, args.train_batch_size, PICTURES_AT_ONCE
-        )  # drawn at once at the end
+        self.shown = min(args.num_validation_images, args.train_batch_size, PICTURES_AT_ONCE)  # at once, at the end
         self.shards = args.num_processes if is_sharded_launch() else 1
         self.config = pipeline_config(args.pretrained_model_name_or_path, revision=args.revision)
         self.family = family_of(self.config)
