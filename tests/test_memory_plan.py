@@ -167,9 +167,9 @@ def compare(folder: Path, prompts_file: Path, output: Path, student: str = "lora
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-CASES = [*itertools.product(["unet"], ["lora", "full"], [None, True], [16])]
-CASES += [("unet", "lora", None, 4), ("unet", "full", True, 4)]
-CASES += [*itertools.product(["transformer"], ["lora", "full"], [None, True], [16])]
+CASES = [*itertools.product(["unet"], ["lora", "full"], [None, True], [8])]
+CASES += [("unet", "lora", None, 16), ("unet", "full", True, 4)]
+CASES += [*itertools.product(["transformer"], ["lora", "full"], [None, True], [8])]
 
 
 @pytest.mark.parametrize("denoiser, student, checkpointing, batch", CASES)

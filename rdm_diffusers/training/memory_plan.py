@@ -96,9 +96,9 @@ class _Planner:
         self.options = options_for(self.teacher, prompt_options(config))
         self.dtype, self.is_lora = DTYPES[self.run.memory.mixed_precision], config.is_lora
         self.autocast = None if self.is_lora or self.run.memory.mixed_precision == "no" else self.dtype
-        self.shown = min(
+        self.shown = min(  # pictures drawn at once at the end
             self.run.output.num_validation_images, self.run.optimisation.train_batch_size, PICTURES_AT_ONCE
-        )  # drawn at once at the end
+        )
         self.shards = int(os.environ.get("WORLD_SIZE", "1")) if is_sharded_launch() else 1
         self.config = pipeline_config(self.teacher, revision=revision)
         self.family = family_of(self.config)
