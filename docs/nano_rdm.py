@@ -1,11 +1,11 @@
 """R_dm distillation on one page, a four-step student of a diffusion teacher: `python docs/nano_rdm.py`.
 
-A *student* learns to draw in four jumps what the *teacher* draws in many small steps. It is shown nothing; it gets a
-reward, R_dm = teacher's x0 - fake score's x0. Both look at the student's sample through fresh noise, so R_dm points
-from what the student draws to what the teacher would. The *fake score*, a denoiser of the student's own samples, learns
-beside the student and lags behind it. By how much, a *group* of samples of one prompt shows, and GNDM corrects for it;
-in groups of one it is plain DMD. GNDMR adds an external reward. All formulas are our reading of arXiv 2603.28460, whose
-code is not public. The package does this to pictures; here they are points of the plane, and the teacher is exact.
+A *student* learns to draw in four jumps what the *teacher* draws in many small steps. It sees no data; it gets a
+reward, R_dm = teacher's x0 - fake score's x0. Both denoise the student's sample under fresh noise, so R_dm points from
+what the student draws to what the teacher would draw. The *fake score*, a denoiser of the student's own samples, learns
+beside the student and lags behind it. A *group* of samples of one prompt shows how far it lags, and GNDM corrects for
+that; in groups of one it is plain DMD. GNDMR adds an external reward. All formulas are our reading of arXiv 2603.28460,
+whose code is not public. The package works on pictures; here are points of the plane, and the teacher is exact.
 """
 
 import copy
@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 STEPS = torch.tensor([1.0, 0.75, 0.5, 0.25])  # the times at which the student jumps; 1 is pure noise, 0 is clean
 BATCH, FAKE_UPDATES, RATE = 256, 1, 1e-3  # samples per update; fake-score updates per student update; both Adams' rate
-LAMBDA = 1.0  # how much of the fake score's bias is taken away
-PROMPTS, MODES, WIDTH = 8, 3, 0.3  # the teacher's world: a prompt means so many Gaussians of that width, on a circle
+LAMBDA = 1.0  # how much of the fake score's bias is removed
+PROMPTS, MODES, WIDTH = 8, 3, 0.3  # the data: each prompt has so many Gaussians of that width, on a circle
 ANGLES = 2 * torch.pi * (torch.arange(PROMPTS)[:, None] / PROMPTS + torch.arange(MODES)) / MODES
 MEANS = 1.2 * torch.stack([ANGLES.cos(), ANGLES.sin()], 2)
 
@@ -32,10 +32,10 @@ def noised(x0, t):
 
 
 def teacher(x_t, t, prompt):
-    """The perfect denoiser: the mean of all clean points that may have become x_t."""
+    """The perfect denoiser: the mean of the clean points, given x_t."""
     alpha, sigma = (scale[:, None] for scale in scales(t))
     offset, variance = x_t[:, None] - alpha * MEANS[prompt], alpha**2 * WIDTH**2 + sigma**2
-    share = (-offset.square().sum(2, keepdim=True) / (2 * variance)).softmax(1)  # which Gaussian may it have been?
+    share = (-offset.square().sum(2, keepdim=True) / (2 * variance)).softmax(1)  # the probability of each Gaussian
     return (share * (MEANS[prompt] + alpha * WIDTH**2 / variance * offset)).sum(1)
 
 
@@ -44,7 +44,7 @@ def teacher_samples(prompt):
 
 
 class Denoiser(nn.Module):
-    """A small network that is called as the teacher is. Student and fake score are such."""
+    """A small network, called as the teacher is; student and fake score are two of these."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class Denoiser(nn.Module):
 
 
 def denoising_update(denoiser, optimizer, x0, prompt):
-    """One step of ordinary diffusion training on `x0`: how teachers learn, and how the fake score learns."""
+    """One step of ordinary diffusion training on `x0`, for the pretraining and for the fake score."""
     t = torch.rand(len(x0)).clamp(min=0.02)
     ((denoiser(noised(x0, t), t, prompt) - x0) / scales(t)[1]).square().mean().backward()
     optimizer.step()
@@ -66,7 +66,7 @@ def denoising_update(denoiser, optimizer, x0, prompt):
 
 @torch.no_grad()
 def rollout(student, prompt):
-    """Few-step sampling: jump to x0, add the noise of the next time, jump again. The states on the way, and the end."""
+    """Few-step sampling: jump to x0, add the noise of the next time, jump again. Returns all states and the end."""
     states = [torch.randn(len(prompt), 2)]
     for i, t in enumerate(STEPS):
         x0 = student(states[i], t.expand(len(prompt)), prompt)
@@ -75,18 +75,18 @@ def rollout(student, prompt):
 
 
 def fake_score_bias(residual, sigma, group_size):
-    """The fake score's error at each sample, as the *others* of its group show it; 0 in groups of one.
+    """The fake score's error at each sample, measured on the *others* of its group; 0 in groups of one.
 
     A perfect fake score is right on average, so over a group its residuals (fake x0 - x̂) cancel. What does not cancel
-    is its lag. A sample's own residual stays out, as it would only pull the sample to the middle of its group."""
-    share = sigma**2  # of a move of the student that the fake score misses: the more, the more the noise hides
+    is its lag. A sample's own residual is left out, because it would pull the sample to the middle of its group."""
+    share = sigma**2  # of a move of the student, the part that the fake score misses: more noise hides more
     groups = (values.unflatten(0, (-1, group_size)) for values in (residual, share))
     others, missed = (values.sum(1, keepdim=True) - values for values in groups)
     return share * (others / missed.clamp(min=1e-8)).flatten(0, 1)
 
 
 def distil(start, updates, group_size, reward=None, rho=0.0):
-    """DMD in groups of one, GNDM in larger ones, GNDMR with a `reward` that weighs `rho` of R_dm."""
+    """DMD in groups of one, GNDM in larger ones, GNDMR with a `reward` that counts `rho` times R_dm."""
     student, fake_score = copy.deepcopy(start), copy.deepcopy(start)  # both begin as the teacher
     optimizer, fake_optimizer = (torch.optim.Adam(network.parameters(), RATE) for network in (student, fake_score))
     average, rms = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.99)), None
@@ -96,29 +96,29 @@ def distil(start, updates, group_size, reward=None, rho=0.0):
         prompt, step = choice % PROMPTS, choice // PROMPTS
         x0 = student(rollout(student, prompt)[step, torch.arange(BATCH)], STEPS[step], prompt)
         sample = x0.detach()  # every term below is a direction for the sample, and needs no graph
-        # R_dm: hide the sample under fresh noise, and ask both what they see.
+        # R_dm: add fresh noise to the sample, and let both denoise it.
         tau = 0.02 + 0.96 * torch.rand(BATCH)
         x_tau, sigma = noised(sample, tau), scales(tau)[1]
         teacher_x0, fake_x0 = teacher(x_tau, tau, prompt), fake_score(x_tau, tau, prompt).detach()
         r_dm = teacher_x0 - fake_x0
-        # The group corrects R_dm, and sets the length of the step: the farther from the teacher, the more careful.
+        # The group corrects R_dm and sets the step's length: the farther from the teacher, the shorter.
         r_dm = r_dm + LAMBDA * fake_score_bias(fake_x0 - sample, sigma, group_size)
         distance = (sample - teacher_x0).abs().unflatten(0, (-1, group_size)).mean((1, 2))
         direction = r_dm / distance.repeat_interleave(group_size)[:, None]
-        # An external reward is one more direction, brought to the size of the first, whatever its own scale.
+        # An external reward is one more direction, rescaled to the size of the first.
         if reward is not None:
             gradient = torch.func.grad(lambda points: reward(points).sum())(sample)
             sizes = torch.stack([direction, gradient]).square().mean((1, 2)).sqrt()
             rms = sizes if rms is None else 0.95 * rms + 0.05 * sizes
             direction = direction + rho * rms[0] * gradient / rms[1]
-        # Whatever the direction is made of, one backward carries it into the student. Then the fake score follows.
+        # One backward carries the direction into the student. Then the fake score learns the new samples.
         x0.backward(-direction / direction.numel())
         optimizer.step()
         optimizer.zero_grad()
         average.update_parameters(student)
         for _ in range(FAKE_UPDATES):
             denoising_update(fake_score, fake_optimizer, sample, prompt)
-    return average.module  # the student itself swings to and fro; its moving average is better
+    return average.module  # the student itself oscillates; its moving average is better
 
 
 def measure(student, count=4000):
