@@ -11,7 +11,7 @@ import pytest
 from rdm_diffusers.bounds import Bound, Interval, OneOf, Text, is_git_name, real, stays_inside, whole
 from rdm_diffusers.commands import card, export, push
 from rdm_diffusers.config import LoraStudentConfig, RunConfig, all_settings
-from rdm_diffusers.config.command_line import BOUNDS, build_parser, parse_args
+from rdm_diffusers.config.command_line import BOUNDS, build_parser, parse_args, shown_default
 from rdm_diffusers.evaluation import arguments as evaluation
 from rdm_diffusers.parsing import Parser, flag_of
 from rdm_diffusers.training.assembly import lora_config
@@ -104,7 +104,7 @@ def test_every_default_of_a_run_lies_in_its_bounds_and_is_in_the_help(
     for setting in all_settings(student):
         default = setting.default
         assert default is None or setting.checked(default) == default, setting.name
-        assert setting.option in said and f"(default: {default})" in said
+        assert setting.option in said and f"(default: {shown_default(setting, student)})" in said
 
 
 def test_no_value_of_python_slips_past_the_bounds() -> None:

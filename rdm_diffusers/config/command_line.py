@@ -39,13 +39,22 @@ def build_parser(description: str | None = None, student: str = "lora") -> Parse
         for setting in settings_of(subject):
             group.add_argument(setting.option, *setting.flag.aliases, **_options(setting))
     group.add_argument(
-        "--hub_token", help="for teacher and student; that of `hf auth login` or HF_TOKEN by default; recorded nowhere"
+        "--hub_token",
+        help="for teacher and student; that of `hf auth login` or HF_TOKEN by default; recorded nowhere "
+        "(default: None)",
     )
     set_bounds(parser, BOUNDS)
     for setting in all_settings(student):
         action = next(action for action in parser._actions if action.dest == setting.name)
-        action.help = f"{action.help} (default: {setting.default})".replace("%", "%%")
+        action.help = f"{action.help} (default: {shown_default(setting, student)})".replace("%", "%%")
     return parser
+
+
+def shown_default(setting: Setting, student: str) -> Any:
+    """A default as the help shows it."""
+    if setting.name == "tracker_project_name":
+        return f"rdm-{student}"
+    return None if setting.is_repeatable else setting.default
 
 
 def _options(setting: Setting) -> dict[str, Any]:
