@@ -43,8 +43,9 @@ def make_networks(teacher: Teacher, guidance_scale: float) -> Networks:
     for parameter in denoisers[STUDENT].parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     return SeparateNetworks(
-        denoisers, teacher.family, teacher.schedule, teacher.prediction_type, teacher.encode_nothing(), guidance_scale
-    )
+        denoisers, family=teacher.family, schedule=teacher.schedule, prediction_type=teacher.prediction_type,
+        null_conditioning=teacher.encode_nothing(), guidance_scale=guidance_scale,
+    )  # fmt: skip
 
 
 def stock_latents(name: str, latents: Tensor) -> Tensor:

@@ -71,6 +71,9 @@ def deadly(images, prompts):
 """
 
 
+pytestmark = pytest.mark.timeout(900)  # all runs are made before the first test
+
+
 @pytest.fixture(scope="module")
 def launched(teacher_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs of two processes, in four launches: replicated, sharded, one that is killed, replicated again.
