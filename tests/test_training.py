@@ -80,7 +80,7 @@ def test_a_run_that_does_not_reuse_rollouts_is_the_plain_loop(argv, tmp_path: Pa
 
 def test_a_reused_rollout_is_made_once_for_all_the_updates_that_it_serves(argv) -> None:
     it = make_run(argv(reuse_rollouts=2, max_train_steps=4, checkpointing_steps=2, num_student_steps=4))
-    depths = [len(collect(it.run, rollout).trajectory.x_t) for rollout in range(2)]
+    depths = [int(collect(it.run, number).samples.step.max()) + 1 for number in range(2)]
     it.networks.calls.clear()
     train_run(it)
     samples, updates, fake_updates = 8, 4, it.args.fake_updates_per_step
@@ -94,7 +94,7 @@ def test_a_reused_rollout_is_made_once_for_all_the_updates_that_it_serves(argv) 
     }
 
 
-def test_a_fake_score_that_is_told_the_steps_learns_them_and_the_students_file_knows_nothing_of_them(
+def test_a_fake_score_with_a_step_embedding_learns_it_and_the_students_file_does_not_hold_it(
     argv, tmp_path: Path
 ) -> None:
     train_rdm_lora.main(argv(checkpointing_steps=2, fake_score_steps=True))
