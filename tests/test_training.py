@@ -94,7 +94,7 @@ def test_a_reused_rollout_is_made_once_for_all_the_updates_that_it_serves(argv) 
     }
 
 
-def test_a_fake_score_that_is_told_the_steps_learns_them_and_the_students_file_knows_nothing_of_them(
+def test_a_fake_score_with_a_step_embedding_learns_it_and_the_students_file_does_not_hold_it(
     argv, tmp_path: Path
 ) -> None:
     train_rdm_lora.main(argv(checkpointing_steps=2, fake_score_steps=True))

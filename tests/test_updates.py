@@ -160,6 +160,7 @@ def test_a_rollout_for_another_update_keeps_its_states_and_predicts_them_anew(ar
     for name in ("x_t", "t", "step"):
         assert torch.equal(getattr(second.samples, name), getattr(samples, name))
     assert (first.visit, second.visit, second.log_ratio) == (0, 1, None)
+    assert first.rollout is None  # its steps are only stored for importance weights
 
 
 @pytest.mark.usefixtures("float64")
