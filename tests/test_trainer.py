@@ -82,3 +82,11 @@ def test_a_folder_is_held_from_the_first_step_until_the_end(argv) -> None:
         with pytest.raises(ValueError, match="is in use by another run"):
             Trainer(parse_args(argv())).check()
     Trainer(parse_args(argv())).check()
+
+
+def test_a_check_that_fails_lets_go_of_the_folder_and_fails_again(argv, teacher_folder: Path, tmp_path: Path) -> None:
+    wrong = Trainer(parse_args(run_arguments(teacher_folder, tmp_path / "missing.txt", tmp_path / "student")))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="does not exist"):
+            wrong.check()
+    Trainer(parse_args(argv())).check()

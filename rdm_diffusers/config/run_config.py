@@ -104,7 +104,7 @@ class RunConfig:
 
         Raises:
             RetiredError: if a value belongs to an option that was retired.
-        ValueError: if one is out of its bounds, or of another type.
+            ValueError: if one is out of its bounds, or of another type.
         """
         values = {name: value for name, value in without_retired(arguments).items() if name not in CIRCUMSTANCES}
         student = values.pop("student", "lora" if "rank" in values else "full")
@@ -161,11 +161,8 @@ class RunConfig:
             named = {
                 each.names[0]: written[each.name] for each in settings_of(kind) if written.get(each.name) is not None
             }
-            lines += (
-                ["", f"# {subject}", yaml.safe_dump(named, sort_keys=False, allow_unicode=True).rstrip()]
-                if named
-                else []
-            )
+            if named:
+                lines += ["", f"# {subject}", yaml.safe_dump(named, sort_keys=False, allow_unicode=True).rstrip()]
         return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import OutputConfig, all_settings
+from ..config.filling import TEACHER, VAE
 from ..config.retired import without_retired
 from ..families import full_name
 from ..pipelines import is_student
@@ -18,7 +19,6 @@ FREE_ON_RESUME = {each.name for each in all_settings() if each.flag.free} | {"co
 PROMPTS, PROMPTS_DIGEST = {
     "prompts_file", "dataset_name", "dataset_config_name", "dataset_split", "caption_column", "max_train_samples",
 }, "prompts_sha256"  # fmt: skip
-FOLDERS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")  # where they are no names
 
 
 def prepare_output(output: OutputConfig) -> Path:
@@ -54,7 +54,8 @@ def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     """
     now = json.loads(json.dumps(arguments))
     then = without_retired(saved)
-    names = {name: full_name(then[name]) for name in FOLDERS if then.get(name)}  # older releases recorded them as given
+    # Older releases recorded folders as they were given.
+    names = {name: full_name(then[name]) for name in (TEACHER, VAE) if then.get(name)}
     then = {"dataset_split": "train", **then, **names}
     free = FREE_ON_RESUME - (set() if now["lr_scheduler"].startswith("constant") else {"max_train_steps"})
     free |= PROMPTS if {PROMPTS_DIGEST} <= now.keys() & then.keys() else {PROMPTS_DIGEST}  # version 0.1.0 had none

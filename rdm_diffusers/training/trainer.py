@@ -88,7 +88,7 @@ class Trainer:
         self.arguments: dict[str, Any] = {}
         self.stopping = False
         self._held = ExitStack()
-        self._steps: set[str] = set()
+        self._done: set[str] = set()
 
     def __enter__(self) -> Trainer:
         return self
@@ -100,20 +100,22 @@ class Trainer:
         """Lets other runs use the folder."""
         self._held.close()
 
-    def _first(self, step: str) -> bool:
-        """Whether a step has not been done, and now is."""
-        new = step not in self._steps
-        self._steps.add(step)
-        return new
-
     def check(self) -> None:
         """Finds whatever is wrong, before anything long is done.
 
         Raises:
             ValueError, ImportError, OSError: one sentence on what is wrong and what to do.
         """
-        if not self._first("check"):
+        if "check" in self._done:
             return
+        try:
+            self._check()
+        except BaseException:
+            self.close()  # so that a corrected run can use the folder at once
+            raise
+        self._done.add("check")
+
+    def _check(self) -> None:
         config, accelerator = self.config, self.accelerator
         self._held.enter_context(alone_in(self.folder, accelerator, changes=not config.output.dry_run))
         self.checkpoint = checkpoint_to_resume(self.folder, config)
@@ -137,7 +139,7 @@ class Trainer:
     def load(self) -> None:
         """Loads the teacher, reads the prompts, and makes roles, objective and optimisers; or those of a checkpoint."""
         self.check()
-        if not self._first("load"):
+        if "load" in self._done:
             return
         config, accelerator = self.config, self.accelerator
         self.teacher = load(config, accelerator.device)
@@ -152,6 +154,7 @@ class Trainer:
         )
         if self.checkpoint:
             go_on_from(self.checkpoint, self.folder, self.state, accelerator)
+        self._done.add("load")
 
     def make_networks(self) -> Networks:
         """The three roles; a subclass may have others."""
