@@ -192,3 +192,10 @@ def train_run(trainer: Trainer, validate: Callable[[int], None] = lambda update:
     """The real loop on what `make_run` made."""
     trainer.validate = lambda: validate(trainer.state.update)  # type: ignore[method-assign]
     return train(trainer)
+
+
+def train_only(argv: list[str], student: str = "lora") -> None:
+    """Trains and exports as the scripts do, but draws nothing at the end."""
+    with Trainer(parse_args(argv, student=student)) as trainer:
+        assert trainer.train().signal == 0
+        trainer.export()

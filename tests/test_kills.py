@@ -8,20 +8,16 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 import pytest
 import torch
-from parts import read_state, run_arguments
+from parts import read_state, run_arguments, train_only
 
-import train_rdm_full
-import train_rdm_lora
 from rdm_diffusers.networks import STUDENT
 from rdm_diffusers.training import checkpoints, loop
 from rdm_diffusers.training.checkpoints import find_checkpoint, list_checkpoints
 
-SCRIPTS = {"lora": train_rdm_lora, "full": train_rdm_full}
 TOTAL, KILLED_AT = 4, 3
 
 
@@ -86,13 +82,13 @@ MOMENTS = [
 ]
 
 
-def killed(script: ModuleType, argv: list[str], arrange: Callable[[], None]) -> None:
-    """Runs a script in a process of its own that is killed where `arrange` says."""
+def killed(student: str, argv: list[str], arrange: Callable[[], None]) -> None:
+    """Trains in a process of its own that is killed where `arrange` says."""
     child = os.fork()
     if child == 0:
         try:
             arrange()
-            script.main(argv)
+            train_only(argv, student)
         finally:
             os._exit(3)
     _, status = os.waitpid(child, 0)
@@ -131,7 +127,7 @@ def straight(argv, tmp_path_factory: pytest.TempPathFactory):
     def folder(student: str, accumulation: int) -> Path:
         if (student, accumulation) not in made:
             made[student, accumulation] = tmp_path_factory.mktemp("straight") / "run"
-            SCRIPTS[student].main(argv(student, made[student, accumulation], accumulation))
+            train_only(argv(student, made[student, accumulation], accumulation), student)
         return made[student, accumulation]
 
     return folder
@@ -142,10 +138,10 @@ def straight(argv, tmp_path_factory: pytest.TempPathFactory):
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     moment: Callable[[], None], student: str, accumulation: int, argv, straight, tmp_path: Path
 ) -> None:
-    script, folder = SCRIPTS[student], tmp_path / "run"
-    killed(script, argv(student, folder, accumulation), moment)
+    folder = tmp_path / "run"
+    killed(student, argv(student, folder, accumulation), moment)
     assert not (folder / f"checkpoint-{TOTAL}").exists()
-    script.main(argv(student, folder, accumulation, resume_from_checkpoint="latest"))
+    train_only(argv(student, folder, accumulation, resume_from_checkpoint="latest"), student)
     assert_same_state(straight(student, accumulation), folder)
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in straight(student, accumulation).iterdir())
@@ -178,7 +174,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(damage, argv,
     folder = shutil.copytree(straight("lora", 1), tmp_path / "run")
     damage(folder / "checkpoint-4")
     with pytest.warns(UserWarning, match=r"checkpoint-4 is damaged .*; the checkpoint before it is used"):
-        train_rdm_lora.main(argv("lora", folder, 1, resume_from_checkpoint="latest"))
+        train_only(argv("lora", folder, 1, resume_from_checkpoint="latest"))
     assert_same_state(straight("lora", 1), folder)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from parts import read_state, relative_error, run_arguments
+from parts import read_state, relative_error, run_arguments, train_only
+from parts_processes import QUIET, in_two_processes
 from safetensors.torch import load_file
 
 import train_rdm_full
@@ -20,11 +22,6 @@ from rdm_diffusers.families import LORA_FILE
 
 SCRIPTS = {"lora": train_rdm_lora, "full": train_rdm_full}
 ROOT = str(Path(train_rdm_lora.__file__).parent)
-# FORK_LAUNCHED has accelerate leave the group of processes as it is where a run ends, for the next run.
-QUIET = {
-    "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "FORK_LAUNCHED": "1",
-    "PYTHONPATH": ROOT,
-}  # fmt: skip
 ENGINES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"])
 ACCUMULATED = dict(gradient_accumulation_steps=2, fake_score_steps=True, gradient_checkpointing=True)
@@ -35,24 +32,19 @@ CASES = {
     "lora_sharded_accumulated": ("lora", "fsdp2", ACCUMULATED),
     "full_sharded_gndmr": ("full", "fsdp2", GNDMR),
 }
-RUNS = """
-import importlib, json, sys
-for script, argv in json.loads(sys.argv[1]):
-    importlib.import_module(script).main(argv)
-"""
 TOLERANCE = 1e-4  # of the norm of all numbers in a checkpoint, after each of two updates
 
 
-def launch(folder: Path, runs: list[tuple[str, list[str]]], engine: str = "ddp") -> subprocess.CompletedProcess:
-    """Runs, each a kind of student and a command line, one after the other in the same two processes."""
-    program = folder / "runs.py"
-    program.write_text(RUNS)
+def train(runs: list[Callable[[], None]], engine: str = "ddp") -> None:
+    """Runs, one after the other, in the same two processes."""
+    in_two_processes(lambda: [run() for run in runs], **ENGINES[engine])
+
+
+def launch(argv: list[str]) -> int:
+    """A LoRA run in two processes of torchrun; its exit status."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = json.dumps([[SCRIPTS[student].__name__, argv] for student, argv in runs])
-    return subprocess.run(
-        [*torchrun, str(program), words], env=os.environ | QUIET | ENGINES[engine], capture_output=True, text=True,
-        timeout=290,
-    )  # fmt: skip
+    words = [*torchrun, train_rdm_lora.__file__, *argv]
+    return subprocess.run(words, env=os.environ | QUIET | {"PYTHONPATH": ROOT}, capture_output=True).returncode
 
 
 def files(folder: Path) -> list[str]:
@@ -70,41 +62,37 @@ def deadly(images, prompts):
     return images.mean((1, 2, 3))
 """
 
-
 pytestmark = pytest.mark.timeout(900)  # all runs are made before the first test
 
 
 @pytest.fixture(scope="module")
 def launched(teacher_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of two processes, in four launches: replicated, sharded, one that is killed, replicated again.
+    """All runs of two processes: one that is killed under torchrun, then replicated, sharded, and replicated again.
 
     Returns:
         The folder of the folders `one-NAME` and `two-NAME` for each case, `straight`, `changing` and `killed`.
     """
     folder = tmp_path_factory.mktemp("processes")
 
-    def compared(name: str, processes: int) -> tuple[str, list[str]]:
+    def compared(name: str, processes: int) -> Callable[[], None]:
         student, _, options = CASES[name]
         rank = {} if student == "lora" else {"rank": None}
-        return student, run_arguments(
+        argv = run_arguments(
             teacher_folder, prompts_file, folder / f"{'one' if processes == 1 else 'two'}-{name}",
             train_batch_size=8 // processes, learning_rate=1e-3, checkpointing_steps=1, validation_steps=1,
             num_validation_images=1, **options, **rank,
         )  # fmt: skip
+        return partial(SCRIPTS[student].main, argv)
 
-    def changing(name: str, updates: int, batch: int, **options) -> tuple[str, list[str]]:
-        return "lora", run_arguments(
+    def changing(name: str, updates: int, batch: int, **options) -> Callable[[], None]:
+        argv = run_arguments(
             teacher_folder, prompts_file, folder / name, train_batch_size=batch, checkpointing_steps=1,
             max_train_steps=updates, learning_rate=1e-3, **options,
         )  # fmt: skip
+        return partial(train_only, argv)
 
-    for student, argv in [*(compared(name, 1) for name in CASES), changing("straight", 3, 8)]:
-        SCRIPTS[student].main(argv)
-    for update, engine in enumerate(("ddp", "fsdp2"), start=1):
-        resumed = {} if update == 1 else {"resume_from_checkpoint": "latest"}
-        runs = [compared(name, 2) for name, (_, own, _) in CASES.items() if own == engine]
-        done = launch(folder, [*runs, changing("changing", update, 4, **resumed)], engine)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for run in [*(compared(name, 1) for name in CASES), changing("straight", 3, 8)]:
+        run()
 
     killer = folder / "reward.py"
     killer.write_text(KILLER.format(checkpoint=str(folder / "killed" / "checkpoint-1")))
@@ -112,15 +100,17 @@ def launched(teacher_folder: Path, prompts_file: Path, tmp_path_factory: pytest.
         teacher_folder, prompts_file, folder / "killed", train_batch_size=4, checkpointing_steps=1, max_train_steps=3,
         algorithm="gndmr", reward=f"{killer}:deadly",
     )  # fmt: skip
-    done = launch(folder, [("lora", argv)])
-    assert done.returncode != 0
+    assert launch(argv) != 0
     assert files(folder / "killed")[:1] == ["checkpoint-1"]
     assert not (folder / "killed" / "rdm_config.json").exists()
     killer.write_text("def deadly(images, prompts):\n    return images.mean((1, 2, 3))\n")
+
+    cases = {engine: [compared(name, 2) for name in CASES if CASES[name][1] == engine] for engine in ENGINES}
     resumed = {"resume_from_checkpoint": "latest"}
-    going_on = ("lora", [*argv, "--resume_from_checkpoint", "latest"])
-    done = launch(folder, [changing("changing", 3, 4, **resumed), going_on])
-    assert done.returncode == 0, done.stderr[-3000:]
+    going_on = partial(train_only, [*argv, "--resume_from_checkpoint", "latest"])
+    train([*cases["ddp"], changing("changing", 1, 4), going_on], "ddp")
+    train([*cases["fsdp2"], changing("changing", 2, 4, **resumed)], "fsdp2")
+    train([changing("changing", 3, 4, **resumed)], "ddp")
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import make_run, read_state, run_arguments, train_run
+from parts import make_run, read_state, run_arguments, train_only, train_run
 from safetensors.torch import load_file
 
 import train_rdm_lora
@@ -33,12 +33,12 @@ def assert_resuming_changes_nothing(argv, tmp_path: Path, flags: list[str], ende
     The checkpoint is a copy of the first run's, as a kill leaves it, or that of a run that `ended` there.
     """
     options = dict(checkpointing_steps=3, lr_scheduler="constant_with_warmup", lr_warmup_steps=5, **options)
-    train_rdm_lora.main([*argv("straight", max_train_steps=6, **options), *flags])
+    train_only([*argv("straight", max_train_steps=6, **options), *flags])
     if ended:
-        train_rdm_lora.main([*argv("broken", max_train_steps=3, **options), *flags])
+        train_only([*argv("broken", max_train_steps=3, **options), *flags])
     else:
         shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "broken" / "checkpoint-3")
-    train_rdm_lora.main([*argv("broken", max_train_steps=6, resume_from_checkpoint="latest", **options), *flags])
+    train_only([*argv("broken", max_train_steps=6, resume_from_checkpoint="latest", **options), *flags])
     straight, broken = load_file(tmp_path / "straight" / LORA), load_file(tmp_path / "broken" / LORA)
     assert straight.keys() == broken.keys()
     assert all(torch.equal(tensor, broken[name]) for name, tensor in straight.items())
@@ -73,7 +73,7 @@ def test_resuming_changes_nothing_with_rewards_reused_rollouts_and_all_that_has_
 
 def test_a_run_that_reuses_rollouts_resumes_at_their_ends_alone(argv, capsys: pytest.CaptureFixture) -> None:
     options = dict(reuse_rollouts=2, checkpointing_steps=2, max_train_steps=2)
-    train_rdm_lora.main(argv("run", **options))
+    train_only(argv("run", **options))
     for name, value in (("checkpointing_steps", 3), ("max_train_steps", 5)):
         with pytest.raises(SystemExit):
             train_rdm_lora.main(argv("run", **{**options, name: value}, resume_from_checkpoint="latest"))
