@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from parts import files_of_at_most, read_state, run_arguments
+from parts import files_of_at_most, read_state, run_arguments, train_only
 
 import train_rdm_full
 import train_rdm_lora
@@ -44,8 +44,8 @@ def test_a_reward_that_raises_is_named_with_its_place_and_mended_the_run_is_as_i
         train_rdm_lora.main(argv("run", **options))
     assert [path.name for path in (tmp_path / "run").glob("check*")] == ["checkpoint-1"]
     fault.unlink()
-    train_rdm_lora.main(argv("run", **options, resume_from_checkpoint="latest"))
-    train_rdm_lora.main(argv("straight", **options))
+    train_only(argv("run", **options, resume_from_checkpoint="latest"))
+    train_only(argv("straight", **options))
     one, other = (read_state(tmp_path / name / "checkpoint-2") for name in ("run", "straight"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert explain(raised.value) == str(raised.value)
@@ -55,10 +55,10 @@ def test_a_reward_that_draws_at_random_draws_the_same_when_a_run_is_resumed(argv
     reward = tmp_path / "noisy.py"
     reward.write_text("import torch\n\n\ndef noisy(images, prompts):\n    return torch.rand(len(images))\n")
     options = dict(algorithm="gndmr", reward=f"{reward}:noisy")
-    train_rdm_lora.main(argv("straight", **options))
-    train_rdm_lora.main(argv("broken", max_train_steps=1, **options))
+    train_only(argv("straight", **options))
+    train_only(argv("broken", max_train_steps=1, **options))
     torch.rand(3)
-    train_rdm_lora.main(argv("broken", resume_from_checkpoint="latest", **options))
+    train_only(argv("broken", resume_from_checkpoint="latest", **options))
     one, other = (read_state(tmp_path / name / "checkpoint-2") for name in ("straight", "broken"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 

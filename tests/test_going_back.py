@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from parts import run_arguments
+from parts import run_arguments, train_only
 from parts_kills import kills, make_state
 
 import train_rdm_lora
@@ -41,10 +41,10 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_run_that_goes_back_sets_newer_checkpoints_aside_and_says_so(argv, tmp_path: Path, capsys) -> None:
-    train_rdm_lora.main(argv())
+    train_only(argv())
     folder = tmp_path / "run"
     back = dict(resume_from_checkpoint="checkpoint-1", checkpoints_total_limit=1, learning_rate=1e-3)
-    train_rdm_lora.main(argv(**back, max_train_steps=2))
+    train_only(argv(**back, max_train_steps=2))
     said = capsys.readouterr().out
     assert f"The run goes back to checkpoint-1; the newer checkpoints are now in {folder}/set-aside-from-che" in said
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
@@ -56,7 +56,7 @@ def test_a_run_that_goes_back_sets_newer_checkpoints_aside_and_says_so(argv, tmp
 
 
 def test_a_dry_run_and_a_refused_one_set_nothing_aside(argv, tmp_path: Path) -> None:
-    train_rdm_lora.main(argv())
+    train_only(argv())
     before = names(tmp_path / "run")
     train_rdm_lora.main(argv(resume_from_checkpoint="checkpoint-1", dry_run=True))
     with pytest.raises(ValueError, match=r"--max_train_steps 1 is less than the 2 updates of .*checkpoint-2; raise it"):
