@@ -1,4 +1,4 @@
-"""What the tiny teacher can draw: a digit, an ink colour and a background colour, named in one caption."""
+"""What the tiny teachers can draw: a digit, an ink colour and a background colour, named in one caption."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Drawing:
 
     @property
     def held_out(self) -> bool:
-        """True for the 24 drawings that the teacher never saw: every colour pair misses one digit."""
+        """Whether it is one of the 24 drawings that no teacher was trained on, one digit for each pair of colours."""
         return (self.digit - 4 * self.ink - self.background) % 10 == 0
 
 

@@ -1,4 +1,4 @@
-"""A real `CLIPTokenizer` made offline: the byte alphabet, and merges that make every caption word one token."""
+"""A real `CLIPTokenizer` that needs no download: a byte alphabet, and merges that make each caption word one token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges for the captions' words, always the same; any other text has tokens letter by letter."""
+    """Makes the same tokenizer every time. Any text other than the captions' words has a token for each letter."""
     alphabet = sorted(ByteLevel.alphabet())
     merges: list[tuple[str, str]] = []
     for word in sorted({word for caption in CAPTIONS for word in caption.split()}):
@@ -28,7 +28,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
-    """Byte-pair encoding: the earliest merge that fits, again and again."""
+    """Byte-pair encoding: applies the earliest fitting merge until none fits."""
     while fitting := [pair for pair in merges if pair in pairwise(pieces)]:
         at = list(pairwise(pieces)).index(fitting[0])
         pieces[at : at + 2] = ["".join(fitting[0])]
