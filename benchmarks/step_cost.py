@@ -40,8 +40,7 @@ from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import Conditioning, Teacher
 from rdm_diffusers.networks import Networks
 from rdm_diffusers.tiny import is_tiny
-from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.tiny.tokenizer import make_tokenizer
+from rdm_diffusers.tiny.captions import CAPTIONS, make_tokenizer
 from rdm_diffusers.training.assembly import networks_of_run
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.trainer import Trainer

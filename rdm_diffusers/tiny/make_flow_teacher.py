@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_TEACHER
+from .captions import make_tokenizer
 from .make_teacher import SEED, rebuild, text_config, tokenize, train_denoiser
-from .tokenizer import make_tokenizer
 
 TEXT_DIMS = (64, 32)
 T5_TOKENS = MAX_SEQUENCE_LENGTHS[TINY_FLOW_NAME]  # zeros, which stock pipelines append without a third encoder

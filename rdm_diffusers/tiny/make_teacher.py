@@ -21,11 +21,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from . import TINY_NAME, TINY_TEACHERS
-from .captions import CAPTIONS, DRAWINGS
+from .captions import CAPTIONS, DRAWINGS, MAX_TOKENS, make_tokenizer
 from .classifier import DrawingClassifier, load_classifier
 from .handwriting import IMAGE_SIZE, Handwriting
 from .reference import write_reference
-from .tokenizer import MAX_TOKENS, make_tokenizer
 
 SEED = 0
 TEXT_DIM = 64
