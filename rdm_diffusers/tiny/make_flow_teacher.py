@@ -23,19 +23,10 @@ from .make_teacher import SEED, rebuild, text_config, tokenize, train_denoiser
 TEXT_DIMS = (64, 32)
 T5_TOKENS = MAX_SEQUENCE_LENGTHS[TINY_FLOW_NAME]  # zeros, which stock pipelines append without a third encoder
 TRANSFORMER = dict(
-    sample_size=8,
-    patch_size=2,
-    in_channels=4,
-    out_channels=4,
-    num_layers=5,
-    attention_head_dim=24,
-    num_attention_heads=4,
-    caption_projection_dim=96,
-    joint_attention_dim=sum(TEXT_DIMS),
-    pooled_projection_dim=sum(TEXT_DIMS),
-    pos_embed_max_size=8,
-    qk_norm="rms_norm",
-)
+    sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=5, num_attention_heads=4,
+    attention_head_dim=24, caption_projection_dim=96, joint_attention_dim=sum(TEXT_DIMS),
+    pooled_projection_dim=sum(TEXT_DIMS), pos_embed_max_size=8, qk_norm="rms_norm",
+)  # fmt: skip
 
 
 class Denoiser(nn.Module):

@@ -31,27 +31,15 @@ TEXT_DIM = 64
 CAPTION_DROPOUT = 0.1
 LATENT_POOL = 40_000
 VAE = dict(
-    block_out_channels=(16, 32, 64),
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-    layers_per_block=1,
-    norm_num_groups=8,
-    latent_channels=4,
-    sample_size=IMAGE_SIZE,
+    sample_size=IMAGE_SIZE, latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     mid_block_add_attention=False,
-)
+)  # fmt: skip
 UNET = dict(
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(64, 64),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=TEXT_DIM,
-    attention_head_dim=4,
-    norm_num_groups=8,
-)
+    sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 64), layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=TEXT_DIM, attention_head_dim=4,
+)  # fmt: skip
 NOISE = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
     steps_offset=1,
@@ -140,17 +128,10 @@ def make_vae(steps: int) -> AutoencoderKL:
 def text_config(tokenizer: CLIPTokenizer, dim: int = TEXT_DIM) -> CLIPTextConfig:
     """A two-layer CLIP text encoder of width `dim` over the tokenizer's vocabulary."""
     return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=dim,
-        intermediate_size=2 * dim,
-        projection_dim=dim,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        hidden_size=dim, intermediate_size=2 * dim, projection_dim=dim, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
 def tokenize(tokenizer: CLIPTokenizer) -> Tensor:

@@ -43,13 +43,15 @@ class Reference:
     guidance_scale: float = GUIDANCE_SCALE
     load_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def statistics(self, folder: str | Path | None) -> Path:
-        """The file of the statistics in a folder, by default the embedded one."""
-        return Path(folder or Path(__file__).parent) / f"reference{self.suffix}.safetensors"
+    @property
+    def statistics_file(self) -> str:
+        """The name of the file of its statistics."""
+        return f"reference{self.suffix}.safetensors"
 
-    def quality(self, folder: str | Path | None) -> Path:
-        """The file of the quality."""
-        return Path(folder or Path(__file__).parent) / f"quality{self.suffix}.json"
+    @property
+    def quality_file(self) -> str:
+        """The name of the file of the teacher's quality."""
+        return f"quality{self.suffix}.json"
 
 
 REFERENCES = {
@@ -62,20 +64,15 @@ REFERENCES = {
 }  # fmt: skip
 
 
-def load_statistics(name: str = TINY_NAME, folder: str | Path | None = None) -> dict[str, GaussianStatistics]:
-    """The feature statistics `teacher` (of its 50-step images), `teacher_unguided` and `data` (of the training images).
-
-    Args:
-        name: of the embedded teacher.
-        folder: of its reference; by default the embedded one.
-    """
-    tensors = load_file(REFERENCES[name].statistics(folder))
+def load_statistics(name: str = TINY_NAME) -> dict[str, GaussianStatistics]:
+    """A teacher's feature statistics: `teacher` and `teacher_unguided` of its 50-step images, `data` of real ones."""
+    tensors = load_file(Path(__file__).with_name(REFERENCES[name].statistics_file))
     return {each: GaussianStatistics(tensors[f"{each}.mean"], tensors[f"{each}.covariance"]) for each in SETS}
 
 
-def load_quality(name: str = TINY_NAME, folder: str | Path | None = None) -> dict:
-    """A teacher's quality, measured on images that are not in its reference; arguments as `load_statistics`."""
-    return json.loads(REFERENCES[name].quality(folder).read_text())
+def load_quality(name: str = TINY_NAME) -> dict:
+    """A teacher's quality, measured on images that are not in its reference."""
+    return json.loads(Path(__file__).with_name(REFERENCES[name].quality_file).read_text())
 
 
 @torch.no_grad()
@@ -123,7 +120,7 @@ def write_reference(folder: Path, name: str, classifier: DrawingClassifier) -> N
     tensors = {}
     for each in SETS:
         tensors[f"{each}.mean"], tensors[f"{each}.covariance"] = statistics[each].mean, statistics[each].covariance
-    save_file(tensors, reference.statistics(folder))
+    save_file(tensors, folder / reference.statistics_file)
     quality = {
         "sampler": reference.sampler,
         "guidance_scale": reference.guidance_scale,
@@ -132,7 +129,7 @@ def write_reference(folder: Path, name: str, classifier: DrawingClassifier) -> N
         "fd_to_data": frechet_distance(statistics["fresh"], statistics["data"]),
         **_accuracies(classifier, images["fresh"]),
     }
-    reference.quality(folder).write_text(json.dumps(quality, indent=2) + "\n")
+    (folder / reference.quality_file).write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
 
 
