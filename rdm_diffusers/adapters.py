@@ -50,7 +50,11 @@ def add_adapters(denoiser: ModelMixin, lora_config: LoraConfig, names: Iterable[
         parameter.requires_grad_(True)
         parameter.data = parameter.data.float()
     for layer in lora_layers(denoiser).values():
-        _compute_in_input_dtype(layer)
+        adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
+        if all(type(adapter) in CASTING for adapter in adapters):  # other kinds of layers stay as peft makes them
+            layer.cast_input_dtype_enabled = False  # peft's own cast to the dtype of the weights
+            for adapter in adapters:
+                adapter.__class__ = CASTING[type(adapter)]
 
 
 def adapter_parameters(denoiser: nn.Module, name: str) -> list[nn.Parameter]:
@@ -61,12 +65,3 @@ def adapter_parameters(denoiser: nn.Module, name: str) -> list[nn.Parameter]:
 def lora_layers(denoiser: nn.Module) -> dict[str, LoraLayer]:
     """The layers that have adapters, by name."""
     return {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
-
-
-def _compute_in_input_dtype(layer: LoraLayer) -> None:
-    """Weights and gradients keep their dtype. Adapters of other layers than linear and 2-D ones are not changed."""
-    adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
-    if all(type(adapter) in CASTING for adapter in adapters):
-        layer.cast_input_dtype_enabled = False  # peft's own cast to the dtype of the weights
-        for adapter in adapters:
-            adapter.__class__ = CASTING[type(adapter)]
