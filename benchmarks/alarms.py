@@ -1,9 +1,8 @@
-"""Do the alarms ring before the pictures are ruined? Runs that are driven into collapse, and healthy ones beside them.
+"""Do alarms come before the images are ruined? Runs that are driven into collapse, beside healthy ones.
 
     python benchmarks/alarms.py --work_dir alarms
 
-Writes `results/alarms.json`: for every run the updates at which an alarm rang, what it said, and the quality on
-the way.
+Writes `results/alarms.json`: for every run its alarms with their updates, and the quality over its updates.
 """
 
 from __future__ import annotations

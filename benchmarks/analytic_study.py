@@ -1,11 +1,11 @@
-"""GNDM against DMD where nothing but the method can fail: the teacher is exact.
+"""GNDM against DMD with an exact teacher, so that differences come from the method alone.
 
     python benchmarks/analytic_study.py --work_dir analytic-study
 
 The teacher is a class-conditional mixture of Gaussians fitted to scikit-learn's 8x8 digits, whose posterior mean is
 known in closed form; student and fake score are small perceptrons that start from one denoiser trained on the teacher's
-samples. Every row of `ROWS` is run with the same seeds, and so with the same start, initial noises and re-noisings as
-the vanilla DMD that it is compared with, at equal student updates, rollouts and fake-score updates.
+samples. Every row of `ROWS` runs with the same seeds, so with the same start, initial noises and re-noisings, as the
+vanilla DMD that it is compared with, at equal student updates, rollouts and fake-score updates.
 
 Writes the Fréchet and the sliced Wasserstein distance to the teacher, per class, of every run, and 100 ln(distance /
 vanilla's) of every row, mean and standard error over the seeds. Runs that are finished are kept in `--work_dir`.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from functools import partial
 from itertools import product, repeat
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from analytic_teacher import (
@@ -39,7 +38,7 @@ from analytic_teacher import (
     fit_mixture,
 )
 from diffusers.training_utils import EMAModel
-from runs import write_result
+from runs import paired_change, write_result
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -370,14 +369,8 @@ def float32_error(work_dir: Path, points: int = 2000) -> float:
 
 def paired(results: list[dict], vanilla: list[dict], metric: str) -> dict:
     """Means of both, and 100 ln(row / vanilla) with its standard error over the seeds."""
-    change = [100 * math.log(a[metric] / b[metric]) for a, b in zip(results, vanilla, strict=True)]
-    error = stdev(change) / math.sqrt(len(change)) if len(change) > 1 else None
-    return {
-        "mean": mean(result[metric] for result in results),
-        "vanilla": mean(result[metric] for result in vanilla),
-        "change_100_ln": mean(change),
-        "standard_error": error,
-    }
+    values, baseline = ([result[metric] for result in each] for each in (results, vanilla))
+    return {"mean": mean(values), "vanilla": mean(baseline), **paired_change(values, baseline)}
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def _optimizer(generator: torch.Generator) -> RoleOptimizer:
 
 
 def numbers(state: TrainState) -> dict[str, Any]:
-    """A copy of all that a checkpoint is for."""
+    """A copy of all numbers that a checkpoint holds."""
     roles = {
         role: [[p.detach() for p in each.parameters], each.optimizer.state_dict()["state"]]
         for role, each in state.optimizers.items()
@@ -50,7 +50,7 @@ def numbers(state: TrainState) -> dict[str, Any]:
 
 @cache
 def reference(update: int) -> dict[str, Any]:
-    """The numbers of an update, which were never in a file."""
+    """The numbers of an update, from memory only."""
     return numbers(make_state(update))
 
 
@@ -62,7 +62,7 @@ def loaded(folder: Path, name: str = "latest") -> dict[str, Any]:
 
 
 def saving(*there: int, keep: int | None = None) -> KillScene:
-    """Update 3 is saved, killed on the way, where the updates `there` are saved already."""
+    """Update 3 is saved beside the saved updates `there`, and killed."""
     name = f"checkpoint 3 beside {', '.join(map(str, there)) or 'none'}" + (f", limit {keep}" if keep else "")
 
     def prepare(folder: Path) -> None:
@@ -76,7 +76,7 @@ def saving(*there: int, keep: int | None = None) -> KillScene:
 
 
 def _judge(folder: Path, there: Sequence[int], keep: int | None) -> Verdict:
-    """The latest is whole and no older than before; nothing else is gone that was to stay; and life goes on."""
+    """The latest is whole and no older than before, all others that should stay are whole, and saving still works."""
     least = max(there, default=0)
     if least:
         verdict = _latest(folder, least)
@@ -102,7 +102,7 @@ def _latest(folder: Path, least: int) -> Verdict:
 
 
 def _hidden_after_a_save(folder: Path) -> set[str]:
-    """What of hidden files is there after an undisturbed save, such as a lock."""
+    """The hidden files after an undisturbed save, such as a lock."""
     untouched = folder / "untouched"
     save_checkpoint(untouched, make_state(4), {"seed": 0})
     return hidden(untouched)

@@ -1,4 +1,4 @@
-"""What happens to files: a flipped bit, a cut, emptiness, absence, zeros where a block was never written, a swap."""
+"""Kinds of damage to a file: a flipped bit, a cut, no content, no file, a block of zeros, another file in its place."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def cut(path: Path, rng: Random, other: Path | None) -> str:
 
 
 def emptied(path: Path, rng: Random, other: Path | None) -> str:
-    """Nothing in it."""
+    """No content."""
     path.write_bytes(b"")
     return "emptied"
 
 
 def missing(path: Path, rng: Random, other: Path | None) -> str:
-    """Not there."""
+    """No file."""
     path.unlink()
     return "removed"
 

@@ -1,4 +1,4 @@
-"""Scenes of whole commands: a training run and an evaluation, killed and given again, or reading what is damaged."""
+"""Scenes of whole commands: a training run and an evaluation, killed and repeated, or reading damaged files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def train(folder: Path, *more: str, updates: int = 2) -> dict[str, Any]:
-    """A run of a few updates into `folder/run`; the student's weights. A flag may be given again."""
+    """The student's weights after a run of a few updates into `folder/run`; `more` flags override the first ones."""
     words = [
         "--pretrained_model_name_or_path", "tiny", "--output_dir", str(folder / "run"), "--max_train_steps",
         str(updates), "--checkpointing_steps", "1", "--train_batch_size", "8", "--group_size", "2", "--rank", "2",
@@ -107,7 +107,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
 
 @cache
 def references() -> Path:
-    """Statistics and pictures, as an evaluation wrote them."""
+    """The statistics and images that an evaluation wrote."""
     folder = Path(mkdtemp(prefix="faults-references-"))
     evaluation.main(
         ["--teacher", "tiny", "--num_inference_steps", "1", "--num_images", "4", "--output_dir", str(folder)]
@@ -149,7 +149,7 @@ def _after_evaluating(folder: Path) -> None:
 
 
 def _same_metrics(result: Any, expected: Any, damaged: str) -> bool:
-    """Where a picture was drawn again, the speed is another; damaged speeds may only be unknown or as they were."""
+    """Speeds change if an image is drawn again. If they are damaged, they may only be unknown or unchanged."""
     speeds = (None, expected["images_per_second"])
     honest = not damaged.startswith("speed-") or result["images_per_second"] in speeds
     return honest and equal(_unmeasured(result), _unmeasured(expected))
@@ -161,7 +161,7 @@ def _compared(folder: Path) -> str:
 
 
 def _go_back(folder: Path) -> dict[str, Any]:
-    """From the first of three checkpoints the run is gone through again, with another learning rate."""
+    """Resumes from the first of three checkpoints with another learning rate."""
     other = ["--learning_rate", "3e-3", "--resume_from_checkpoint", "checkpoint-1"]
     return train(folder, *_prompts(folder), *other, updates=3)
 
@@ -173,7 +173,7 @@ def _three_updates(folder: Path) -> None:
 
 @cache
 def _branches() -> dict[str, Any]:
-    """The students in the checkpoints of the run as it was, of the one gone through again, and that one's end."""
+    """The students in the checkpoints of the first run, those of the repeated run, and the repeated run's weights."""
     folder = Path(mkdtemp(prefix="faults-back-"))
     _three_updates(folder)
     before = _students(folder)
@@ -183,7 +183,7 @@ def _branches() -> dict[str, Any]:
 
 
 def _students(folder: Path) -> list[Any]:
-    """Of all checkpoints, wherever they were put aside."""
+    """Those of all checkpoints, also of those that were set aside."""
     return [content(path) for path in sorted((folder / "run").rglob("student.safetensors"))]
 
 
@@ -192,7 +192,7 @@ def _among(tensors: Any, others: list[Any]) -> bool:
 
 
 def _judge_going_back(folder: Path) -> Verdict:
-    """No checkpoint of the way that was left is gone; the latest is on the new way, once one of that is written."""
+    """No checkpoint of the first run is gone, and the latest one is of the repeated run once that has any."""
     there, branches = _students(folder), _branches()
     gone = sum(not _among(student, there) for student in branches["before"])
     if gone:
@@ -224,7 +224,7 @@ DAMAGE = [
         ["prompts.txt", "reference_teacher.safetensors", "measured/images/000003.png", "measured/*.json",
          "measured/*.jsonl", "measured/evaluation.md"], evaluate, _same_metrics, rounds=2,
     ),
-    DamageScene(  # of pictures that a user gives, nobody but the user knows how many there are
+    DamageScene(  # only the user knows how many images of theirs there should be
         "an evaluation against pictures", _after_evaluating, ["reference_data/000001.png"], evaluate, _same_metrics,
         kinds=("flipped", "cut", "emptied", "zeroed"),
     ),

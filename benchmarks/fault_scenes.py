@@ -1,4 +1,4 @@
-"""What a scene of the fault campaign is, and how folders are compared: by what they hold, read without our code."""
+"""The scenes of the fault campaign, and the comparison of folders by their contents, read without our code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class KillScene:
 
     Args:
         name: of the scene.
-        prepare: fills an empty folder with what is there before.
+        prepare: fills an empty folder with the files before the work.
         act: the work, in that folder.
-        judge: looks at the folder after a kill, carries on, and says what became of it all.
+        judge: reads the folder after a kill, continues the work, and gives the verdict.
         reference: makes what the judge compares with, once, before any trial.
-        most: how many of its moments are tried unless more trials are asked for, where a trial takes seconds.
+        most: the highest number of moments that are tried, where a trial takes seconds.
     """
 
     name: str
@@ -43,10 +43,10 @@ class DamageScene:
 
     Args:
         name: of the scene.
-        prepare: fills an empty folder; returns what `read` gives while nothing is damaged.
+        prepare: fills an empty folder.
         files: patterns, in the folder, of the files to damage.
         read: reads them as a user's command does.
-        same: whether a result is the undamaged one, given the result, the undamaged one and the damaged file's name.
+        same: whether a result is as good as the undamaged one, given both and the damaged file's name.
         kinds: of damage.
         other: another's folder, prepared too, whose files of the same names are swapped in; else a sibling of the file.
         rounds: how often each file meets each kind of damage.
@@ -63,19 +63,19 @@ class DamageScene:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All that a folder's files hold, by their names in it: tensors, JSON, or bytes."""
+    """The contents of a folder's files, by their paths in it: tensors, JSON, or bytes."""
     return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def content(path: Path) -> Any:
-    """A file's; what cannot be read is its bytes, which equal no whole file's."""
+    """A file's content; the bytes of a file that cannot be read, which equal no whole file's content."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if path.suffix == ".json":
             return json.loads(path.read_text())
-    except Exception:  # whatever a library says of a broken file
+    except Exception:  # each library has errors of its own for a broken file
         return path.read_bytes()
     return path.read_bytes()
 
@@ -97,5 +97,5 @@ def hidden(folder: Path) -> set[str]:
 
 
 def same_result(result: Any, reference: Any, damaged: str) -> bool:
-    """Whatever was damaged, only the very same result will do."""
+    """Whichever file is damaged, the result must be the same."""
     return equal(result, reference)

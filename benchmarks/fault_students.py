@@ -1,4 +1,4 @@
-"""Scenes of students: exported anew and over an older one, loaded, exported again; and of their cards."""
+"""Scenes of students and their cards: exported into a new folder or over an older student, loaded, exported again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trained(kind: str) -> Path:
 
 
 def export(kind: str, checkpoint: str, folder: Path) -> None:
-    """Writes the student of a checkpoint into `folder/student`, over what is there."""
+    """Writes the student of a checkpoint into `folder/student`, over its files."""
     source = trained(kind) / checkpoint
     (folder / "student").mkdir(exist_ok=True)
     export_checkpoint(source, read_run(source), folder / "student")
@@ -49,14 +49,14 @@ def export(kind: str, checkpoint: str, folder: Path) -> None:
 
 @cache
 def exported(kind: str, checkpoint: str) -> dict[str, Any]:
-    """What a student's folder holds where nothing disturbed its export."""
+    """The contents of a student's folder after an undisturbed export."""
     folder = Path(mkdtemp(prefix="faults-student-"))
     export(kind, checkpoint, folder)
     return contents(folder / "student")
 
 
 def over_an_older(kind: str, older: bool = True) -> KillScene:
-    """A student is exported where an older one is; killed, the folder holds the one or the other."""
+    """A student is exported over an older one; after a kill, the folder holds the one or the other."""
 
     def prepare(folder: Path) -> None:
         if older:
@@ -98,13 +98,13 @@ def _refusal(student: Path) -> str | None:
     """Why a folder cannot be loaded; None if it can."""
     try:
         RdmDistillationPipeline.from_pretrained(student)
-    except Exception as error:  # whatever it is, it says that this is no whole student
+    except Exception as error:  # any error shows that this is no whole student
         return f"{type(error).__name__}: {str(error)[:200]}"
     return None
 
 
 def _as_wanted(folder: Path, wanted: dict[str, Any], student: str = "student") -> Verdict:
-    """Whether the next export wrote what it should, and nothing hidden is left of the one that was killed."""
+    """Whether the next export wrote what it should, and nothing hidden is left of the killed one."""
     found = {name: value for name, value in contents(folder / student).items() if not name.startswith(".")}
     if not equal(found, wanted):
         return Verdict(LOST, "the next export wrote something else")
@@ -113,7 +113,7 @@ def _as_wanted(folder: Path, wanted: dict[str, Any], student: str = "student") -
 
 
 def rdm_export(kind: str, form: str) -> KillScene:
-    """`rdm-export` of a checkpoint into a new folder; killed, there is no student, and the command works again."""
+    """`rdm-export` of a checkpoint into a new folder; after a kill there is no student, and the command works again."""
 
     def act(folder: Path, target: str = "student") -> None:
         source = str(trained(kind) / NEW)
@@ -148,7 +148,7 @@ def _card_of(folder: Path, name: str, *more: str) -> None:
 
 
 def card(older: bool, edited: bool = False) -> KillScene:
-    """`rdm-card` where there is no card, an older one, or one that somebody has edited."""
+    """`rdm-card` without a card, over an older one, or over one that a user has edited."""
 
     def prepare(folder: Path) -> None:
         export("lora", NEW, folder)
@@ -189,7 +189,7 @@ def _two_students(folder: Path) -> None:
 
 
 def _drawn(folder: Path) -> dict[str, Any]:
-    """All that decides what a student draws."""
+    """All that a student's images depend on."""
     pipeline = RdmDistillationPipeline.from_pretrained(folder / "student")
     student = pipeline.student
     assert student is not None

@@ -1,6 +1,6 @@
-"""One trial in a process of its own: killed at a file operation, or watched while it reads what is damaged.
+"""One trial in a process of its own: it is killed at a file operation, or reads damaged files.
 
-Every trial is a fork of a process that has imported and prepared everything, and takes the time of what it does alone.
+Every trial is a fork of a process that has imported and prepared everything, so that it takes little time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 import safetensors.torch
 
 PACKAGE = "rdm_diffusers"
-PATIENCE = 120  # seconds after which a trial hangs
-# Outcomes, the first three good ones: after a kill, all that was there or was being written is whole; damage is said in
-# a sentence of ours; damage changes nothing. Then: what was good cannot be had any more; other numbers, and not a word;
-# a library's error instead of a sentence; files that nobody needs stay for ever.
+PATIENCE = 120  # seconds after which a trial counts as hanging
+# Good outcomes: after a kill, the old or the new files are whole; damage is reported in one of our sentences; damage
+# changes nothing. Bad ones: good files are lost; numbers change without a message; a library's error instead of a
+# sentence; useless files stay for ever.
 INTACT, NOTICED, HARMLESS = GOOD = ("intact", "noticed", "harmless")
 LOST, SILENT, TRACEBACK, DEBRIS = BAD = ("lost", "silent", "traceback", "debris")
 
@@ -34,7 +34,7 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.syml
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a trial: one of the outcomes, and what was said or found."""
+    """A trial's outcome, and the message or the finding behind it."""
 
     outcome: str
     found: str = ""
@@ -42,7 +42,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a process is killed: before its `number`-th file operation, or with the half of a file written by it."""
+    """When a process is killed: before its `number`-th file operation, or when that has written half of its file."""
 
     number: int
     half: bool = False
@@ -51,8 +51,8 @@ class Moment:
 class Operations:
     """Counts a process's changes of files under `folder`, and kills it at one of them.
 
-    Python's own audit events are counted, and safetensors' writing, which has none. Hooks cannot be taken off, so this
-    is for processes that end with their trial.
+    Python's audit events are counted, and safetensors' writing, which has none. Audit hooks cannot be removed, so the
+    process must end with its trial.
     """
 
     def __init__(self, folder: Path, moment: Moment | None = None):
@@ -132,7 +132,7 @@ class KilledError(Exception):
 
 
 def in_child(call: Callable[[], Any]) -> Any:
-    """What `call` returns, as JSON, out of a fork of this process; its output goes nowhere.
+    """What `call` returns, through JSON, in a fork of this process, whose output is discarded.
 
     Raises:
         KilledError: if a signal ended it.
@@ -167,7 +167,7 @@ def _answer(call: Callable[[], Any], answer) -> None:
 
 
 def judged(judge: Callable[[], Verdict]) -> Verdict:
-    """A verdict that is reached in a process of its own, which may hang or end."""
+    """A verdict from a process of its own, which may hang or end."""
     try:
         return Verdict(**in_child(lambda: asdict(judge())))
     except KilledError as error:
@@ -177,12 +177,12 @@ def judged(judge: Callable[[], Verdict]) -> Verdict:
 
 
 def watched(read: Callable[[], Any], same: Callable[[Any], bool], names: list[str]) -> Verdict:
-    """Reads what is damaged, and says what came of it.
+    """The outcome of reading damaged files.
 
     Args:
         read: reads as a user's command does.
         same: whether a result is that of undamaged files.
-        names: a warning is about the damage if one of these stands in it.
+        names: a warning is about the damage if it contains one of these.
     """
     with _heard() as heard:
         try:
@@ -197,7 +197,7 @@ def watched(read: Callable[[], Any], same: Callable[[Any], bool], names: list[st
 
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """All that is warned of or logged inside."""
+    """All warnings and log messages inside."""
     heard: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
@@ -215,7 +215,7 @@ def _heard() -> Iterator[list[str]]:
 
 
 def _raised(error: BaseException, names: list[str]) -> Verdict:
-    """One line that a command prints: our code's own, or a library's that names what is damaged."""
+    """The outcome of an error: a sentence is our own, or a library's that names the damaged file."""
     where = os.path.normpath(traceback.extract_tb(error.__traceback__)[-1].filename)
     message = str(error)
     ours = f"{os.sep}{PACKAGE}{os.sep}" in where or os.path.basename(where).startswith("train_rdm")

@@ -1,10 +1,10 @@
-"""Is anything lost, or silently wrong? Commands killed at their file operations, and given damaged files.
+"""Is anything lost, or silently wrong? Commands are killed at their file operations, and read damaged files.
 
     python benchmarks/faults.py --work_dir faults
 
-Writes `results/faults.json`: every trial with its seed, what was done, and what became of it; and how often each
-outcome came. A trial is judged by means of its own: by tensors and numbers that were never in a file, and by an
-undisturbed run. An interrupted campaign goes on where it stopped.
+Writes `results/faults.json`: every trial with its seed, its fault and its outcome, and the counts of the outcomes. The
+judgement does not rely on the tested code: it uses tensors and numbers that were never in a file, and an undisturbed
+run. An interrupted campaign continues where it stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SCENES: dict[str, KillScene | DamageScene] = {
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, help="of all that the scenes hold, a sample; by default all of them")
+    parser.add_argument("--trials", type=int, help="a sample of so many; by default all of them")
     parser.add_argument("--seed", type=int, default=0, help="of the sample, and of where files are damaged")
     parser.add_argument("--scenes", nargs="+", choices=list(SCENES), default=list(SCENES), metavar="NAME")
     parser.add_argument("--work_dir", type=Path, required=True, help="finished trials are kept here")
@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 @cache
 def workspace() -> tempfile.TemporaryDirectory:
-    """Where all that is temporary lies, until the process ends."""
+    """The folder of all temporary files, until the process ends."""
     place = tempfile.TemporaryDirectory(prefix="faults-")
     datasets.config.HF_DATASETS_CACHE = Path(place.name, "datasets")
     return place
 
 
 def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every chosen trial that `work_dir` does not hold yet, one line of it each."""
+    """Runs the chosen trials that `work_dir` lacks; the records of all chosen ones."""
     file = args.work_dir / f"trials-{args.seed}.jsonl"
     done = {line["id"]: line for line in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
     chosen = plan(args.scenes, args.seed, args.trials)
@@ -85,7 +85,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def plan(scenes: Sequence[str], seed: int, most: int | None) -> list[dict[str, Any]]:
-    """What is to be tried, decided by the seed alone."""
+    """The trials to run, which depend on the seed only."""
     found = [trial for name in scenes for trial in trials_of(SCENES[name], seed)]
     if most is None or most >= len(found):
         return found
@@ -144,7 +144,7 @@ def prepared(name: str) -> Path:
 
 @cache
 def undamaged(name: str) -> Any:
-    """What a scene's reader gives while nothing is damaged."""
+    """The result of a scene's reader without damage."""
     scene = SCENES[name]
     assert isinstance(scene, DamageScene)
     place = copy_of(name)
@@ -161,14 +161,14 @@ def copy_of(name: str) -> Path:
 
 
 def empty_place() -> Path:
-    """Always the same, because some files hold its name; it does not exist yet."""
+    """The path of every trial's folder, which does not exist yet; always the same, because some files hold its name."""
     place = Path(tempfile.gettempdir(), "trial")
     shutil.rmtree(place, ignore_errors=True)
     return place
 
 
 def run(trial: dict[str, Any]) -> dict[str, Any]:
-    """One trial: what was done, and what became of it."""
+    """One trial: its fault and its outcome."""
     scene, place = SCENES[trial["scene"]], copy_of(trial["scene"])
     if isinstance(scene, KillScene):
         died = kill(place, scene.act, Moment(trial["number"], trial["half"]))
@@ -192,7 +192,7 @@ def _watched(scene: DamageScene, place: Path, file: Path, expected: Any) -> Verd
 
 
 def summary(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How often each outcome came, in all and by scene."""
+    """The counts of the outcomes, over all trials and by scene."""
     scenes = dict.fromkeys(trial["scene"] for trial in trials)
     counts = {name: Counter(trial["outcome"] for trial in trials if trial["scene"] == name) for name in scenes}
     total = Counter(trial["outcome"] for trial in trials)
@@ -204,7 +204,7 @@ def summary(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write(record: dict[str, Any], path: Path | None) -> None:
-    """The result where it was asked for, or among the others."""
+    """Writes the result to a path, by default among the other results."""
     if path is not None:
         path.write_text(json.dumps(record, indent=2) + "\n")
         return

@@ -1,11 +1,11 @@
-"""What a CUDA card proves: the tests of `tests/gpu`, the main job, and large teachers' memory and speed.
+"""What needs a CUDA card: the tests of `tests/gpu`, the main job, and large teachers' memory and speed.
 
     python benchmarks/gpu_check.py --minutes 12 --output gpu-check
 
-The steps are in order of worth. Each is a process of its own with a time limit; what it found is written into
-`gpu_check.json` in the output folder at once, so that an interrupted check keeps what it has. `--steps` picks some.
-Large teachers have their real networks with random weights, and tiny other parts. What `--dry_run` plans for them is
-computed at the end, on the processor. `--device cpu --small` runs the code of every step, shrunken.
+The most important steps come first. Each is a process of its own with a time limit. Its result is written into
+`gpu_check.json` in the output folder at once, so that an interrupted check keeps it. `--steps` selects some. Large
+teachers have their real networks with random weights, and tiny other parts. The peaks that `--dry_run` plans for them
+are computed at the end, on the processor. `--device cpu --small` tries the code of every step with small networks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_steps import TEACHERS, measure, planned_gib
-from runs import ROOT
+from runs import ROOT, python_path
 from step_cost import software
 
 from rdm_diffusers.evaluation.report import machine
@@ -56,25 +56,25 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of gpu_check.json, logs and scratch")
-    parser.add_argument("--minutes", type=float, default=12, help="steps that would begin later are left out")
+    parser.add_argument("--minutes", type=float, default=12, help="no step starts later")
     parser.add_argument("--steps", nargs="+", choices=LIMITS, default=list(LIMITS), help="which; all by default")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is to try the code")
-    parser.add_argument("--small", action="store_true", help="everything shrunken, to try the code")
+    parser.add_argument("--small", action="store_true", help="small networks and runs, to try the code")
     parser.add_argument("--run", choices=TEACHERS, help="measure one teacher and print it; for the script itself")
     return parser.parse_args()
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:
-    """Writes what is known so far."""
+    """Writes the results so far."""
     (folder / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def step(args: argparse.Namespace, name: str, end: float) -> dict[str, Any]:
-    """Runs one step in a process of its own; what it found, and what stopped it if something did."""
+    """Runs one step in a process of its own; returns its result, and the end of its output if it failed."""
     left = end - time.time()
     if left < 10:
         return {"not_run": "no time was left"}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     environment["CUDA_VISIBLE_DEVICES"] = "" if args.device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     started, log = time.time(), args.output / f"{name}.log"
     with open(log, "w") as file:
@@ -88,7 +88,7 @@ def step(args: argparse.Namespace, name: str, end: float) -> dict[str, Any]:
 
 
 def result(output: Path, name: str, said: str) -> dict[str, Any]:
-    """What a step found, of its output and its files."""
+    """A step's result, from its output and its files."""
     if name == TESTS:
         return {"summary": said.strip().splitlines()[-1], "failures": re.findall(r"^(?:FAILED|ERROR) .*", said, re.M)}
     if name in MAIN:

@@ -44,7 +44,7 @@ TEACHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def flags_of(name: str, small: bool) -> dict[str, Any]:
-    """A row's flags; shrunken networks are not quantised, and compiled by what every machine has."""
+    """A row's flags. Small networks are not quantised, and are compiled by a backend that every machine has."""
     _, layout, changes = TEACHERS[name]
     flags = {**COMMON, **changes}
     if small:
@@ -54,12 +54,12 @@ def flags_of(name: str, small: bool) -> dict[str, Any]:
 
 
 def student_of(name: str) -> str:
-    """Whose arguments a row takes."""
+    """The kind of student whose flags a row takes."""
     return "full" if TEACHERS[name][1] == "full" else "lora"
 
 
 def teacher_of(name: str, scratch: Path, small: bool) -> Path:
-    """The folder of a row's teacher with random weights; made once, for all rows that have it."""
+    """The folder of a row's teacher with random weights, made once for all its rows."""
     network = TEACHERS[name][0]
     folder = scratch / f"teacher-{network}"
     if not (folder / "model_index.json").exists():
@@ -69,19 +69,19 @@ def teacher_of(name: str, scratch: Path, small: bool) -> Path:
 
 
 def planned_gib(name: str, scratch: Path, small: bool) -> float:
-    """What `--dry_run` says of an update, in GiB."""
+    """The peak of an update that `--dry_run` plans, in GiB."""
     argv = command_line(teacher_of(name, scratch, small), scratch, **flags_of(name, small))
     plan = plan_memory(parse_args(argv, student=student_of(name)))
     return max(plan.phases[phase] for phase in PHASES) / GIB
 
 
 def measure(name: str, scratch: Path, small: bool) -> Iterator[dict[str, Any]]:
-    """One teacher's numbers, given again whenever there are more.
+    """One teacher's numbers, yielded again whenever there are more.
 
     Args:
         name: one of `TEACHERS`.
         scratch: an existing folder, for the teachers' weights and the runs.
-        small: shrunken, to try the code.
+        small: whether networks are small, to try the code.
     """
     started, flags, layout = time.time(), flags_of(name, small), TEACHERS[name][1]
     argv = command_line(teacher_of(name, scratch, small), scratch / name, **flags)
@@ -112,7 +112,7 @@ def bare_calls(run: Run) -> dict[str, Any]:
 
 
 def float32_share(run: Run) -> float:
-    """How much of an update's floating-point operations is done in float32."""
+    """The share of an update's floating-point operations that are in float32."""
     with FlopsByDtype() as operations:
         run.update()
     return operations.share(torch.float32)

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --work_dir memory
 
-Every row is a process of its own. It trains the tiny teacher for an update, so that the libraries are loaded; what is
-resident by then is subtracted. The optimisers' states are made before the update, by a step with zero gradients, as
-they are there from the second update on. The peak is the kernel's mark of highest memory during the update, on a GPU
-torch's of allocated memory; what loading takes for a moment is not in it. Layouts:
+Every row is a process of its own. It first trains the tiny teacher for an update, which loads the libraries; the
+memory that is resident then is subtracted. The optimisers' states are made before the measured update, by a step with
+zero gradients, because they exist from the second update on. The peak is the kernel's highest resident memory during
+the update, on a GPU torch's highest allocated memory; the passing memory of loading is not part of it. Layouts:
 
 - shared: one base with two LoRAs, `train_rdm_lora.py`
 - three_copies: a base for each role, with a LoRA on the student's and on the fake score's
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +27,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
-from runs import ROOT, write_result
+from runs import row_of_process, write_result
 from step_cost import Run, command_line, cost, make_run, save_teacher, software
 
 from rdm_diffusers.adapters import add_adapters
@@ -47,7 +46,7 @@ COMMON: dict[str, Any] = dict(
     steps_per_rollout=1, guidance_scale=7.5, rank=64, gradient_checkpointing=True,
 )  # fmt: skip
 SD15 = {"resolution": 256, "num_student_steps": 1}
-# row -> the network's name, the layout, and what it changes
+# row -> the network's name, the layout, and the flags that differ from the common ones
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mid shared": ("sd_mid", "shared", {}),
     "mid three_copies": ("sd_mid", "three_copies", {}),
@@ -74,7 +73,7 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sd15 full_fake": ("sd15", "full_fake", SD15),
     "sd15 full": ("sd15", "full", SD15),
 }
-# ratio -> the rows' names, and what it is meant to be at most
+# ratio -> the rows' names, and its target, an upper limit
 RATIOS: dict[str, tuple[str, str, float | None]] = {
     "shared / three_copies, sd15": ("sd15 shared", "sd15 three_copies", 0.45),
     "shared / three_copies, sd15, rank 16": ("sd15 shared, rank 16", "sd15 three_copies, rank 16", 0.45),
@@ -86,11 +85,11 @@ RATIOS: dict[str, tuple[str, str, float | None]] = {
     "group 16 / group 4, micro-batches of 4": ("mid group 16 in fours", "mid group 4 in fours", 1.1),
     "8 steps / 1 step": ("mid 8 steps", "mid 1 steps", None),
 }
-PHASES = ("rollouts and R_dm", "forward and backward", "optimiser's step")  # of the plan, that an update has
+PHASES = ("rollouts and R_dm", "forward and backward", "optimiser's step")  # of an update, in the plan
 # Float32 numbers per parameter of a network, roughly, for rows that a machine cannot hold.
 NUMBERS = {"shared": 2, "three_copies": 3.6, "full_fake": 5, "full": 9.5}
 MILLIONS = {"sd_mid": 80, "sd15": 860}
-# Freed memory goes back to the system at once, so that the mark is of what is needed.
+# Freed memory goes back to the system at once, so that the peak counts needed memory only.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
@@ -143,23 +142,11 @@ def measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
     needed = NUMBERS[layout] * MILLIONS[network] * 4e6
     if not args.small and not torch.cuda.is_available() and needed > psutil.virtual_memory().available:
         return about | {"not_run": f"would need about {needed / GIB:.0f} GiB"}
-    row = started(args, name)
+    own = [sys.executable, str(Path(__file__)), "--work_dir", str(args.work_dir), "--row", name]
+    row = row_of_process([*own, *(["--small"] if args.small else [])], {**os.environ, **MALLOC})
     if "failed" not in row:
         kept.write_text(json.dumps(row))
     return about | row
-
-
-def started(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Runs this script for one row; the last line that it prints is the row."""
-    own = [sys.executable, str(Path(__file__)), "--work_dir", str(args.work_dir), "--row", name]
-    environment = {**os.environ, **MALLOC, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [*own, *(["--small"] if args.small else [])], env=environment, capture_output=True, text=True
-    )  # fmt: skip
-    if done.returncode:
-        print(done.stderr[-3000:], file=sys.stderr)
-        return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -173,7 +160,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Loads, updates once, and reads the mark."""
+    """Loads, updates once, and reads the peak."""
     network, layout, changes = ROWS[name]
     student = student_of(layout)
     warm_up(args.work_dir, student, changes)
@@ -191,10 +178,10 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def leave_files(run: Run) -> None:
-    """Weights that are still pages of a file become memory, and the file's other pages are let go."""
+    """Copies weights that are still pages of a file into memory, and lets go of the file's other pages."""
     for module in run.networks.modules:
         for parameter in module.parameters():
-            if type(parameter.data) is torch.Tensor:  # what is quantised has left its file
+            if type(parameter.data) is torch.Tensor:  # quantised weights are in memory already
                 parameter.data = parameter.data.clone()
     free_memory()
 
@@ -213,7 +200,7 @@ def warm_up(work_dir: Path, student: str, changes: dict[str, Any]) -> None:
 
 
 def planned(args: argparse.Namespace, name: str) -> dict[str, float]:
-    """What `--dry_run` says of an update, and of a whole run with its last pictures; nothing of others' layouts."""
+    """The peaks that `--dry_run` plans for an update and for a whole run; nothing for layouts that are not ours."""
     network, layout, _ = ROWS[name]
     if layout not in ("shared", "full"):
         return {}
@@ -225,7 +212,7 @@ def planned(args: argparse.Namespace, name: str) -> dict[str, float]:
 
 
 def student_of(layout: str) -> str:
-    """Whose arguments a layout takes."""
+    """The kind of student whose flags a layout takes."""
     return "full" if layout == "full" else "lora"
 
 
@@ -236,7 +223,7 @@ def flags_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def make_states(run: Run) -> None:
-    """Has the optimisers make their states, by a step that moves nothing but by weight decay."""
+    """Makes the optimisers' states, by a step with zero gradients; only weight decay changes the weights."""
     for role in (STUDENT, FAKE_SCORE):
         for parameter in run.networks.parameters(role):
             parameter.grad = torch.zeros_like(parameter)
@@ -244,7 +231,7 @@ def make_states(run: Run) -> None:
 
 
 def reset_mark() -> int:
-    """Sets the mark of the highest memory back to the memory at hand, whose bytes it returns."""
+    """Sets the peak back to the current memory, whose bytes it returns."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -253,12 +240,12 @@ def reset_mark() -> int:
 
 
 def mark() -> int:
-    """The most bytes since `reset_mark`."""
+    """The peak in bytes since `reset_mark`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else of_status("VmHWM")
 
 
 def of_status(name: str) -> int:
-    """A number of bytes that Linux knows of this process."""
+    """A number of bytes from Linux's status of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
@@ -308,7 +295,7 @@ class FullFakeScore(SharedBase):
 def make_full_fake(
     config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator
 ) -> FullFakeScore:
-    """As others do it: the fake score is trained whole."""
+    """As other implementations do it: all weights of the fake score are trained."""
     fake_score = load_denoiser(config.teacher.pretrained_model_name_or_path, torch.float32).eval()
     for denoiser in (fake_score, teacher.denoiser):
         prepare_denoiser(denoiser, config.memory)

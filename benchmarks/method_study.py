@@ -1,12 +1,12 @@
-"""What each part of the method does: named comparisons with paired seeds at equal network calls, on both tiny teachers.
+"""What each part of the method does: named comparisons with paired seeds at equal network calls, on the tiny teachers.
 
     python benchmarks/method_study.py --work_dir method-study                       # everything
     python benchmarks/method_study.py --work_dir method-study --comparisons main    # or some of it
 
 Run it in the repository's root. A network call is one forward or one backward of one sample through the student, the
-teacher or the fake score; rollouts are counted among the student's forwards. Runs of one seed share their prompts and
-noises. Finished runs are kept in `--work_dir`, so an interrupted study goes on where it stopped, and more seeds only
-add runs. Writes `results/method_study.json` with every setting.
+teacher or the fake score, rollouts included. Runs of one seed share their prompts and noises. Finished runs are kept in
+`--work_dir`, so an interrupted study continues where it stopped, and more seeds only add runs. Writes
+`results/method_study.json` with every setting.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
@@ -22,10 +21,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from runs import write_result
+from runs import paired_change, standard_error, write_result
 
 TEACHERS = ("tiny", "tiny-flow", "tiny-v")
 STUDIED = ("tiny", "tiny-flow")
@@ -39,7 +38,7 @@ DMDR = dict(DMD, algorithm="gndmr", preset="dmd2", reward="tiny_bold", reward_co
 LAMBDAS = {"0": dict(gndm_lambda=0.0), "0.25": dict(gndm_lambda=0.25), "0.5": dict(gndm_lambda=0.5),
            "1": dict(gndm_lambda=1.0), "James-Stein": dict(gndm_lambda="james_stein"),
            "1 pooled": dict(gndm_lambda=1.0, debias_pool=4)}  # fmt: skip
-# Flags of release 0.1.0 alone: their finished runs are still summarised, new ones are not run.
+# Flags of release 0.1.0 only. Their finished runs are still summarised; no new ones are started.
 RETIRED = (
     {"gndm_lambda": "james_stein"}, {"debias_pool": 4}, {"black_box_form": "group"}, {"black_box_form": "perturbation"},
 )  # fmt: skip
@@ -181,7 +180,7 @@ def flags_of(teacher: str, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_of(teacher: str, seed: int, comparison: Comparison, flags: dict[str, Any], images: int, folder: Path) -> Path:
-    """Where a run's result lies; runs that several comparisons need have one place."""
+    """The file of a run's result, which comparisons with the same run share."""
     key = json.dumps([teacher, seed, comparison.budget, comparison.marks, images, flags], sort_keys=True)
     return folder / f"{teacher}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
@@ -199,20 +198,13 @@ def execute(result: Path, teacher: str, seed: int, budget: int, marks: int, imag
 
 
 def floor(teacher: str, images: int, folder: Path) -> dict:
-    """What the unguided teacher itself gets, at 50 steps and other seeds: the noise floor of the distances."""
+    """The metrics of the unguided teacher at 50 steps and other seeds: the noise floor of the distances."""
     result = folder / f"floor-{teacher}-{images}.json"
     if not result.exists():
         from study_run import measure_teacher
 
         result.write_text(json.dumps(measure_teacher(teacher, images)))
     return json.loads(result.read_text())
-
-
-def paired(values: list[float], baseline: list[float]) -> dict:
-    """100 ln(value / baseline) over paired seeds."""
-    change = [100 * math.log(a / b) for a, b in zip(values, baseline, strict=True)]
-    error = stdev(change) / math.sqrt(len(change)) if len(change) > 1 else None
-    return {"change_100_ln": mean(change), "standard_error": error, "seeds": len(change)}
 
 
 def summary(comparison: Comparison, runs: dict[str, dict[int, dict]]) -> dict:
@@ -229,18 +221,14 @@ def summary(comparison: Comparison, runs: dict[str, dict[int, dict]]) -> dict:
             "seeds": sorted(finals),
             "not_finite": [seed for seed, run in by_seed.items() if not run["finite"]],
             "mean": {m: mean(point[m] for point in finals.values()) for m in metrics},
-            "standard_error": {
-                m: stdev(p[m] for p in finals.values()) / math.sqrt(len(finals)) if len(finals) > 1 else None
-                for m in metrics
-            },
+            "standard_error": {m: standard_error([point[m] for point in finals.values()]) for m in metrics},
             "curves": {seed: run["curve"] for seed, run in by_seed.items()},
         }
         shared = sorted(set(finals) & set(runs[first]))
         if name != first and shared:
-            entry["against_first"] = paired(
-                [finals[seed]["fd_to_teacher"] for seed in shared],
-                [runs[first][seed]["curve"][-1]["fd_to_teacher"] for seed in shared],
-            )
+            distances = [finals[seed]["fd_to_teacher"] for seed in shared]
+            baseline = [runs[first][seed]["curve"][-1]["fd_to_teacher"] for seed in shared]
+            entry["against_first"] = {**paired_change(distances, baseline), "seeds": len(shared)}
         record[name] = entry
     return record
 

@@ -1,8 +1,8 @@
 """Our HPSv2, ImageReward and HPSv3 beside the official packages: same weights, same photographs, same prompts.
 
-Weights are random; what is compared is the whole way from a picture and a prompt to a number. First run
-`official_scores.py` in an environment of its own, at both sizes, then (with
-the package hpsv3 installed by `pip install --no-deps hpsv3`)
+Weights are random. The whole computation from an image and a prompt to a number is compared. First run
+`official_scores.py` in an environment of its own, at both sizes, then (with the package hpsv3, installed by
+`pip install --no-deps hpsv3`)
 
     python benchmarks/official_rewards.py --work_dirs official-small official-full
 """
@@ -30,20 +30,20 @@ def picture(path: Path) -> Tensor:
 
 
 def tokens(reward, prompts: list[str], length: int) -> Tensor:
-    """What our tokenizer makes of the prompts, padded with 0."""
+    """Our tokenizer's ids of the prompts, padded with 0."""
     prompts = [getattr(reward, "cleaned", str)(prompt) for prompt in prompts]
     ids = reward.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return ids.input_ids * ids.attention_mask
 
 
 def pixel_errors(ours: Tensor, official: Tensor) -> dict[str, float]:
-    """Of normalised pictures `[..., 3, H, W]`, in units of 1/255."""
+    """Errors of normalised images `[..., 3, H, W]`, in units of 1/255."""
     error = ((ours - official) * torch.tensor(CLIP_STD)[:, None, None]).abs() * 255
     return {"pixel_error_mean": error.mean().item(), "pixel_error_max": error.max().item()}
 
 
 def score_errors(ours: list[Tensor], on_official_pixels: list[Tensor], official: Tensor) -> dict[str, float]:
-    """Of scores, one tensor over the prompts for each picture; and how much they vary, to compare with."""
+    """Errors of scores, one tensor over the prompts for each image, beside the scores' own variation."""
     return {
         "score_difference_max": (torch.stack(ours) - official).abs().max().item(),
         "score_difference_max_on_the_official_pixels": (torch.stack(on_official_pixels) - official).abs().max().item(),

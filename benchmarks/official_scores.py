@@ -1,16 +1,16 @@
-"""What the official packages of HPSv2, ImageReward and HPSv3 say of two photographs, with random weights.
+"""The scores of two photographs by the official packages of HPSv2, ImageReward and HPSv3, with random weights.
 
-To be run in an environment of its own, because the packages do not live beside ours (old pins, no transformers 5):
+Run it in an environment of its own, because the packages conflict with ours (old pins, no transformers 5):
 
     pip install torch numpy pillow ftfy regex scikit-learn transformers==4.45.2
     pip install --no-deps hpsv2==1.2.0 image-reward==1.5 hpsv3==1.0.0 open_clip_torch
     pip install --no-deps torchvision timm==0.6.13 fairscale clint args
     python benchmarks/official_scores.py --work_dir official --size small
 
-It leaves in the folder what `official_rewards.py` compares with: weights in the published form, the photographs,
-prompts, tokens, preprocessed pictures and scores. Only what stands in the way of an import is worked around, and only
-here: the packages' `__init__`, which import what is not needed, the vocabulary that hpsv2's wheel lacks (open_clip has
-the same), and the operators of torchvision's that a torch without CUDA lacks.
+It writes what `official_rewards.py` compares with: weights in the published form, the photographs, prompts, tokens,
+preprocessed images and scores. Only obstacles to the imports are worked around, and only here: the packages'
+`__init__`, which import more than is needed, the vocabulary that hpsv2's wheel lacks (open_clip has the same), and
+torchvision's operators that a torch without CUDA lacks.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ VIT_SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 4}
 
 
 def package(name: str) -> Path:
-    """The folder of a package, whose `__init__` is put out of the way."""
+    """The folder of a package, whose `__init__` is skipped."""
     folder = Path(find_spec(name).submodule_search_locations[0])  # type: ignore[union-attr, index]
     sys.modules[name] = module = types.ModuleType(name)
     module.__path__ = [str(folder)]
@@ -71,7 +71,7 @@ def package(name: str) -> Path:
 
 
 class StandIn(types.ModuleType):
-    """A module that has an empty class by every name, for what is imported and not used."""
+    """A module with an empty class by every name, for imports that are not used."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):

@@ -1,13 +1,16 @@
-"""Training runs as subprocesses: resumable, some at a time, their results read from `metrics.json`."""
+"""What benchmarks share: training runs and their own scripts as subprocesses, flags as words, and the result files."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 from rdm_diffusers.evaluation import measure, student_sampler
 from rdm_diffusers.evaluation.report import machine
@@ -18,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def train(folder: Path, flags: list[str], threads: int, script: str = "train_rdm_lora.py") -> dict:
-    """Runs a training script into `folder` unless its result is there; its `metrics.json`."""
+    """Runs a training script into `folder` unless it has a result; returns the run's `metrics.json`."""
     result = folder / "metrics.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,12 +41,50 @@ def train_all(runs: dict[str, list[str]], folder: Path, jobs: int, threads: int)
 
 
 def measure_student(folder: Path, num_images: int) -> dict:
-    """The numbers of the student in `folder`, on as many pictures; kept beside it."""
+    """The metrics of the student in `folder` on so many images; kept in the folder."""
     result = folder / f"measured-{num_images}.json"
     if not result.exists():
         student = RdmDistillationPipeline.from_pretrained(folder)
         result.write_text(json.dumps(measure(student_sampler(student), "rdm", num_images).as_dict()))
     return json.loads(result.read_text())
+
+
+def words_of(flags: dict[str, Any]) -> list[str]:
+    """Flags as a command line's words: True and False are switches, a list repeats a flag, None leaves it out."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                words += [f"--{name}", str(one)]
+    return words
+
+
+def python_path() -> str:
+    """`PYTHONPATH` with the repository in front."""
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+def row_of_process(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Runs a command and returns its last line, a JSON row; if it fails, `failed` with its last line of errors."""
+    environment = {**environment, "PYTHONPATH": python_path()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of the mean; None for a single value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def paired_change(values: list[float], baseline: list[float]) -> dict[str, Any]:
+    """The mean of 100 ln(value / baseline) over paired seeds, and its standard error."""
+    change = [100 * math.log(a / b) for a, b in zip(values, baseline, strict=True)]
+    return {"change_100_ln": mean(change), "standard_error": standard_error(change)}
 
 
 def write_result(name: str, record: dict) -> Path:

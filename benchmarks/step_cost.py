@@ -1,4 +1,4 @@
-"""Runs whose cost is measured: the scripts' own assembly, on teachers of real sizes with random weights."""
+"""Runs for measurements: assembled as the scripts assemble them, on teachers of real sizes with random weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from runs import words_of
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -40,8 +41,7 @@ from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import Conditioning, Teacher
 from rdm_diffusers.networks import Networks
 from rdm_diffusers.tiny import is_tiny
-from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.tiny.tokenizer import make_tokenizer
+from rdm_diffusers.tiny.captions import CAPTIONS, make_tokenizer
 from rdm_diffusers.training.assembly import networks_of_run
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.trainer import Trainer
@@ -57,13 +57,13 @@ SDXL_BLOCKS = dict(
     addition_embed_type="text_time", use_linear_projection=True,
 )  # fmt: skip
 
-# The networks by name, as their owners configured them, and what `small` changes so that a CPU computes them fast.
+# The networks by name: their published configurations, and the changes of `small`, which make them fast on a CPU.
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sd15": (
         dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768),
         dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=64),
     ),
-    "sd_mid": (  # a tenth of it, of our own
+    "sd_mid": (  # our own, a tenth of sd15
         dict(sample_size=64, block_out_channels=(128, 256, 384, 384), cross_attention_dim=384),
         dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32),
     ),
@@ -140,7 +140,7 @@ class Run(Trainer):
 
 
 def command_line(teacher: Path | str, work_dir: Path, **flags: Any) -> list[str]:
-    """Flags of the training scripts; True and False are switches, None leaves a flag out."""
+    """Flags of the training scripts, as `words_of`."""
     words = ["--pretrained_model_name_or_path", str(teacher)]
     words += ["--output_dir", str(work_dir / "run"), "--cache_dir", str(work_dir / "cache")]
     if not is_tiny(str(teacher)):
@@ -148,16 +148,11 @@ def command_line(teacher: Path | str, work_dir: Path, **flags: Any) -> list[str]
         prompts = work_dir / "prompts.txt"
         prompts.write_text("\n".join(CAPTIONS[:16]) + "\n")
         words += ["--prompts_file", str(prompts)]
-    for name, value in {**QUIET, **flags}.items():
-        if isinstance(value, bool):
-            words += [f"--{name}" if value else f"--no-{name}"]
-        elif value is not None:
-            words += [f"--{name}", str(value)]
-    return words
+    return words + words_of({**QUIET, **flags})
 
 
 def make_run(argv: list[str], student: str = "lora", maker: NetworksMaker = networks_of_run) -> Run:
-    """What `train_rdm_lora.py` or `train_rdm_full.py` loads, or with other networks."""
+    """A loaded run of `train_rdm_lora.py` or `train_rdm_full.py`, with its own networks or others."""
     run = Run(parse_args(argv, student=student), maker)
     run.load()
     return run
@@ -165,14 +160,14 @@ def make_run(argv: list[str], student: str = "lora", maker: NetworksMaker = netw
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of the clock and of the processor, which counts no time that other programs took."""
+    """Seconds of the clock, and of the processor, which excludes other programs."""
 
     wall: float
     cpu: float
 
 
 def cost(work: Callable[[], Any]) -> Cost:
-    """What some work costs, on a GPU until it is done."""
+    """The cost of some work, which includes waiting for a GPU."""
     _synchronise()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
@@ -186,15 +181,15 @@ def _synchronise() -> None:
 
 
 def software() -> dict[str, Any]:
-    """What the numbers depend on beside the machine."""
+    """The software that the numbers depend on."""
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
 
 
 def save_teacher(name: str, folder: Path, dtype: torch.dtype = torch.float32, small: bool = False) -> Path:
-    """Writes a stock pipeline around a network of `NETWORKS`, drawn at random; its other parts are tiny.
+    """Writes a stock pipeline with a network of `NETWORKS` with random weights; its other parts are tiny.
 
-    Text encoders are shallow but as wide as the network reads, with as many tokens; so the network costs what the real
-    one does, and nobody waits for the rest.
+    Text encoders are shallow but have the real width and number of tokens, so that the network costs as much as the
+    real one.
     """
     full, shrunken = NETWORKS[name]
     config = {**full, **(shrunken if small else {})}

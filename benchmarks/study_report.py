@@ -7,11 +7,10 @@ Writes each comparison's tables into `docs/method.md`, between the comments `stu
 from __future__ import annotations
 
 import json
-import math
 import re
-from statistics import mean, stdev
+from statistics import mean
 
-from runs import RESULTS, ROOT
+from runs import RESULTS, ROOT, standard_error
 
 GRIDS = ("tuning", "tuning, flow", "lambda")
 TEACHERS = ("tiny", "tiny-flow", "tiny-v")
@@ -61,7 +60,7 @@ def curve(entry: dict) -> tuple[list[float], list[float], list[float]]:
     runs = [run for run in entry["curves"].values() if run]
     marks = list(zip(*runs, strict=False))
     values = [[point["fd_to_teacher"] for point in mark] for mark in marks]
-    errors = [stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in values]
+    errors = [standard_error(v) or 0.0 for v in values]
     return [mean(p["network_calls"] for p in mark) for mark in marks], [mean(v) for v in values], errors
 
 

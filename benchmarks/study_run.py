@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runs import words_of
 from torch import Tensor
 
 from rdm_diffusers.config import RunConfig
@@ -39,7 +40,7 @@ COMMON = dict(
 
 @dataclass
 class RecordingMonitor(Monitor):
-    """Remembers at which update each alarm rang."""
+    """Records the update of each alarm."""
 
     rung: list[tuple[int, str]] = field(default_factory=list)
 
@@ -53,24 +54,18 @@ class RecordingMonitor(Monitor):
 def command_line(teacher: str, seed: int, folder: Path, **flags: Any) -> list[str]:
     """The flags of one run, as `train_rdm_lora.py` takes them."""
     words = ["--pretrained_model_name_or_path", teacher, "--seed", str(seed), "--output_dir", str(folder)]
-    for name, value in {**COMMON, **flags}.items():
-        if value is True or value is False:
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            for one in value if isinstance(value, list | tuple) else [value]:
-                words += [f"--{name}", str(one)]
-    return words
+    return words + words_of({**COMMON, **flags})
 
 
 def calls_per_update(config: RunConfig) -> int:
-    """Forwards and backwards of single samples, every network's, that one update costs."""
+    """The network calls of one update."""
     guided = 1 if config.method.guidance_scale == 1 else 2
     estimate = (guided + 1) * config.method.num_renoisings
     return config.optimisation.train_batch_size * (1 + estimate + 2 + 2 * config.method.fake_updates_per_step)
 
 
 class Study(Trainer):
-    """A run that measures its student where others draw validation pictures.
+    """A run that measures its student instead of drawing validation images.
 
     Args:
         config: the run's.
@@ -101,7 +96,7 @@ class Study(Trainer):
 def distil(
     teacher_name: str, seed: int, folder: Path, budget: int, marks: int, num_images: int, flags: dict[str, Any]
 ) -> dict:
-    """Trains until the network calls are spent.
+    """Trains until a budget of network calls is spent.
 
     Args:
         teacher_name: an embedded teacher's.
@@ -128,7 +123,7 @@ def distil(
     try:
         if train(study):
             raise KeyboardInterrupt
-    except RuntimeError as error:  # a diverged run is a result, too
+    except RuntimeError as error:  # a diverged run is also a result
         finite = False
         print(f"{teacher_name} {seed} {flags}: {error}")
     finally:
@@ -149,7 +144,7 @@ def measure(run: Distillation, state: TrainState, teacher: Teacher, num_images: 
 
 @torch.no_grad()
 def measure_teacher(name: str, num_images: int) -> dict:
-    """The same of the unguided teacher's pictures, of other seeds than the reference's."""
+    """The same for the unguided teacher, with other seeds than the reference's."""
     teacher = load_teacher(name, torch.float32)
     many = next(iter(solvers_of(teacher.pipeline)))
     sampler = teacher_sampler(teacher.pipeline, many, 50, 1.0, 240, **teacher.call_options)
@@ -172,7 +167,7 @@ def measure_images(images: Tensor, teacher: str, reference: str) -> dict:
 
 
 def draw(run: Distillation, teacher: Teacher, start: int) -> Tensor:
-    """The student's pictures of 240 prompts from noises that only `start` decides."""
+    """The student's images of 240 prompts, from noises that depend on `start` only."""
     generator = torch.Generator().manual_seed(1_000_000 + start)
     noise = (torch.randn(240, *run.latent_shape, generator=generator) for _ in range(run.num_steps))
     latents = draw_samples(run.student, run.scheduler, noise, every_caption(teacher))

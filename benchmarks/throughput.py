@@ -1,12 +1,12 @@
-"""What a training step costs beside the network calls that it cannot do without, its floor.
+"""What a training step costs in relation to its floor, the network calls that it needs.
 
     python benchmarks/throughput.py --work_dir throughput
 
 A pair is one update of the real loop and the bare calls of the same networks on the same samples, in one process and
-in turns that change places. A ratio is the median over pairs; `cpu` is processor time, which no other program's turn
-lengthens. The floor's adapters are peft's, unfolded. `without_adapters` is the base network alone, whose backward goes
-to its input: the least that any LoRA on all layers needs. On a GPU, SDXL, SD3.5-large and FLUX.1 with random weights
-follow; `--small` runs their code shrunken on any machine and writes nothing.
+in alternating order. A ratio is the median over pairs. `cpu` is processor time, which other programs do not lengthen.
+The floor's adapters are peft's, unfolded. `without_adapters` is the base network alone, whose backward goes to its
+input: the least that any LoRA on all layers needs. On a GPU, SDXL, SD3.5-large and FLUX.1 with random weights follow.
+`--small` tries their code with small networks on any machine and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from runs import ROOT, write_result
+from runs import row_of_process, write_result
 from step_cost import Cost, Run, command_line, cost, make_run, save_teacher, software
 from torch import Tensor, nn
 
@@ -86,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure_row(args: argparse.Namespace) -> dict[str, Any]:
-    """The row that this process was started for."""
+    """The row of this process."""
     return measure_process(args) if args.row == "process" else measure_large(args, args.row)
 
 
@@ -129,7 +128,7 @@ def collect_whole(run: Run, number: int) -> Batch:
 
 
 def floor(run: Run, batch: Batch, bare: nn.Module | None = None) -> dict[str, Iterator[None]]:
-    """The network calls that an update needs, by what they are for; nothing is computed before they are walked.
+    """The network calls that an update needs, by their purpose; iterating over them computes them.
 
     Args:
         run: whose networks are called, with the adapters unfolded.
@@ -223,7 +222,7 @@ def measure_process(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def subprocess_row(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """A large model's row, by a process of its own, whose memory nobody else used; what stopped it if it failed."""
+    """A large model's row, from a process of its own, so that no other row used its memory."""
     return started(args, name, [sys.executable], dict(os.environ))
 
 
@@ -231,13 +230,9 @@ def started(args: argparse.Namespace, row: str, launch: list[str], environment: 
     """Runs this script for one row; the last line that it prints is the row."""
     own = [str(Path(__file__)), "--work_dir", str(args.work_dir), "--row", row]
     own += ["--growth_repeats", str(args.growth_repeats), *(["--small"] if args.small else [])]
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([*launch, *own], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        print(done.stderr[-3000:], file=sys.stderr)
-        return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
-    result = json.loads(done.stdout.strip().splitlines()[-1])
-    print(row, json.dumps(result), flush=True)
+    result = row_of_process([*launch, *own], environment)
+    if "failed" not in result:
+        print(row, json.dumps(result), flush=True)
     return result
 
 

@@ -1,4 +1,4 @@
-"""What full weights gain over LoRAs, and what 8 bits of optimiser state cost, on the embedded teacher, over seeds.
+"""What full weights gain over LoRAs, and what 8-bit Adam costs, on the tiny teacher over several seeds.
 
     python benchmarks/training_modes.py --work_dir training-modes
 
@@ -12,18 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-from runs import train, write_result
+from runs import train, words_of, write_result
 
-COMMON = [
-    "--report_to",
-    "none",
-    "--monitor_images",
-    "0",
-    "--validation_steps",
-    "100000",
-    "--checkpointing_steps",
-    "100000",
-]
+COMMON = words_of(dict(report_to="none", monitor_images=0, validation_steps=100_000, checkpointing_steps=100_000))
 LORA, FULL = "train_rdm_lora.py", "train_rdm_full.py"
 MODES: dict[str, tuple[str, list[str]]] = {
     "lora": (LORA, ["--max_train_steps", "400"]),
@@ -59,13 +50,8 @@ def main() -> None:
     for mode, (script, flags) in MODES.items():
         distances = [found[mode, seed] for seed in range(args.seeds)]
         spread = stdev(distances) if len(distances) > 1 else None
-        table[mode] = {
-            "script": script,
-            "flags": flags,
-            "fd_to_teacher": distances,
-            "mean": mean(distances),
-            "std": spread,
-        }
+        measured = {"fd_to_teacher": distances, "mean": mean(distances), "std": spread}
+        table[mode] = {"script": script, "flags": flags, **measured}
     write_result("training_modes", {"num_images": args.num_images, "modes": table})
 
 

@@ -1,6 +1,6 @@
-"""LoRA adapters whose weights stay float32 and which compute in the dtype of their input.
+"""LoRA adapters with float32 weights that compute in the dtype of their input.
 
-peft computes an adapter in the dtype of its weights: beside a bf16 base, float32 adapters mean float32 matrix products,
+peft computes in the dtype of an adapter's weights. On a bf16 base, float32 adapters would mean float32 matrix products,
 at a sixteenth of the speed of bf16 ones, and float32 copies of every activation that an adapter reads.
 """
 
@@ -33,24 +33,28 @@ CASTING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, nn.Conv2d
 
 
 def add_adapters(denoiser: ModelMixin, lora_config: LoraConfig, names: Iterable[str]) -> None:
-    """Adds LoRAs of one shape, with trainable float32 weights that compute in the dtype of what they read.
+    """Adds LoRAs with trainable float32 weights that compute in the dtype of their input.
 
     Args:
-        denoiser: changed in place; on the meta device its adapters are there, too.
-        lora_config: the shape.
-        names: the adapters'.
+        denoiser: changed in place. On the meta device, its adapters are on it, too.
+        lora_config: the shape of all of them.
+        names: of the adapters.
     """
     names = list(names)
     device = torch.device("meta") if denoiser.device.type == "meta" else nullcontext()
     with warnings.catch_warnings(), device:
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
         for name in names:
             denoiser.add_adapter(lora_config, name)
     for parameter in chain(*(adapter_parameters(denoiser, name) for name in names)):
         parameter.requires_grad_(True)
         parameter.data = parameter.data.float()
     for layer in lora_layers(denoiser).values():
-        _compute_in_input_dtype(layer)
+        adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
+        if all(type(adapter) in CASTING for adapter in adapters):  # other kinds of layers stay as peft makes them
+            layer.cast_input_dtype_enabled = False  # peft's own cast to the dtype of the weights
+            for adapter in adapters:
+                adapter.__class__ = CASTING[type(adapter)]
 
 
 def adapter_parameters(denoiser: nn.Module, name: str) -> list[nn.Parameter]:
@@ -61,12 +65,3 @@ def adapter_parameters(denoiser: nn.Module, name: str) -> list[nn.Parameter]:
 def lora_layers(denoiser: nn.Module) -> dict[str, LoraLayer]:
     """The layers that have adapters, by name."""
     return {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
-
-
-def _compute_in_input_dtype(layer: LoraLayer) -> None:
-    """The weights and their gradients keep their dtype. Other adapters than linear and 2-D ones stay as they are."""
-    adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
-    if all(type(adapter) in CASTING for adapter in adapters):
-        layer.cast_input_dtype_enabled = False  # peft's own cast, to the dtype of the weights
-        for adapter in adapters:
-            adapter.__class__ = CASTING[type(adapter)]

@@ -1,4 +1,4 @@
-"""Files and folders that survive a kill: synced, locked while they are written, written aside; and their digests."""
+"""Files and folders that survive a kill: synced, locked during writing, written aside; and their digests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _held: set[int] = set()  # descriptors of locks
 
 
 class HeldError(ValueError):
-    """A living process holds the lock; the message names it if possible."""
+    """A living process holds the lock. The message names it if possible."""
 
 
 def _release_in_child() -> None:
@@ -38,14 +38,14 @@ def digest_of_file(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path, wait: bool = False, refusal: str = "{holder}") -> Iterator[bool]:
-    """Holds a lock that ends with the process, however that ends; its file exists only meanwhile.
+    """Holds a lock, which ends with the process, however that ends. Its file exists only while it is held.
 
-    `filelock` is not used, because without `flock` it falls back to files, which dead processes hold for ever.
+    `filelock` is not used: without `flock` it falls back to files, which dead processes hold for ever.
 
     Args:
-        path: the lock's file.
-        wait: until another process releases it, instead of raising.
-        refusal: the message of `HeldError`; `{holder}` in it becomes the process that holds the lock.
+        path: of the lock's file.
+        wait: for another process to release it, instead of raising.
+        refusal: the message of `HeldError`, in which the process that holds the lock replaces `{holder}`.
 
     Yields:
         Whether the lock is held; False if the file system has no locks.
@@ -77,7 +77,7 @@ def _take(path: Path, wait: bool, refusal: str) -> int | None:
             if isinstance(error, BlockingIOError):
                 raise HeldError(refusal.replace("{holder}", holder)) from None
             return None
-        if os.fstat(descriptor).st_nlink:  # else its holder has removed it in the meantime
+        if os.fstat(descriptor).st_nlink:  # else its holder has just removed it
             break
         os.close(descriptor)
     _held.add(descriptor)
@@ -89,14 +89,14 @@ def _take(path: Path, wait: bool, refusal: str) -> int | None:
 
 @contextmanager
 def aside(parent: Path) -> Iterator[Path]:
-    """An empty hidden folder in `parent`, removed at the end; first removes what killed processes left there.
+    """An empty hidden folder in `parent`, removed at the end. Those that killed processes left are removed first.
 
     Raises:
         OSError: if it cannot be written.
     """
     clear_aside(parent)
     folder = parent / f"{ASIDE}{uuid.uuid4().hex[:8]}"
-    with locked(folder.with_name(folder.name + LOCK)):  # taken first, so that nobody clears the folder
+    with locked(folder.with_name(folder.name + LOCK)):  # first, so that nobody clears the folder
         folder.mkdir()
         try:
             yield folder
@@ -116,15 +116,12 @@ def clear_aside(parent: Path, rescue: Callable[[Path], None] = lambda folder: No
 
 
 def aside_of(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """The path at which a file is written before it gets its name."""
     return path.with_name(f"{PARTIAL}{path.name}")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file as a whole or not at all; an older one stays until then.
-
-    A link in its place is replaced, not followed.
-    """
+    """Writes a UTF-8 text file as a whole or not at all. An older file, or a link, is replaced at the end."""
     partial = aside_of(path)
     partial.unlink(missing_ok=True)  # what a kill left, or a link
     try:
@@ -146,6 +143,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Waits until everything in a folder is on the disk."""
+    """Waits until a folder and everything in it is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)

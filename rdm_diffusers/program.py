@@ -1,7 +1,11 @@
-"""The life of a console program: its streams, signals and errors, and the status that it ends with."""
+"""A console program from start to end: its streams, its signals, what a user sees of an error, and its exit status.
+
+An error that could be foreseen is one sentence. Any other error is a bug and shows its traceback.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -10,51 +14,114 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-from .errors import MEMORY_ADVICE, explain
+import torch
+from safetensors import SafetensorError
 
-TRACEBACK = "RDM_TRACEBACK"  # in the environment it shows where any error came from
+TRACEBACK = "RDM_TRACEBACK"  # an environment variable: if set, every error shows its traceback
+MEMORY_ADVICE = "give it less to do at once"
+# Errors without a public class are recognised by their message, those of libraries that may be missing by class name.
+NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LOST_PROCESS = ("gloo", "Connection closed by peer", "Connection reset by peer")
+CONNECTION = ("TransportError", "RequestException")  # of the Hub's HTTP library: requests, httpx or httpx2
+BAD_DATA = ("DatasetsError", "ArrowException", "YAMLError")
+
+
+class RunError(RuntimeError):
+    """Ends a run on purpose. Its message says why, and what to do."""
+
+
+def explain(error: BaseException, memory_advice: str = MEMORY_ADVICE) -> str | None:
+    """What is wrong and what to do, in one line; None for an error that nobody foresaw.
+
+    Args:
+        error: any.
+        memory_advice: what to try if memory runs out, for example flags of the program.
+    """
+    said = one_line(error)
+    if _is_out_of_memory(error):
+        return f"There is not enough memory ({said}); {memory_advice}."
+    if isinstance(error, SafetensorError):
+        return f"A file of weights is cut off, damaged or no safetensors ({said}); download or write it again."
+    if type(error) is json.JSONDecodeError:
+        return f"A file that should hold JSON is damaged ({said}); download or write it again."
+    if isinstance(error, UnicodeDecodeError):
+        return f"A file that should hold text is not in UTF-8 ({said}); convert it."
+    if _has_class(error, CONNECTION):
+        return f"The connection to the Hub failed ({said}); check the network and try again."
+    if _has_class(error, BAD_DATA):
+        return f"A data file cannot be read ({one_line(list(causes(error))[-1])}); check it, or download it again."
+    if type(error) is Exception:  # tokenizers raises these
+        return f"A file of a model is damaged, or of an unknown kind ({said}); download it again."
+    if _is_lost_process(error):
+        return f"Another process of this run has ended, and says why in a message of its own ({said})."
+    return said if isinstance(error, ValueError | ImportError | OSError | RunError) else None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its class name if the message is empty."""
+    return " ".join(line for line in map(str.strip, str(error).splitlines()) if line) or type(error).__name__
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and the errors that it was raised from, the first one last."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+
+
+def _has_class(error: BaseException, names: tuple[str, ...]) -> bool:
+    return any(base.__name__ in names for base in type(error).__mro__)
+
+
+def _is_lost_process(error: BaseException) -> bool:
+    if torch.distributed.is_available() and isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PROCESS)
 
 
 def run_program(main: Callable[[], object], memory_advice: str = MEMORY_ADVICE) -> None:
-    """Runs a program: an error that could be foreseen is one line and the status 1, a bug shows its traceback.
+    """Runs a program; an error that could be foreseen becomes one line and the exit status 1.
 
-    A program that is ended by a signal has the status that shells expect, 128 and the signal's number, and has tidied
-    up before.
+    A program that a signal ends cleans up first, and has the status that shells expect: 128 plus the signal's number.
 
     Args:
         main: the program, without arguments.
         memory_advice: as in `explain`.
     """
-    with lasting_streams(), ending_on_signals():
-        _run(main, memory_advice)
-
-
-def _run(main: Callable[[], object], memory_advice: str) -> None:
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        sys.exit(status_of(signal.SIGINT))
-    except Exception as error:
-        sentence = explain(error, memory_advice)
-        if sentence is None or os.environ.get(TRACEBACK):
-            raise
-        sys.exit(f"error: {sentence}")
+    with _lasting_streams(), _ending_on_signals():
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            sys.exit(status_of(signal.SIGINT))
+        except Exception as error:
+            sentence = explain(error, memory_advice)
+            if sentence is None or os.environ.get(TRACEBACK):
+                raise
+            sys.exit(f"error: {sentence}")
 
 
 def status_of(number: int) -> int:
-    """The status of a program that a signal ended."""
+    """The exit status of a program that a signal ended."""
     return 128 + number
 
 
 @contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP end the program as `sys.exit` does, so that nothing half made is left behind.
+def _ending_on_signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end the program as `sys.exit` does, so that it cleans up.
 
-    Not one process of several: while it waits for the others it would not hear a handler of Python's.
+    One process of several is left alone: it would not run a Python handler while it waits for the others. A signal
+    that is ignored, as SIGHUP is under nohup, stays ignored.
     """
     alone = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
-    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if alone and _is_free(number)]
+    signals = (signal.SIGTERM, signal.SIGHUP) if alone else ()
+    handled = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
     for number in handled:
         signal.signal(number, lambda number, frame: sys.exit(status_of(number)))
     try:
@@ -64,16 +131,11 @@ def ending_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _is_free(number: int) -> bool:
-    """Whether a signal has its usual effect; with nohup, SIGHUP is ignored and shall be."""
-    return signal.getsignal(number) is signal.SIG_DFL
-
-
 @contextmanager
-def lasting_streams() -> Iterator[None]:
-    """Lets the program outlive who reads its output: a closed pipe, a terminal that is gone, a full disk."""
+def _lasting_streams() -> Iterator[None]:
+    """Lets the program go on when its output cannot be written: a closed pipe or terminal, a full disk."""
     before = sys.stdout, sys.stderr
-    lasting = [stream and LastingStream(stream) for stream in before]
+    lasting = [stream and _LastingStream(stream) for stream in before]
     sys.stdout, sys.stderr = cast("tuple[TextIO, TextIO]", tuple(lasting))
     try:
         yield
@@ -83,8 +145,8 @@ def lasting_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-class LastingStream:
-    """A text stream that swallows what cannot be written."""
+class _LastingStream:
+    """A text stream that drops what cannot be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -93,22 +155,20 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes, or does as if."""
         try:
             return self._stream.write(text)
         except OSError:
-            self._give_up()
+            self._discard_output()
             return len(text)
 
     def flush(self) -> None:
-        """Flushes, or does as if."""
         try:
             self._stream.flush()
         except OSError:
-            self._give_up()
+            self._discard_output()
 
-    def _give_up(self) -> None:
-        """Sends all else into the void, what is in the stream's buffer too, which Python flushes when it ends."""
+    def _discard_output(self) -> None:
+        """Points the stream at /dev/null, so that Python can flush its buffer when it exits."""
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())

@@ -1,13 +1,12 @@
-"""FSDP2: every network's weights, gradients and optimiser states in shards over all processes.
+"""FSDP2 (torch's `fully_shard`): networks, gradients and optimiser states in shards over all processes.
 
-torch's `fully_shard`, with the options of `accelerate launch --use_fsdp --fsdp_version 2`. Sharded tensors are
-`DTensor`s; checkpoints hold them whole, so that a file does not depend on the number of processes.
+The options are those of `accelerate launch --use_fsdp --fsdp_version 2`. Sharded tensors are `DTensor`s. Checkpoints
+hold whole tensors, so that a file does not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -21,34 +20,31 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def shard(network: ModelMixin, accelerator: Accelerator) -> None:
     """Shards a network over all processes, block by block, in place.
 
-    The weights are gathered for each block's forward and backward, and freed after both: a root that stayed gathered
+    Weights are gathered for each block's forward and backward, and freed after both: a root that stayed gathered
     after a forward without gradients would miss what optimisers and moving averages write into the shards.
 
     Args:
-        network: on the CPU or the device; its shards are on the device afterwards.
-        accelerator: names the processes and the device.
+        network: on the CPU or the device. Its shards are on the device.
+        accelerator: of the processes and the device.
     """
     plugin = FullyShardedDataParallelPlugin()
     names = plugin.transformer_cls_names_to_wrap or network._no_split_modules or ()
-    options: dict[str, Any] = dict(
-        mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
-        reshard_after_forward=True,
-    )
-    for module in reversed(list(network.modules())):  # blocks within blocks first
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for module in reversed(list(network.modules())):  # inner blocks first
         if type(module).__name__ in names:
-            fully_shard(module, **options)
-    fully_shard(network, **options)
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """A sharded tensor whole, on every process, all of which must call this; any other tensor as it is."""
+    """A sharded tensor as a whole one on every process, all of which must call this; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, on the reference's device and in its shards if it has any.
+    """Shards a whole tensor, the same on every process, like a sharded reference, on the reference's device.
 
-    Tensors of another shape than the reference's, as optimisers' step counts are, stay whole.
+    Tensors of another shape than the reference's stay whole; optimisers' step counts are such.
     """
     if isinstance(reference, DTensor) and tensor.shape == reference.shape:
         return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
@@ -56,5 +52,5 @@ def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
 
 
 def is_sharded_launch() -> bool:
-    """Whether `accelerate launch` was told to use FSDP."""
+    """Whether `accelerate launch` runs with FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

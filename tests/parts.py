@@ -22,8 +22,7 @@ from rdm_diffusers.families import Conditioning, Teacher
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, SharedBase
 from rdm_diffusers.prediction import NoiseSchedule
-from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
+from rdm_diffusers.tiny.captions import CAPTIONS, MAX_TOKENS, make_tokenizer
 from rdm_diffusers.training import trainer as trainer_module
 from rdm_diffusers.training.assembly import load
 from rdm_diffusers.training.loop import train

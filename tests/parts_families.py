@@ -43,7 +43,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from rdm_diffusers.tiny.tokenizer import make_tokenizer
+from rdm_diffusers.tiny.captions import make_tokenizer
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

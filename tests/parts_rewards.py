@@ -22,8 +22,7 @@ from transformers import (
 
 from rdm_diffusers.rewards.hpsv3 import preference_head
 from rdm_diffusers.rewards.scoring_head import ScoringHead
-from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
+from rdm_diffusers.tiny.captions import CAPTIONS, MAX_TOKENS, make_tokenizer
 
 WIDTH, HEADS, LAYERS, PATCH, SIZE, JOINT = 16, 2, 2, 8, 32, 12
 

@@ -15,7 +15,7 @@ from rdm_diffusers.families import PromptOptions, Teacher, load_teacher
 from rdm_diffusers.hub import export_lora
 from rdm_diffusers.networks import SharedBase
 from rdm_diffusers.schedulers import RdmScheduler
-from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
+from rdm_diffusers.tiny.captions import MAX_TOKENS, make_tokenizer
 
 TEXT_DIMS = (16, 8)
 JOINT_DIM = 32  # the width of T5, to which the CLIP embeddings are padded

@@ -18,9 +18,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from rdm_diffusers.commands import card, export, push
-from rdm_diffusers.errors import explain
 from rdm_diffusers.evaluation import command
-from rdm_diffusers.program import run_program
+from rdm_diffusers.program import explain, run_program
 from rdm_diffusers.training.monitor import CollapseError
 from rdm_diffusers.training.optimizers import NonFiniteError
 

@@ -11,8 +11,8 @@ from parts import files_of_at_most, read_state, run_arguments, train_only
 
 import train_rdm_full
 import train_rdm_lora
-from rdm_diffusers.errors import explain
 from rdm_diffusers.pipelines import RdmDistillationPipeline
+from rdm_diffusers.program import explain
 from rdm_diffusers.rewards import RewardError
 from rdm_diffusers.training import trainer
 

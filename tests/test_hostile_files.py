@@ -23,10 +23,10 @@ from rdm_diffusers.commands import card, export
 from rdm_diffusers.families import LORA_FILE, pipeline_config
 from rdm_diffusers.hub import check_complete, push, write_card
 from rdm_diffusers.hub.licenses import license_of
-from rdm_diffusers.json_files import MAX_BYTES, parse_object, read_object
 from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.pipelines.lora_file import MAX_HEADER, check_lora_file
 from rdm_diffusers.training.exporting import read_run
+from rdm_diffusers.untrusted import MAX_BYTES, parse_object, read_object
 
 DEEP = 100_000
 NEVER_ENDS = r"(a*)*b"  # on `aaaa...`

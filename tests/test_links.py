@@ -12,9 +12,9 @@ import pytest
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import card, export
 from rdm_diffusers.hub import push, student_files, write_card
-from rdm_diffusers.links import real_path, write_inside
 from rdm_diffusers.training import publish
 from rdm_diffusers.training.exporting import read_run
+from rdm_diffusers.untrusted import real_path, write_inside
 
 TOKEN = "hf_recognisableSecret0123456789"
 SECRET = "the content of a secret file"

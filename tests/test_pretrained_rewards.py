@@ -29,8 +29,7 @@ from rdm_diffusers.rewards.hpsv3 import HpsV3, split_tensors as split_hpsv3
 from rdm_diffusers.rewards.image_reward import MEAN, STD, blip_config, split_tensors
 from rdm_diffusers.rewards.pretrained import PretrainedReward
 from rdm_diffusers.rewards.registry import PRETRAINED_REWARDS
-from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.tiny.tokenizer import make_tokenizer
+from rdm_diffusers.tiny.captions import CAPTIONS, make_tokenizer
 from rdm_diffusers.training.external_rewards import load_rewards
 
 PROMPTS = CAPTIONS[3::60]

@@ -22,9 +22,8 @@ from rdm_diffusers.networks import STUDENT, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline, RdmStableDiffusion3Pipeline
 from rdm_diffusers.schedulers import RdmScheduler
 from rdm_diffusers.tiny import TINY_FLOW_NAME
-from rdm_diffusers.tiny.captions import CAPTIONS, DRAWINGS
+from rdm_diffusers.tiny.captions import CAPTIONS, DRAWINGS, MAX_TOKENS
 from rdm_diffusers.tiny.classifier import load_classifier
-from rdm_diffusers.tiny.tokenizer import MAX_TOKENS
 from rdm_diffusers.training.assembly import make_scheduler
 
 FAMILY = FAMILIES["StableDiffusion3Pipeline"]

@@ -14,8 +14,8 @@ from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.config.record import command_line, training_record
 from rdm_diffusers.config.secrecy import launch_words, problem
-from rdm_diffusers.credentials import has_secret, without_secrets
 from rdm_diffusers.hub.student_files import check_secrets
+from rdm_diffusers.untrusted import has_secret, without_secrets
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_recognisableSecret0123456789"

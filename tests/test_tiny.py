@@ -22,10 +22,9 @@ from rdm_diffusers.tiny import (
     is_tiny,
     resolve_teacher,
 )
-from rdm_diffusers.tiny.captions import BACKGROUNDS, CAPTIONS, DRAWINGS, INKS, parse_caption
+from rdm_diffusers.tiny.captions import BACKGROUNDS, CAPTIONS, DRAWINGS, INKS, MAX_TOKENS, make_tokenizer, parse_caption
 from rdm_diffusers.tiny.classifier import FEATURE_DIM, DrawingClassifier, load_classifier
 from rdm_diffusers.tiny.reference import REFERENCES, load_quality, load_statistics
-from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
 
 FOLDER = Path(TINY_TEACHER).parent
 CLASSES = {

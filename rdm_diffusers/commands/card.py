@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bounds import FREE_TEXT, PATH, Bound
+from ..bounds import FREE_TEXT, PATH, Bound, Parser
 from ..config.record import without_folders
 from ..evaluation.records import JSON_FILE, read_json
 from ..families import CARD
 from ..hub import finish_exports, student_files, write_card
-from ..links import write_inside
-from ..parsing import Parser
 from ..pipelines import is_student
 from ..program import run_program
+from ..untrusted import write_inside
 
 BOUNDS: dict[str, Bound] = {"folder": PATH, "name": FREE_TEXT, "evaluation": PATH}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..bounds import PATH, REVISION, TOKEN, Bound, Text
+from ..bounds import PATH, REVISION, TOKEN, Bound, Parser, Text
 from ..config import RunConfig
 from ..evaluation.subjects import DTYPES
 from ..families import explain_hub_errors, family_of, pipeline_config, use_token
@@ -34,7 +34,6 @@ from ..hub import (
     write_full,
     writing,
 )
-from ..parsing import Parser
 from ..pipelines import StudentConfig, is_student
 from ..program import run_program
 from ..training.checkpoint_files import PREFIX, RECORD, list_checkpoints

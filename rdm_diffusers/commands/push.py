@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bounds import FREE_TEXT, PATH, REVISION, TOKEN, Bound, Text, is_git_name
+from ..bounds import FREE_TEXT, PATH, REVISION, TOKEN, Bound, Parser, Text, is_git_name
 from ..families import use_token
 from ..hub import finish_exports
-from ..parsing import Parser
 from ..program import run_program
 from ..training.publish import push_run
 

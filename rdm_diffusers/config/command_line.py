@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..bounds import PATH, TOKEN, Bound, OneOf
+from ..bounds import PATH, TOKEN, Bound, OneOf, Parser, set_bounds
 from ..families import use_token
-from ..parsing import Parser, set_bounds
 from .fields import Setting, settings_of
 from .record import command_line
 from .retired import RETIRED, retirement

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..credentials import without_secrets
+from ..untrusted import without_secrets
 from .run_config import all_settings
 
 TEACHER = "pretrained_model_name_or_path"

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from ..bounds import did_you_mean
-from ..credentials import INSTEAD, has_secret
-from ..json_files import check_kinds
+from ..untrusted import INSTEAD, check_kinds, has_secret
 from .checks import check
 from .fields import Setting, settings_of
 from .filling import DERIVED, filled

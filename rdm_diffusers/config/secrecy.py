@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from ..credentials import INSTEAD, has_secret
+from ..untrusted import INSTEAD, has_secret
 
 TOKEN_FLAG = "--hub_token"
 ACCELERATE = r"accelerate launch$|accelerate-launch$|accelerate.commands.launch(\.py)?$"  # the ways to call it

@@ -19,10 +19,11 @@ from ..bounds import (
     TOKENS,
     VARIANT,
     Bound,
+    Parser,
     Text,
+    set_bounds,
     whole,
 )  # fmt: skip
-from ..parsing import Parser, set_bounds
 from ..tiny import is_tiny
 from .features import FEATURES
 from .measuring import MeasuringOptions

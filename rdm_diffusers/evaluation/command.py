@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..credentials import without_secrets
 from ..folders import aside_of
 from ..program import run_program
+from ..untrusted import without_secrets
 from .arguments import COMPARE_BOUNDS, Evaluation, make_compare_parser, parse_args
 from .digests import digest_of_texts, sealed
 from .given import given_pictures

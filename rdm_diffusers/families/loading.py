@@ -11,9 +11,9 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from ..json_files import read_object
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
+from ..untrusted import read_object
 from .base import INDEX, Conditioning, Family, PromptOptions
 from .hub_files import explain_hub_errors, fetch, repository_files
 from .quantization import quantized_loading

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
 from ..families import CARD
-from ..links import write_inside
+from ..untrusted import write_inside
 from .card_facts import CardFacts, facts_of
 from .card_metrics import eval_results, results
 from .comfyui import comfyui_node, comfyui_sampler

@@ -10,10 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..families import FAMILIES, LORA_FILE, absent_components, family_of, pipeline_config
-from ..json_files import described
 from ..pipelines import StudentConfig
 from ..pipelines.student_config import REMEDY
 from ..tiny import is_tiny
+from ..untrusted import described
 from .card_metrics import EVALUATION_FILE, METRICS_FILE, read_record
 from .student_files import is_hub_id, read_scheduler
 

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..evaluation.records import JSON_FILE as EVALUATION_FILE, flattened, number, rows_of
-from ..json_files import described, is_kind, read_object
+from ..untrusted import described, is_kind, read_object
 from .markdown import Markdown, cells, escaped, plain
 
 METRICS_FILE = "metrics.json"

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..families import FAMILIES, LORA_FILE, Family, fetch, pipeline_config
-from ..json_files import read_object
 from ..pipelines import StudentConfig
 from ..pipelines.student_config import REMEDY
 from ..tiny import resolve_teacher
+from ..untrusted import read_object
 from .stability_names import stability_names
 
 logger = logging.get_logger(__name__)

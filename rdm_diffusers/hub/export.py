@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..families import FAMILIES, LORA_FILE, Teacher, full_name, rebuilt
-from ..json_files import digest_of
 from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
 from ..pipelines.lora_file import digest_of_lora
 from ..schedulers import RdmScheduler
+from ..untrusted import digest_of
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
 from .licenses import license_of
 from .placing import replacing, writing

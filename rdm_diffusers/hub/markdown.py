@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..credentials import without_secrets
 from ..evaluation.records import table
+from ..untrusted import without_secrets
 
 JOINERS = "\u200c\u200d"  # not printable, but a part of words and of emoji
 # A backslash does not disable `&` and `<`; `_` inside words has no meaning.

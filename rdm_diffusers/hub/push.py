@@ -12,9 +12,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
-from ..credentials import without_secrets
 from ..families import CARD, INDEX
-from ..links import real_path
+from ..untrusted import real_path, without_secrets
 from .student_files import check_secrets, check_student, components_of, is_hub_id, is_students, student_files
 
 COMMIT_MESSAGE = "Student of rdm_diffusers"

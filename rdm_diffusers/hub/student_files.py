@@ -13,15 +13,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .. import credentials
-from ..credentials import has_secret
 from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, family_of
-from ..json_files import described, digest_of, read_object
-from ..links import real_path
 from ..pipelines import StudentConfig, is_student
 from ..pipelines.lora_file import check_lora_file
 from ..pipelines.student_config import REMEDY, check_scheduler, warn_of_change
 from ..tiny import is_tiny
+from ..untrusted import TOKEN as HUB_TOKEN, described, digest_of, has_secret, read_object, real_path
 
 SCHEDULER = "scheduler/scheduler_config.json"
 PATTERNS = (
@@ -29,7 +26,7 @@ PATTERNS = (
     "comfyui/*.safetensors", "scheduler/*.json", INDEX,
 )  # fmt: skip
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-TOKEN = re.compile(credentials.TOKEN.pattern.encode())
+TOKEN = re.compile(HUB_TOKEN.pattern.encode())
 OWN_TEXTS = (CARD, STUDENT_CONFIG, "metrics.json", "evaluation.json")  # tokenizers know of all kinds of addresses
 
 

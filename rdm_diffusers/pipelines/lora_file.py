@@ -14,7 +14,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 
 from ..families import LORA_FILE, fetch
-from ..json_files import Kinds, check_kinds, described, parse_object
+from ..untrusted import Kinds, check_kinds, described, parse_object
 from .student_config import REMEDY, TEXT, check_ranges, warn_of_change
 
 MAX_HEADER = 2**20  # bytes of the adapter's description

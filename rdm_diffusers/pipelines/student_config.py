@@ -16,7 +16,7 @@ from typing import Any
 
 from ..families import STUDENT_CONFIG, check_no_checkpoint, fetch
 from ..folders import ASIDE
-from ..json_files import Kinds, check_kinds, described, digest_of, is_kind, read_object
+from ..untrusted import Kinds, check_kinds, described, digest_of, is_kind, read_object
 
 DIGEST = "digest"
 FORMAT_VERSION = 1  # raised only when older releases would sample a student wrongly

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import causes
+from ..program import causes
 from .text_files import cleaned, read_prompts, warn_of_long
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The embedded tiny teachers: real pipelines that draw coloured handwritten digits.
 
-`tiny` is a Stable Diffusion pipeline that predicts noise, `tiny-v` its fine-tune that predicts v, `tiny-flow` a Stable
-Diffusion 3 pipeline of flow matching.
+`tiny` is a Stable Diffusion pipeline that predicts noise, `tiny-v` its fine-tune that predicts v, and `tiny-flow` a
+Stable Diffusion 3 pipeline of flow matching.
 """
 
 from pathlib import Path
@@ -15,18 +15,7 @@ TINY_TEACHERS: dict[str, str] = {
     TINY_FLOW_NAME: str(Path(__file__).parent / "teacher_flow"),
 }
 TINY_TEACHER = TINY_TEACHERS[TINY_NAME]
-MAX_SEQUENCE_LENGTHS = {TINY_FLOW_NAME: 1}  # what they were trained with, where it is not the stock pipeline's
-
-__all__ = [
-    "MAX_SEQUENCE_LENGTHS",
-    "TINY_FLOW_NAME",
-    "TINY_NAME",
-    "TINY_TEACHER",
-    "TINY_TEACHERS",
-    "TINY_V_NAME",
-    "is_tiny",
-    "resolve_teacher",
-]
+MAX_SEQUENCE_LENGTHS = {TINY_FLOW_NAME: 1}  # of the training, where it is not the stock pipeline's default
 
 
 def is_tiny(name_or_path: str) -> bool:
@@ -35,5 +24,5 @@ def is_tiny(name_or_path: str) -> bool:
 
 
 def resolve_teacher(name_or_path: str) -> str:
-    """The folder of an embedded teacher for its name; any other name unchanged."""
+    """The folder of an embedded teacher by its name; any other name or path unchanged."""
     return TINY_TEACHERS.get(name_or_path, name_or_path)

@@ -1,10 +1,19 @@
-"""What the tiny teacher can draw: a digit, an ink colour and a background colour, named in one caption."""
+"""What the tiny teachers can draw, a digit, an ink and a background, named in a caption; and the captions' tokenizer.
+
+The tokenizer is a real `CLIPTokenizer` that needs no download: a byte alphabet, and merges that make each caption word
+one token.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
+
+MAX_TOKENS = 12
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 INKS: dict[str, tuple[float, float, float]] = {
@@ -40,7 +49,7 @@ class Drawing:
 
     @property
     def held_out(self) -> bool:
-        """True for the 24 drawings that the teacher never saw: every colour pair misses one digit."""
+        """Whether it is one of the 24 drawings that no teacher was trained on, one digit for each pair of colours."""
         return (self.digit - 4 * self.ink - self.background) % 10 == 0
 
 
@@ -60,3 +69,25 @@ def parse_caption(caption: str) -> Drawing:
         raise ValueError(
             f"The tiny teacher does not know the caption {caption!r}; write it like {CAPTIONS[0]!r}."
         ) from None
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """Makes the same tokenizer every time. Any text other than the captions' words has a token for each letter."""
+    alphabet = sorted(ByteLevel.alphabet())
+    merges: list[tuple[str, str]] = []
+    for word in sorted({word for caption in CAPTIONS for word in caption.split()}):
+        first, *rest = _apply(merges, [*word[:-1], f"{word[-1]}</w>"])
+        for piece in rest:
+            merges.append((first, piece))
+            first += piece
+    symbols = [*SPECIAL_TOKENS, *alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges)]
+    vocabulary = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
+    """Byte-pair encoding: applies the earliest fitting merge until none fits."""
+    while fitting := [pair for pair in merges if pair in pairwise(pieces)]:
+        at = list(pairwise(pieces)).index(fitting[0])
+        pieces[at : at + 2] = ["".join(fitting[0])]
+    return pieces

@@ -1,4 +1,4 @@
-"""The tiny feature net: reads digit, ink and background off a picture, and gives features for Fréchet distances."""
+"""The tiny feature network: it recognises digit, ink and background, and gives features for Fréchet distances."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEATURE_DIM = 64
 
 
 class DrawingClassifier(nn.Module):
-    """A small convolutional net with a 64-dimensional feature layer and one head each for digit, ink, background."""
+    """A small convolutional network with 64 features and a head each for digit, ink and background."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,13 +31,8 @@ class DrawingClassifier(nn.Module):
             nn.Linear(64 * 16, FEATURE_DIM),
             nn.GELU(),
         )
-        self.heads = nn.ModuleDict(
-            {
-                "digit": nn.Linear(FEATURE_DIM, len(DIGITS)),
-                "ink": nn.Linear(FEATURE_DIM, len(INKS)),
-                "background": nn.Linear(FEATURE_DIM, len(BACKGROUNDS)),
-            }
-        )
+        choices = {"digit": DIGITS, "ink": INKS, "background": BACKGROUNDS}
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURE_DIM, len(each)) for name, each in choices.items()})
 
     def features(self, images: Tensor) -> Tensor:
         """Images `[B, 3, 32, 32]` in [0, 1] -> features `[B, 64]`. Gradients flow to the images."""
@@ -49,7 +44,7 @@ class DrawingClassifier(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     def correct(self, images: Tensor, drawings: list[Drawing]) -> dict[str, Tensor]:
-        """Whether each picture shows what it should, as `{"digit", "ink", "background", "all"}` of bool `[B]`."""
+        """Whether each image shows what it should, as `{"digit", "ink", "background", "all"}` of bool `[B]`."""
         logits = self(images)
         right = {
             name: logits[name].argmax(-1).cpu() == torch.tensor([getattr(drawing, name) for drawing in drawings])
@@ -60,7 +55,7 @@ class DrawingClassifier(nn.Module):
 
 
 def load_classifier(folder: str | Path | None = None) -> DrawingClassifier:
-    """The trained classifier from `folder` (by default the one shipped with the package), in evaluation mode."""
+    """The trained classifier in `folder` (by default the embedded one), frozen and in evaluation mode."""
     path = Path(folder or Path(__file__).parent) / "classifier.safetensors"
     classifier = DrawingClassifier()
     classifier.load_state_dict(load_file(path))

@@ -12,13 +12,13 @@ IMAGE_SIZE = 32
 
 
 class Handwriting:
-    """The scans, grouped by digit, and a renderer.
+    """The scans, and how they are drawn.
 
     Args:
-        generator: draws scans, shifts and colours; the only randomness here.
+        generator: of scans, shifts and colours; there is no other randomness.
 
     Raises:
-        ImportError: if scikit-learn, which carries the scans, is not installed.
+        ImportError: if scikit-learn, which includes the scans, is not installed.
     """
 
     def __init__(self, generator: torch.Generator):
@@ -32,11 +32,11 @@ class Handwriting:
         self.generator = generator
 
     def draw(self, drawings: list[Drawing], scans: Tensor | None = None) -> Tensor:
-        """Renders one picture per drawing.
+        """One image for each of B drawings.
 
         Args:
-            drawings: what to draw, length B.
-            scans: indices `[B]` into `self.scans`; by default a random scan of the right digit.
+            drawings: what to draw.
+            scans: indices `[B]` into `self.scans`; by default random scans of the right digits.
 
         Returns:
             Images `[B, 3, 32, 32]` in [0, 1].
@@ -49,7 +49,7 @@ class Handwriting:
         return (backgrounds + strokes * (inks - backgrounds)).clamp(0, 1)
 
     def random_drawings(self, count: int, held_out: bool = False) -> list[Drawing]:
-        """`count` drawings, uniform over those seen in training, or over all 240 with `held_out`."""
+        """`count` drawings, uniform over the 216 of the training, or with `held_out` over all 240."""
         pool = [drawing for drawing in DRAWINGS if held_out or not drawing.held_out]
         return [pool[i] for i in torch.randint(len(pool), (count,), generator=self.generator)]
 
@@ -58,7 +58,7 @@ class Handwriting:
         return candidates[torch.randint(len(candidates), (), generator=self.generator)]
 
     def _strokes(self, scans: Tensor) -> Tensor:
-        """Enlarges `[B, 1, 8, 8]` scans to `[B, 1, 32, 32]` coverage in [0, 1], each shifted by up to 2 pixels."""
+        """Scans `[B, 1, 8, 8]` -> coverage `[B, 1, 32, 32]` in [0, 1], each shifted by up to 2 pixels."""
         batch = len(scans)
         zoom = 1.15 + 0.15 * torch.rand(batch, 1, generator=self.generator)
         shift = (torch.rand(batch, 2, generator=self.generator) * 2 - 1) * 2 / (IMAGE_SIZE / 2)

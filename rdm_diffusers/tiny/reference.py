@@ -1,10 +1,10 @@
-"""The tiny teachers' reference statistics and their own quality, made once and shipped with them."""
+"""The tiny teachers' reference statistics and quality, which are measured once and embedded with them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,70 +21,63 @@ from .handwriting import Handwriting
 
 STEPS = 50
 IMAGES = 5000
+GUIDANCE_SCALE = 4.0  # w in u + w (c - u)
 SETS = ("teacher", "teacher_unguided", "data")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """How one teacher's reference is made, and the names of the files that hold it.
+    """How one teacher's reference is made.
 
     Args:
-        solver: what its 50 steps are taken with.
-        sampler: the same in words.
+        suffix: of the names of its files.
+        solver: the scheduler of its 50 steps.
+        sampler: the solver in words.
         guidance_scale: w in u + w (c - u).
-        statistics, quality: file names.
-        load_options: what `from_pretrained` wants to be told: the dtype, and components that are not there.
+        load_options: arguments of `from_pretrained`: the dtype, and components that are missing.
     """
 
-    solver: type[SchedulerMixin]
-    sampler: str
-    guidance_scale: float
-    statistics: str
-    quality: str
-    load_options: Mapping[str, Any]
+    suffix: str = ""
+    solver: type[SchedulerMixin] = DDIMScheduler
+    sampler: str = "50 DDIM steps"
+    guidance_scale: float = GUIDANCE_SCALE
+    load_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def statistics_file(self) -> str:
+        """The name of the file of its statistics."""
+        return f"reference{self.suffix}.safetensors"
+
+    @property
+    def quality_file(self) -> str:
+        """The name of the file of the teacher's quality."""
+        return f"quality{self.suffix}.json"
 
 
 REFERENCES = {
-    TINY_NAME: Reference(DDIMScheduler, "50 DDIM steps", 4.0, "reference.safetensors", "quality.json", {}),
-    TINY_V_NAME: Reference(
-        DDIMScheduler, "50 DDIM steps", 4.0, "reference_v.safetensors", "quality_v.json", {"torch_dtype": torch.float32}
-    ),
+    TINY_NAME: Reference(),
+    TINY_V_NAME: Reference("_v", load_options={"torch_dtype": torch.float32}),
     TINY_FLOW_NAME: Reference(
-        FlowMatchEulerDiscreteScheduler,
-        "50 Euler steps",
-        4.0,
-        "reference_flow.safetensors",
-        "quality_flow.json",
-        {"text_encoder_3": None, "tokenizer_3": None},
+        "_flow", FlowMatchEulerDiscreteScheduler, "50 Euler steps",
+        load_options={"text_encoder_3": None, "tokenizer_3": None},
     ),
-}
-GUIDANCE_SCALE = REFERENCES[TINY_NAME].guidance_scale
+}  # fmt: skip
 
 
-def load_statistics(name: str = TINY_NAME, folder: str | Path | None = None) -> dict[str, GaussianStatistics]:
-    """Feature statistics of a teacher's 50-step pictures, of those without guidance, and of the training pictures.
-
-    Args:
-        name: the embedded teacher's.
-        folder: where its files lie; by default those that are shipped.
-
-    Returns:
-        The statistics `teacher`, `teacher_unguided` and `data`.
-    """
-    tensors = load_file(Path(folder or Path(__file__).parent) / REFERENCES[name].statistics)
+def load_statistics(name: str = TINY_NAME) -> dict[str, GaussianStatistics]:
+    """A teacher's feature statistics: `teacher` and `teacher_unguided` of its 50-step images, `data` of real ones."""
+    tensors = load_file(Path(__file__).with_name(REFERENCES[name].statistics_file))
     return {each: GaussianStatistics(tensors[f"{each}.mean"], tensors[f"{each}.covariance"]) for each in SETS}
 
 
-def load_quality(name: str = TINY_NAME, folder: str | Path | None = None) -> dict:
-    """A teacher's own quality, measured on pictures that are not in its reference; arguments as `load_statistics`."""
-    return json.loads((Path(folder or Path(__file__).parent) / REFERENCES[name].quality).read_text())
+def load_quality(name: str = TINY_NAME) -> dict:
+    """A teacher's quality, measured on images that are not in its reference."""
+    return json.loads(Path(__file__).with_name(REFERENCES[name].quality_file).read_text())
 
 
 @torch.no_grad()
-def draw_with_teacher(
-    pipeline: DiffusionPipeline, count: int, first_seed: int, guidance_scale: float, **call_options: Any
-) -> Tensor:
-    """`count` pictures of all captions in turn, 50 steps: `[count, 3, 32, 32]` in [0, 1]."""
+def _draw(pipeline: DiffusionPipeline, count: int, first_seed: int, guidance_scale: float, **options: Any) -> Tensor:
+    """`count` images of all captions in turn, in 50 steps: `[count, 3, 32, 32]` in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, count, 250):
@@ -96,14 +89,14 @@ def draw_with_teacher(
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(first_seed + i) for i in numbers],
                 output_type="pt",
-                **call_options,
+                **options,
             ).images
         )
     return torch.cat(parts)
 
 
-def reference_pictures(folder: Path, name: str) -> dict[str, Tensor]:
-    """The pictures behind a reference, `[N, 3, 32, 32]` in [0, 1]: those of `SETS`, and `fresh` ones of the teacher."""
+def _reference_images(folder: Path, name: str) -> dict[str, Tensor]:
+    """The images of a reference, `[N, 3, 32, 32]` in [0, 1]: those of `SETS`, and `fresh` ones of the teacher."""
     reference = REFERENCES[name]
     pipeline = DiffusionPipeline.from_pretrained(
         folder / Path(TINY_TEACHERS[name]).name, use_safetensors=True, **reference.load_options
@@ -113,41 +106,35 @@ def reference_pictures(folder: Path, name: str) -> dict[str, Tensor]:
     handwriting = Handwriting(torch.Generator().manual_seed(0))
     return {
         "data": handwriting.draw([DRAWINGS[i % len(DRAWINGS)] for i in range(24_000)]),
-        "teacher": draw_with_teacher(pipeline, IMAGES, 0, reference.guidance_scale, **options),
-        "fresh": draw_with_teacher(pipeline, IMAGES, IMAGES, reference.guidance_scale, **options),
-        "teacher_unguided": draw_with_teacher(pipeline, IMAGES, 0, 1.0, **options),
+        "teacher": _draw(pipeline, IMAGES, 0, reference.guidance_scale, **options),
+        "fresh": _draw(pipeline, IMAGES, IMAGES, reference.guidance_scale, **options),
+        "teacher_unguided": _draw(pipeline, IMAGES, 0, 1.0, **options),
     }
 
 
 @torch.no_grad()
 def write_reference(folder: Path, name: str, classifier: DrawingClassifier) -> None:
-    """Measures the teacher in `folder` and writes its statistics and its quality beside it.
-
-    Args:
-        folder: holds the pipeline's folder.
-        name: the embedded teacher that it is a rebuild of.
-        classifier: the feature net.
-    """
-    reference, images = REFERENCES[name], reference_pictures(folder, name)
-    statistics = {each: GaussianStatistics.of(classifier.features(pictures)) for each, pictures in images.items()}
+    """Measures the rebuilt teacher in `folder`, and writes its statistics and its quality beside it."""
+    reference, images = REFERENCES[name], _reference_images(folder, name)
+    statistics = {each: GaussianStatistics.of(classifier.features(drawn)) for each, drawn in images.items()}
     tensors = {}
     for each in SETS:
         tensors[f"{each}.mean"], tensors[f"{each}.covariance"] = statistics[each].mean, statistics[each].covariance
-    save_file(tensors, folder / reference.statistics)
+    save_file(tensors, folder / reference.statistics_file)
     quality = {
         "sampler": reference.sampler,
         "guidance_scale": reference.guidance_scale,
         "num_images": IMAGES,
         "fd_to_teacher": frechet_distance(statistics["fresh"], statistics["teacher"]),
         "fd_to_data": frechet_distance(statistics["fresh"], statistics["data"]),
-        **accuracies(classifier, images["fresh"]),
+        **_accuracies(classifier, images["fresh"]),
     }
-    (folder / reference.quality).write_text(json.dumps(quality, indent=2) + "\n")
+    (folder / reference.quality_file).write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
 
 
-def accuracies(classifier: DrawingClassifier, images: Tensor) -> dict:
-    """Shares of pictures with the right digit, ink, background, both colours, and all; also on held-out drawings."""
+def _accuracies(classifier: DrawingClassifier, images: Tensor) -> dict:
+    """Shares of images with the right digit, ink, background, both colours, and all; also on held-out drawings."""
     drawings = [DRAWINGS[i % len(DRAWINGS)] for i in range(len(images))]
     correct = classifier.correct(images, drawings)
     correct["both_colours"] = correct["ink"] & correct["background"]

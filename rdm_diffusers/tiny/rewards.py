@@ -1,4 +1,4 @@
-"""Rewards for the tiny teacher's pictures: faithfulness to the prompt, and bold or thin strokes, which conflict."""
+"""Rewards for the tiny teachers' images: faithfulness to the prompt, and bold or thin strokes, which conflict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _classifier(device: torch.device) -> DrawingClassifier:
 
 
 class PromptFaithfulness:
-    """How sure the classifier is that a picture shows the digit, ink and background that its prompt asks for."""
+    """How sure the classifier is that an image shows the digit, ink and background that its prompt asks for."""
 
     name = "tiny_prompt"
     differentiable = True
@@ -32,10 +32,10 @@ class PromptFaithfulness:
             prompts: B captions of the tiny teacher.
 
         Returns:
-            `[B]`, float32, at most 0; 0 is certain. Gradients flow to the images, none to the classifier.
+            `[B]`, float32, at most 0, which is certain. Gradients flow to the images, none to the classifier.
 
         Raises:
-            ValueError: for a caption that the tiny teacher does not know, or pictures of another size.
+            ValueError: for an unknown caption, or images of another size.
         """
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
@@ -51,7 +51,7 @@ class PromptFaithfulness:
 
 
 class BlackBoxPromptFaithfulness(PromptFaithfulness):
-    """The very same number without gradients, to try out what is done with rewards that have none."""
+    """The same number without gradients, to try black-box rewards."""
 
     name = "tiny_prompt_black_box"
     differentiable = False
@@ -63,33 +63,33 @@ class BlackBoxPromptFaithfulness(PromptFaithfulness):
 
 
 class Boldness:
-    """How far the pixels are from the background's colour: bold strokes, strong ink. Overdone, it costs fidelity."""
+    """The distance of the pixels to the background's colour: bold strokes, strong ink. Too much costs fidelity."""
 
     name = "tiny_bold"
     differentiable = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The mean distance to the mean colour of the border, one pixel wide, as a share of that from black to white.
+        """The mean distance to the border's mean colour, as a share of the distance from black to white.
 
         Args:
             images: `[B, 3, H, W]` in [0, 1].
             prompts: ignored.
 
         Returns:
-            `[B]`, float32, in [0, 1]; 0 for a picture of one colour. Gradients flow to the images, border included.
+            `[B]`, float32, in [0, 1]; 0 for one colour. Gradients flow to the images, to the border, too.
         """
         images = images.float()
-        border = torch.ones(images.shape[-2:], dtype=torch.bool, device=images.device)
+        border = torch.ones(images.shape[-2:], dtype=torch.bool, device=images.device)  # one pixel wide
         border[1:-1, 1:-1] = False
         background = images[..., border].mean(-1)[..., None, None]
         return torch.linalg.vector_norm(images - background, dim=1).mean((-2, -1)) / 3**0.5
 
 
 class Thinness(Boldness):
-    """Thin strokes, faint ink: the negative of `Boldness`, so the two conflict by construction."""
+    """Thin strokes, faint ink: the negative of `Boldness`."""
 
     name = "tiny_thin"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As `Boldness` with the sign turned, `[B]` in [-1, 0]. Gradients flow to the images."""
+        """The negative of `Boldness`, `[B]` in [-1, 0]. Gradients flow to the images."""
         return -super().__call__(images, prompts)

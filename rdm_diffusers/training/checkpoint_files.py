@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..folders import digest_of_file, sync
-from ..json_files import digest_of
+from ..untrusted import digest_of
 
 PREFIX, PARTIAL, OLD, REPLACED = "checkpoint-", ".partial-", ".old-", ".replaced"
 RECORD, DIGEST = "state.json", "digest"

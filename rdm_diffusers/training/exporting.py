@@ -14,9 +14,8 @@ from ..config.record import training_record
 from ..config.retired import RetiredError
 from ..families import Conditioning, Teacher
 from ..hub import export_full, export_lora
-from ..json_files import check_kinds, read_object
-from ..links import real_path
 from ..networks import STUDENT, Networks
+from ..untrusted import check_kinds, read_object, real_path
 from .assembly import load, load_trained, make_networks, make_scheduler
 from .checkpoint_files import RECORD
 from .checkpoints import copy_into, damage, read_arguments, updates_of

@@ -13,11 +13,11 @@ from diffusers.training_utils import free_memory
 
 from ..config import RunConfig
 from ..config.record import shown_arguments
-from ..errors import explain, one_line
 from ..evaluation import as_table, put, save_samples, tiny_metrics, write_metrics
 from ..families import Teacher, load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
+from ..program import explain, one_line
 from ..tiny import is_tiny
 from .assembly import DTYPES, load
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..distillation import Advantage, RewardEstimate, Samples
 from ..distillation.advantages import grouped
-from ..errors import RunError
+from ..program import RunError
 
 WARM_UP, SETTLED, DECAY = 10, 100, 0.99  # updates before alarms, and before lowest values count
 FAKE_LOSS_BINS = 4

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..config import RunConfig
 from ..config.checks import eight_bit_package
-from ..errors import RunError
+from ..program import RunError
 from ..sharding import gather
 
 BUCKET = 2**26  # bytes of gradients that are averaged over processes at once

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import one_line
+from ..program import one_line
 from .monitor import CollapseError
 
 if TYPE_CHECKING:

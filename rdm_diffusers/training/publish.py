@@ -24,8 +24,8 @@ from ..hub import (
     unfinished,
     write_card,
 )
-from ..links import real_path
 from ..program import status_of
+from ..untrusted import real_path
 from .checkpoint_files import list_checkpoints, name_of
 from .exporting import export_checkpoint, read_run
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from ..config import RunConfig
-from ..errors import one_line
+from ..program import one_line
 
 
 def check_trackers(report_to: str) -> None:

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..distillation import draw_samples
-from ..errors import one_line
 from ..evaluation.pictures import labelled_rows
 from ..families import Conditioning, Teacher
 from ..networks import STUDENT
+from ..program import one_line
 from .checkpoints import TrainState
 from .placement import on_device
 from .prompts import Texts
