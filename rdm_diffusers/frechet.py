@@ -150,8 +150,7 @@ def _jackknife(features: Tensor, value: float, target: FrechetReference, num_pro
 def weights_without_each_group(strata: Tensor) -> list[Tensor]:
     """For each group the weights `[N]` of all pictures without it: 0 in the group, and every stratum keeps its total.
 
-    Args:
-        strata: `[N]`, the stratum of each picture, counted from 0; every stratum has at least two pictures.
+    `strata` `[N]` counts the strata from 0; each has at least two pictures.
     """
     order = torch.randperm(len(strata), generator=torch.Generator().manual_seed(0))
     order = order[strata[order].argsort(stable=True)]

@@ -115,11 +115,7 @@ def make_compare_parser() -> Parser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
-    """The options of a command line; ends the program with a sentence if one is wrong.
-
-    Raises:
-        SystemExit: from argparse.
-    """
+    """The options of a command line; ends the program with a sentence if one is wrong."""
     parser = make_parser()
     arguments = vars(parser.parse_within(BOUNDS, argv))
     try:

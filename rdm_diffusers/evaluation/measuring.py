@@ -24,25 +24,15 @@ from .subjects import DTYPES, Options
 
 @dataclass(frozen=True)
 class Measures:
-    """What pictures are measured with, loaded.
+    """What pictures are measured with, loaded."""
 
-    Args:
-        features: None if there is no reference.
-        references: by `data` and `teacher`.
-        rewards: by their specifications.
-    """
-
-    features: Features | None
-    references: Mapping[str, Reference]
-    rewards: Mapping[str, WeightedReward]
+    features: Features | None  # None if there is no reference
+    references: Mapping[str, Reference]  # by `data` and `teacher`
+    rewards: Mapping[str, WeightedReward]  # by their specifications
 
 
 def load_measures(options: Options, device: torch.device) -> Measures:
-    """Loads features, references and rewards.
-
-    Raises:
-        ValueError, ImportError: if one cannot be loaded, or if two rewards have one name.
-    """
+    """Loads all; ValueError or ImportError if one cannot be loaded, or if two rewards have one name."""
     rewards = {spec: load_reward(spec, device, DTYPES[options.reward_dtype]) for spec in options.reward}
     names = {weighted.reward.name for weighted in rewards.values()}
     if len(names) < len(options.reward):

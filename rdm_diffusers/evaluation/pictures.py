@@ -98,9 +98,7 @@ def read_batches(files: Sequence[Path], label: str | None = None) -> Iterator[Te
 def pair(files: Sequence[Path], prompts: Sequence[str], num_images: int | None = None) -> list[Path]:
     """The first pictures in the order of their prompts: picture i belongs to prompt i modulo the number of prompts.
 
-    Raises:
-        ValueError: if the names are not numbered without gaps from 0 or 1, and there are not as many pictures as
-            prompts.
+    ValueError unless the names are numbered without gaps from 0 or 1, or there are as many pictures as prompts.
     """
     ordered = sorted(files, key=natural_key)
     taken = ordered[:num_images]

@@ -33,19 +33,12 @@ FREE = {"name"}  # a network's place may change
 
 @dataclass(frozen=True)
 class Plan:
-    """Which pictures are drawn, and where they go.
-
-    Args:
-        folder: the output folder; pictures go into `images/`.
-        prompts: the whole set; picture i is drawn for prompt i modulo its length.
-        num_images: how many.
-        first_seed: of picture 0.
-    """
+    """Which pictures are drawn into `folder/images`: picture i for prompt i modulo the number of prompts."""
 
     folder: Path
     prompts: Sequence[str]
     num_images: int
-    first_seed: int
+    first_seed: int  # of picture 0
 
     def file(self, index: int) -> Path:
         """Where picture `index` goes."""
@@ -66,11 +59,7 @@ class Plan:
 def draw(plan: Plan, sampler: Sampler, settings: Mapping[str, Any], state: PartialState) -> None:
     """Draws all missing or damaged pictures; returns in every process when all processes have finished.
 
-    Args:
-        plan: the pictures.
-        sampler: draws them.
-        settings: all that determines a picture of a given prompt and seed, for `images.json`.
-        state: this process among the others.
+    `settings` are all that determines a picture of a given prompt and seed, for `images.json`.
 
     Raises:
         ValueError: if the folder holds pictures of other settings, if another evaluation draws into it, if a picture is
@@ -225,12 +214,7 @@ def _changed(files: Sequence[Path]) -> list[Path]:
 
 
 def given_pictures(folder: Path, prompts: Sequence[str], num_images: int | None = None) -> list[Path]:
-    """The pictures of a folder in the order of their prompts; prints how they are paired.
-
-    Args:
-        folder: holds the pictures.
-        prompts: what they were drawn for; empty if unknown.
-        num_images: how many are taken, from the first; all by default.
+    """The first pictures of a folder, all by default, in the order of their prompts; prints how they are paired.
 
     Raises:
         ValueError: if there are too few, if they were drawn for other prompts, if their names do not determine the
