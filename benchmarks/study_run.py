@@ -16,8 +16,7 @@ from torch import Tensor
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import draw_samples
-from rdm_diffusers.evaluation import evaluation_prompts, teacher_sampler
-from rdm_diffusers.evaluation.samplers import solvers_of
+from rdm_diffusers.evaluation import evaluation_prompts, solvers_of, teacher_sampler
 from rdm_diffusers.families import Teacher, load_teacher
 from rdm_diffusers.frechet import GaussianStatistics, frechet_distance
 from rdm_diffusers.rewards import evaluate, load_reward

@@ -12,7 +12,7 @@ from rdm_diffusers.bounds import Bound, Interval, OneOf, Parser, Text, flag_of, 
 from rdm_diffusers.commands import card, export, push
 from rdm_diffusers.config import LoraStudentConfig, RunConfig, all_settings
 from rdm_diffusers.config.command_line import BOUNDS, build_parser, parse_args, shown_default
-from rdm_diffusers.evaluation import arguments as evaluation
+from rdm_diffusers.evaluation import command as evaluation
 from rdm_diffusers.training.assembly import lora_config
 
 # Every command: its parser, its table, and what must be given.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.evaluation import command, evaluation_prompts, measure_images, sampling, student_sampler
-from rdm_diffusers.evaluation.arguments import FIRST_SEED
+from rdm_diffusers.evaluation.command import FIRST_SEED
 from rdm_diffusers.families import LORA_FILE
 from rdm_diffusers.tiny.captions import CAPTIONS
 

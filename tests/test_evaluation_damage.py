@@ -15,12 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rdm_diffusers.evaluation import command
-from rdm_diffusers.evaluation.digests import sealed, unsealed
-from rdm_diffusers.evaluation.features import load_features
+from rdm_diffusers.evaluation.features import load_features, load_reference, save_reference
 from rdm_diffusers.evaluation.pictures import read_image, save_image
 from rdm_diffusers.evaluation.prompt_sets import load_prompt_set
-from rdm_diffusers.evaluation.records import read_json
-from rdm_diffusers.evaluation.references import load_reference, save_reference
+from rdm_diffusers.evaluation.records import read_json, sealed, unsealed
 from rdm_diffusers.evaluation.sampling import LOCK, images_per_second, log_batch, read_record
 from rdm_diffusers.folders import locked
 

@@ -14,15 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from rdm_diffusers.evaluation import command
-from rdm_diffusers.evaluation.digests import digest_of_files, digest_of_tensors, digest_of_texts
-from rdm_diffusers.evaluation.features import load_features, resize_clean
-from rdm_diffusers.evaluation.intervals import distance_with_interval, weights_without_each_group
+from rdm_diffusers.evaluation.features import Reference, load_features, load_reference, resize_clean, save_reference
 from rdm_diffusers.evaluation.measuring import measure_reward
 from rdm_diffusers.evaluation.pictures import list_images, read_batches, save_image
 from rdm_diffusers.evaluation.prompt_sets import load_prompt_set
-from rdm_diffusers.evaluation.records import compare
-from rdm_diffusers.evaluation.references import Reference, load_reference, save_reference
-from rdm_diffusers.frechet import GaussianStatistics
+from rdm_diffusers.evaluation.records import compare, digest_of_files, digest_of_tensors, digest_of_texts
+from rdm_diffusers.frechet import GaussianStatistics, distance_with_interval, weights_without_each_group
 from rdm_diffusers.rewards import load_reward
 from rdm_diffusers.tiny.captions import CAPTIONS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rdm_diffusers.evaluation.given import describe_pairs, natural_key, pair
+from rdm_diffusers.evaluation.pictures import describe_pairs, natural_key, pair
 
 
 def paths(*names: str) -> list[Path]:

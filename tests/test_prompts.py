@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit, Seq
 
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
-from rdm_diffusers.evaluation.digests import digest_of_texts
+from rdm_diffusers.evaluation.records import digest_of_texts
 from rdm_diffusers.prompts import read_captions, read_prompts
 from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.training.checks import check_resumable

@@ -1,10 +1,9 @@
 """Distances, accuracies and pictures of students and teachers."""
 
-from .features import FEATURES, Features, load_features
-from .intervals import Distance, distance_with_interval
+from ..frechet import Distance, distance_with_interval
+from .features import FEATURES, Features, Reference, load_features, load_reference, save_reference
 from .prompt_sets import PROMPT_SETS, load_prompt_set
 from .records import compare
-from .references import Reference, load_reference, save_reference
 from .report import (
     Metrics,
     as_table,
@@ -15,8 +14,7 @@ from .report import (
     tiny_metrics,
     write_metrics,
 )
-from .samplers import FLOW_SOLVERS, TEACHER_SOLVERS, Sampler, solvers_of, student_sampler, teacher_sampler
-from .subjects import put
+from .subjects import FLOW_SOLVERS, TEACHER_SOLVERS, Sampler, put, solvers_of, student_sampler, teacher_sampler
 
 __all__ = [
     "FEATURES",

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,164 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..bounds import (
+    COUNT,
+    FREE_TEXT,
+    GUIDANCE,
+    MODEL,
+    PATH,
+    REVISION,
+    SIDE,
+    STEPS,
+    TOKENS,
+    VARIANT,
+    Bound,
+    Parser,
+    Text,
+    set_bounds,
+    whole,
+)
 from ..folders import aside_of
+from ..pipelines import StudentConfig
 from ..program import run_program
+from ..tiny import is_tiny
 from ..untrusted import without_secrets
-from .arguments import COMPARE_BOUNDS, Evaluation, make_compare_parser, parse_args
-from .digests import digest_of_texts, sealed
-from .given import given_pictures
+from .features import FEATURES, save_reference
 from .measuring import Measures, digest_of_reward, load_measures, measure_files
 from .pictures import contact_sheet, read_image
-from .prompt_sets import load_prompt_set
-from .records import NOTE, as_markdown, compare, read_json, write_record
-from .references import save_reference
+from .prompt_sets import PROMPT_SETS, load_prompt_set
+from .records import NOTE, as_markdown, compare, digest_of_texts, read_json, sealed, write_record
 from .report import machine
-from .sampling import Plan, draw, images_per_second, parent_of, read_record
-from .subjects import DRAWING_PACKAGES, installed_versions, load_subject
+from .sampling import Plan, draw, given_pictures, images_per_second, parent_of, read_record
+from .subjects import DRAWING_PACKAGES, DTYPES, FLOW_SOLVERS, TEACHER_SOLVERS, Options, installed_versions, load_subject
 
+FIRST_SEED = 1_000_000  # far from the seeds of the tiny teachers' references
+TINY_REWARDS = ("tiny_prompt", "tiny_bold")
+SOLVERS = tuple(dict.fromkeys([*TEACHER_SOLVERS, *FLOW_SOLVERS]))
+OF_TEACHERS = ("guidance_scale", "solver", "resolution", "max_sequence_length", "variant")
 PATIENCE = timedelta(days=2)  # how long processes wait for the slowest
 MEASURING_PACKAGES = ("numpy", "pillow", "torch", "torch-fidelity", "clean-fid")
 SHEET = "contact_sheet.png"
 MEMORY_ADVICE = "lower --batch_size, or try --offload or --dtype bfloat16"
+EPILOG = "Two results side by side: rdm-evaluate compare a.json b.json"
+PLACE = Text("a folder, a file, or a tiny teacher's name")
+# fmt: off
+BOUNDS: dict[str, Bound] = {  # of every flag without choices
+    "student":             Text("a folder or a Hub id"),
+    "teacher":             MODEL,
+    "images":              PATH,
+    "prompts":             Text("the name of a set of prompts, or a file"),
+    "num_images":          COUNT,
+    "seed":                whole(f"[0, {2**63 - 1}]"),  # later pictures have higher ones
+    "output_dir":          PATH,
+    "batch_size":          whole("[1, 65536]"),
+    "num_inference_steps": STEPS,
+    "guidance_scale":      GUIDANCE,
+    "resolution":          SIDE,
+    "max_sequence_length": TOKENS,
+    "revision":            REVISION,
+    "variant":             VARIANT,
+    "reference_data":      PLACE,
+    "reference_teacher":   PLACE,
+    "feature_weights":     PATH,
+    "reward":              Text("a reward's name or path/to/file.py:function"),
+}
+COMPARE_BOUNDS: dict[str, Bound] = {"a": PATH, "b": PATH, "ignore": FREE_TEXT}
+
+
+def make_parser() -> Parser:
+    """The parser of an evaluation, whose flags are the fields of `Options` in their order."""
+    parser = Parser("rdm-evaluate", description="Measures a student, a teacher or a folder of images.", epilog=EPILOG)
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--student", metavar="FOLDER_OR_HUB_ID", help="a LoRA or full student, sampled as it was trained to be")
+    add("--teacher", metavar="NAME", help="a stock pipeline: a folder, a Hub id, tiny, tiny-v or tiny-flow")
+    add("--images", metavar="FOLDER",
+        help="pictures that are there already, in the order of their numbers; the i-th belongs to prompt i")
+
+    add = parser.add_argument
+    add("--prompts", help=f"{', '.join(PROMPT_SETS)} (each also =FOLDER, a local copy of the dataset), or a file with "
+        "one prompt a line; the tiny teachers' captions by default for them")
+    add("--num_images", help="by default one for each prompt, or all pictures of --images")
+    add("--seed", default=FIRST_SEED, help="of the first picture; the others have the following ones")
+    add("--output_dir", required=True, help="evaluation.json, evaluation.md, contact_sheet.png, images/; a second call "
+        "draws only the pictures that are missing")
+    add("--batch_size", default=16, help="pictures drawn at once by each process")
+    add("--num_inference_steps", help="the student's own by default; 50 for a teacher")
+    add("--guidance_scale", help="a teacher's w in u + w (c - u), 1 is off; by default the stock pipeline's")
+    add("--solver", choices=SOLVERS, help="a teacher's; by default ddim, or euler for flow matching")
+    add("--dtype", default="float32", choices=list(DTYPES), help="of the sampled networks")
+    add("--resolution", help="of a teacher's pictures; its own by default")
+    add("--max_sequence_length", help="tokens of a prompt that a teacher reads")
+    add("--revision", help="of a Hub repository")
+    add("--variant", help="of a teacher's files, for example fp16")
+    add("--offload", action="store_true", help="only the network that is at work is on the GPU")
+
+    where = "a folder of pictures, statistics (.safetensors of ours, .npz with mu and sigma), or a tiny teacher's name"
+    add("--reference_data", metavar="PLACE", help=f"for fd_to_data, the FID: {where}")
+    add("--reference_teacher", metavar="PLACE", help=f"for fd_to_teacher, the FID-SD: {where}")
+    add("--features", choices=list(FEATURES), help="by default inception, and tiny for the tiny teachers")
+    add("--feature_weights", metavar="FILE", help="the Inception weights, where there is no network")
+    add("--reward", nargs="*", action="extend", metavar="SPEC",
+        help="as in training: name or file.py:function; several, also by repeating the flag")
+    add("--reward_dtype", default="float32", choices=list(DTYPES), help="of pretrained rewards' weights")
+    set_bounds(parser, BOUNDS)
+    return parser
+# fmt: on
+
+
+def make_compare_parser() -> Parser:
+    """The parser of a comparison."""
+    parser = Parser("rdm-evaluate compare", description="Two evaluations side by side.")
+    parser.add_argument("a", help="an evaluation.json, or its folder")
+    parser.add_argument("b", help="another")
+    parser.add_argument("--ignore", nargs="*", default=(), metavar="NAME",
+                        help="settings that may differ, for example versions, first_seed, dtype")  # fmt: skip
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Options:
+    """The options of a command line; ends the program with a sentence if one is wrong."""
+    parser = make_parser()
+    arguments = vars(parser.parse_within(BOUNDS, argv))
+    try:
+        _check(arguments)
+        return _with_defaults(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Refuses flags that have no effect, and too few pictures."""
+    if arguments["num_images"] == 1 and (arguments["reference_data"] or arguments["reference_teacher"]):
+        raise ValueError("--num_images is 1; a Fréchet distance to a reference needs at least 2 pictures.")
+    given = [f"--{name}" for name in OF_TEACHERS if arguments[name] is not None]
+    if given and not arguments["teacher"]:
+        raise ValueError(f"Only a teacher is sampled with {', '.join(given)}; leave this out.")
+    if arguments["images"] and arguments["num_inference_steps"]:
+        raise ValueError("--num_inference_steps has no effect on existing pictures; leave it out.")
+
+
+def _with_defaults(arguments: Mapping[str, Any]) -> Options:
+    """The options with the defaults of a tiny teacher; ValueError without prompts, or if there is no such student."""
+    found = dict(arguments)
+    teacher = found["teacher"]
+    if found["student"]:
+        hub = {"revision": found["revision"]} if found["revision"] else {}
+        teacher = StudentConfig.load(found["student"], **hub).base_model_name_or_path
+    tiny = found["tiny"] = teacher if teacher and is_tiny(teacher) else None
+    references = [found["reference_data"], found["reference_teacher"]]
+    if found["features"] is None:
+        found["features"] = "tiny" if tiny or any(place and is_tiny(place) for place in references) else "inception"
+    if tiny:
+        found["prompts"] = found["prompts"] or tiny
+        found["reward"] = list(TINY_REWARDS) if found["reward"] is None else found["reward"]
+        if found["features"] == "tiny":
+            found["reference_data"] = found["reference_data"] or tiny
+            found["reference_teacher"] = found["reference_teacher"] or tiny
+    found["reward"] = found["reward"] or []
+    if found["prompts"] is None and (found["reward"] or not found["images"]):
+        raise ValueError("No prompts: give --prompts, one of " + ", ".join(PROMPT_SETS) + ", or a file.")
+    return Options(**found)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -51,33 +191,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         args = make_compare_parser().parse_within(COMPARE_BOUNDS, words[1:])
         print(compare(read_json(Path(args.a)), read_json(Path(args.b)), args.ignore))
         return None
-    return evaluate_subject(parse_args(words))
+    return _evaluate(parse_args(words))
 
 
-def evaluate_subject(evaluation: Evaluation) -> dict[str, Any] | None:
-    """Draws, measures and writes; see `main`."""
-    state = make_state()
-    sampling, folder = evaluation.sampling, evaluation.output_dir
-    prompts = load_prompt_set(sampling.prompts) if sampling.prompts else []
+def _evaluate(options: Options) -> dict[str, Any] | None:
+    state, folder = _make_state(), Path(options.output_dir)
+    prompts = load_prompt_set(options.prompts) if options.prompts else []
     files: list[Path] = []
     measures = None
     if state.is_main_process:
-        check_output(folder)
-        if sampling.kind == "images":
-            files = given_pictures(Path(sampling.name), prompts, sampling.num_images)
-        measures = load_measures(evaluation.measuring, state.device)  # first, so that nothing fails after the drawing
-    if sampling.kind == "images":
-        drawn_in = parent_of(Path(sampling.name))
+        _check_output(folder)
+        if options.images:
+            files = given_pictures(Path(options.images), prompts, options.num_images)
+        measures = load_measures(options, state.device)  # first, so that nothing fails after the drawing
+    if options.images:
+        drawn_in = parent_of(Path(options.images))
     else:
-        plan = Plan(folder, prompts, sampling.num_images or len(prompts), sampling.seed)
-        draw(plan, load_subject(sampling, state.device), state)
+        plan = Plan(folder, prompts, options.num_images or len(prompts), options.seed)
+        draw(plan, *load_subject(options, state.device), state)
         files, drawn_in = plan.files, folder
     if measures is None:
         return None
     drawn = read_record(drawn_in)
     metrics = measure_files(files, prompts, measures, state.device)
     metrics |= {"nfe": drawn.get("nfe"), "images_per_second": images_per_second(drawn_in)}
-    record = sealed(make_record(evaluation, prompts, files, drawn, measures, metrics, state.num_processes))
+    record = sealed(_make_record(options, prompts, files, drawn, measures, metrics, state.num_processes))
     contact_sheet(files).save(aside_of(folder / SHEET))
     aside_of(folder / SHEET).replace(folder / SHEET)
     for name, reference in measures.references.items():
@@ -88,12 +226,7 @@ def evaluate_subject(evaluation: Evaluation) -> dict[str, Any] | None:
     return record
 
 
-def check_output(folder: Path) -> None:
-    """Makes the output folder.
-
-    Raises:
-        ValueError: if it cannot be written.
-    """
+def _check_output(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -102,12 +235,8 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another.") from error
 
 
-def make_state() -> PartialState:
-    """This process among the others, on a GPU if there is one.
-
-    Raises:
-        ValueError: if the launcher started processes that do not form a group.
-    """
+def _make_state() -> PartialState:
+    """This process among the others, on a GPU if there is one; ValueError if a launcher's processes form no group."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     waiting = {"timeout": PATIENCE} if launched > 1 else {}
     state = PartialState(cpu=not torch.cuda.is_available(), **waiting)
@@ -119,8 +248,8 @@ def make_state() -> PartialState:
     return state
 
 
-def make_record(
-    evaluation: Evaluation,
+def _make_record(
+    options: Options,
     prompts: Sequence[str],
     files: Sequence[Path],
     drawn: Mapping[str, Any],
@@ -130,24 +259,15 @@ def make_record(
 ) -> dict[str, Any]:
     """The content of `evaluation.json`: two evaluations must share `settings`; `context` affects no metric.
 
-    Args:
-        evaluation: the command line.
-        prompts: of the pictures; empty if unknown.
-        files: the pictures.
-        drawn: their `images.json`; empty if there is none.
-        measures: what they were measured with.
-        metrics: the measurements.
-        num_processes: how many processes drew.
+    `drawn` is the pictures' `images.json`, empty if there is none; `prompts` are empty if unknown.
     """
-    is_given, features = evaluation.sampling.kind == "images", measures.features
-    subject = drawn or {"kind": "images", "name": str(Path(evaluation.sampling.name).resolve())}
-    drawing_versions = drawn.get("versions", {} if is_given else installed_versions(DRAWING_PACKAGES))
+    features = measures.features
+    subject = drawn or {"kind": "images", "name": str(Path(options.name).resolve())}
+    drawing_versions = drawn.get("versions", {} if options.images else installed_versions(DRAWING_PACKAGES))
     rewards = {weighted.reward.name: digest_of_reward(spec, weighted) for spec, weighted in measures.rewards.items()}
     warnings = [metric["warning"] for name, metric in metrics.items() if name.startswith("fd_") and metric["warning"]]
     arguments = {
-        key: without_secrets(value) if isinstance(value, str) else value
-        for key, value in evaluation.arguments.items()
-        if "token" not in key
+        key: without_secrets(value) if isinstance(value, str) else value for key, value in asdict(options).items()
     }
     return {
         "subject": {key: value for key, value in subject.items() if key not in ("versions", "dtype", "first_seed")},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,59 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..frechet import distance_with_interval
 from ..rewards import Reward, WeightedReward, evaluate, load_reward
 from ..tiny.captions import CAPTIONS, parse_caption
 from ..tiny.classifier import load_classifier
-from .digests import SAMPLED, digest_of_files, digest_of_tensors, digest_of_texts
-from .features import Features, load_features
-from .intervals import distance_with_interval
+from .features import Features, Reference, load_features, load_reference
 from .pictures import read_batches
 from .prompt_sets import prompts_for
-from .references import Reference, load_reference
-from .subjects import DTYPES
-
-
-@dataclass(frozen=True)
-class MeasuringOptions:
-    """What pictures are measured with.
-
-    Args:
-        reference_data, reference_teacher: places as in `load_reference`; None for no such distance.
-        features: one of `FEATURES`.
-        feature_weights: the Inception weights' file; None to download them.
-        reward: specifications of rewards.
-        reward_dtype: one of `DTYPES`, of pretrained rewards' weights.
-    """
-
-    reference_data: str | None
-    reference_teacher: str | None
-    features: str
-    feature_weights: str | None
-    reward: Sequence[str]
-    reward_dtype: str
+from .records import SAMPLED, digest_of_files, digest_of_tensors, digest_of_texts
+from .subjects import DTYPES, Options
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What pictures are measured with, loaded.
+    """What pictures are measured with, loaded."""
 
-    Args:
-        features: None if there is no reference.
-        references: by `data` and `teacher`.
-        rewards: by their specifications.
-    """
-
-    features: Features | None
-    references: Mapping[str, Reference]
-    rewards: Mapping[str, WeightedReward]
+    features: Features | None  # None if there is no reference
+    references: Mapping[str, Reference]  # by `data` and `teacher`
+    rewards: Mapping[str, WeightedReward]  # by their specifications
 
 
-def load_measures(options: MeasuringOptions, device: torch.device) -> Measures:
-    """Loads features, references and rewards.
-
-    Raises:
-        ValueError, ImportError: if one cannot be loaded, or if two rewards have one name.
-    """
+def load_measures(options: Options, device: torch.device) -> Measures:
+    """Loads all; ValueError or ImportError if one cannot be loaded, or if two rewards have one name."""
     rewards = {spec: load_reward(spec, device, DTYPES[options.reward_dtype]) for spec in options.reward}
     names = {weighted.reward.name for weighted in rewards.values()}
     if len(names) < len(options.reward):
@@ -83,33 +52,15 @@ def measure_files(
     asked = prompts_for(prompts, range(len(files))) if prompts else []
     metrics: dict[str, Any] = {"num_images": len(files)}
     if measures.features is not None:
-        metrics |= measure_distances(files, measures.features, measures.references, len(prompts) or None, device)
+        features = measures.features.of_files(files, device)
+        for name, reference in measures.references.items():
+            distance = distance_with_interval(features, reference.statistics, len(prompts) or None)
+            metrics[f"fd_to_{name}"] = distance.as_dict()
         if measures.features.name == "tiny" and asked:
             metrics["prompt_accuracy"] = measure_accuracy(files, asked)
     rewards = [weighted.reward for weighted in measures.rewards.values()]
     metrics["rewards"] = {reward.name: measure_reward(files, asked, reward, device) for reward in rewards}
     return metrics
-
-
-def measure_distances(
-    files: Sequence[Path],
-    features: Features,
-    references: Mapping[str, Reference],
-    num_prompts: int | None = None,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """The Fréchet distances of pictures with their intervals, named `fd_to_data` and the like by the references' names.
-
-    Raises:
-        ValueError: as `read_batches` and `distance_with_interval`.
-    """
-    if not references:
-        return {}
-    extracted = features.of_files(files, device)
-    return {
-        f"fd_to_{name}": distance_with_interval(extracted, reference.statistics, num_prompts).as_dict()
-        for name, reference in references.items()
-    }
 
 
 @torch.no_grad()
@@ -119,15 +70,10 @@ def measure_reward(
     """A reward's mean over pictures, its standard error, and the share of values that are not finite and left out.
 
     Raises:
-        ValueError: as `rewards.evaluate`.
+        ValueError: as `rewards.evaluate`, or if no value is finite.
     """
-    scores: list[Tensor] = []
-    done = 0
-    for batch in read_batches(files, reward.name):
-        images = batch.to(device).float() / 255
-        scores.append(evaluate(reward, images, prompts[done : done + len(batch)]).double().cpu())
-        done += len(batch)
-    values = torch.cat(scores)
+    batches = _with_prompts(files, prompts, device, reward.name)
+    values = torch.cat([evaluate(reward, images, asked).double().cpu() for images, asked in batches])
     finite = values[values.isfinite()]
     if not len(finite):
         raise ValueError(f"The reward {reward.name} returned no finite number; fix it or leave it out.")
@@ -140,12 +86,20 @@ def measure_accuracy(files: Sequence[Path], prompts: Sequence[str]) -> float | N
     """The share of pictures that show what a tiny teacher's caption asks for; None for any other prompts."""
     if not set(prompts) <= set(CAPTIONS):
         return None
-    classifier, correct, done = load_classifier(), 0, 0
-    for batch in read_batches(files):
-        asked = [parse_caption(prompt) for prompt in prompts[done : done + len(batch)]]
-        correct += int(classifier.correct(batch.float() / 255, asked)["all"].sum())
-        done += len(batch)
+    classifier, correct = load_classifier(), 0
+    for images, asked in _with_prompts(files, prompts):
+        correct += int(classifier.correct(images, [parse_caption(prompt) for prompt in asked])["all"].sum())
     return correct / len(files)
+
+
+def _with_prompts(
+    files: Sequence[Path], prompts: Sequence[str], device: torch.device | str = "cpu", label: str | None = None
+) -> Iterator[tuple[Tensor, Sequence[str]]]:
+    """Batches of images `[B, 3, H, W]` in [0, 1] with their prompts."""
+    done = 0
+    for batch in read_batches(files, label):
+        yield batch.to(device).float() / 255, prompts[done : done + len(batch)]
+        done += len(batch)
 
 
 def digest_of_reward(spec: str, weighted: WeightedReward) -> str:

@@ -1,10 +1,11 @@
-"""Picture files, and labelled grids of pictures.
+"""Picture files: reading, writing, pairing with prompts by the numbers in their names, and grids of pictures.
 
 Only files are measured, 8 bits a channel, so that drawn and given pictures are treated alike.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ READ_ERRORS = (
 )  # fmt: skip
 READ_AT_ONCE = 32  # fixed, so that no sampling setting changes the measurements
 LABEL_HEIGHT = 18
+NUMBER = re.compile(r"(\d+)")
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -34,21 +36,14 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, path: Path, aside: Path) -> None:
     """Writes `[3, H, W]` in [0, 1] as a PNG; after a kill, `path` is complete or absent.
 
-    Args:
-        image: the picture.
-        path: where it goes.
-        aside: a temporary name in the same folder, a different one for each process.
+    `aside` is a temporary name in the same folder, a different one for each process.
     """
     to_pil(image).save(aside, format="PNG")
     aside.replace(path)
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The pictures in a folder, sorted by name.
-
-    Raises:
-        ValueError: if the folder is missing or holds none.
-    """
+    """The pictures in a folder, sorted by name; ValueError if the folder is missing or holds none."""
     if not folder.is_dir():
         raise ValueError(f"The folder {folder} does not exist; give a folder of pictures.")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
@@ -58,11 +53,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> Tensor:
-    """A picture `[3, H, W]`, uint8.
-
-    Raises:
-        ValueError: if it cannot be read, or if a checksum in it is wrong.
-    """
+    """A picture `[3, H, W]`, uint8; ValueError if it cannot be read, or if a checksum in it is wrong."""
     try:
         content = path.read_bytes()
         with Image.open(BytesIO(content)) as picture:
@@ -88,26 +79,72 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
         return {path: message for path, message in problems if message is not None}
 
 
-def read_batches(files: Sequence[Path], label: str | None = None, batch_size: int = READ_AT_ONCE) -> Iterator[Tensor]:
-    """The pictures in their order, `[B, 3, H, W]` uint8; a batch holds pictures of one size.
+def read_batches(files: Sequence[Path], label: str | None = None) -> Iterator[Tensor]:
+    """The pictures in their order, `[B, 3, H, W]` uint8; a batch holds up to 32 pictures of one size.
 
-    Args:
-        files: the pictures.
-        label: of a progress bar; none by default.
-        batch_size: the largest B.
-
-    Raises:
-        ValueError: if one cannot be read.
+    `label` names a progress bar. Raises ValueError if a picture cannot be read.
     """
     batch: list[Tensor] = []
     for path in tqdm(files, desc=label, unit="image", disable=label is None):
         image = read_image(path)
-        if batch and (len(batch) == batch_size or image.shape != batch[0].shape):
+        if batch and (len(batch) == READ_AT_ONCE or image.shape != batch[0].shape):
             yield torch.stack(batch)
             batch = []
         batch.append(image)
     if batch:
         yield torch.stack(batch)
+
+
+def pair(files: Sequence[Path], prompts: Sequence[str], num_images: int | None = None) -> list[Path]:
+    """The first pictures in the order of their prompts: picture i belongs to prompt i modulo the number of prompts.
+
+    ValueError unless the names are numbered without gaps from 0 or 1, or there are as many pictures as prompts.
+    """
+    ordered = sorted(files, key=natural_key)
+    taken = ordered[:num_images]
+    if not prompts or len(ordered) == len(prompts):
+        return taken
+    numbers = _numbers_of(taken)
+    first = numbers[0] if numbers else None
+    if first not in (0, 1) or numbers != list(range(first, first + len(taken))):
+        raise ValueError(
+            f"The pictures in {ordered[0].parent} cannot be paired with the prompts: there are {len(ordered)} pictures "
+            f"and {len(prompts)} prompts, and {_numbering_problem(taken, numbers)}. Number the pictures like their "
+            "prompts, from 0 or from 1 without gaps, or give as many prompts as pictures, in the order of their names."
+        )
+    return taken
+
+
+def describe_pairs(files: Sequence[Path], prompts: Sequence[str]) -> str:
+    """One line with the first and the last pair of picture and prompt."""
+    indices = [0] if len(files) == 1 else [0, len(files) - 1]
+    pairs = [f"{files[i].name} with {prompts[i % len(prompts)][:60]!r}" for i in indices]
+    return f"Pictures and prompts are paired in their order: {', ..., '.join(pairs)}."
+
+
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """A key that sorts `2.png` before `10.png`."""
+    parts = [part for part in NUMBER.split(path.stem) if part]
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts] + [(2, 0, path.suffix)]
+
+
+def _numbers_of(files: Sequence[Path]) -> list[int]:
+    """The numbers in names that differ in one number only; empty if they differ in more, or have no number."""
+    parts = [NUMBER.split(file.stem) for file in files]
+    if len({len(part) for part in parts}) != 1 or len(parts[0]) < 3:
+        return []
+    columns = list(zip(*parts, strict=True))  # texts at even places, numbers at odd ones
+    varying = [i for i, column in enumerate(columns) if len(set(column)) > 1] or [len(columns) - 2]
+    return [int(text) for text in columns[varying[0]]] if len(varying) == 1 and varying[0] % 2 else []
+
+
+def _numbering_problem(files: Sequence[Path], numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "their names do not differ in one number alone"
+    for file, before, number in zip(files[1:], numbers, numbers[1:], strict=False):
+        if number != before + 1:
+            return f"number {before} is followed by {file.name}"
+    return f"the first is {files[0].name}"
 
 
 def labelled_rows(rows: Mapping[str, Tensor], min_side: int = 96) -> Image.Image:
@@ -124,8 +161,8 @@ def labelled_rows(rows: Mapping[str, Tensor], min_side: int = 96) -> Image.Image
     for i, (label, images) in enumerate(rows.items()):
         top = i * (height * zoom + LABEL_HEIGHT)
         draw.text((4, top + 1), label, fill="black", font=font)
-        strip = torch.cat(list(images), dim=2)
-        picture = to_pil(strip).resize((count * width * zoom, height * zoom), Image.Resampling.NEAREST)
+        strip = to_pil(torch.cat(list(images), dim=2))
+        picture = strip.resize((count * width * zoom, height * zoom), Image.Resampling.NEAREST)
         canvas.paste(picture, (0, top + LABEL_HEIGHT))
     return canvas
 

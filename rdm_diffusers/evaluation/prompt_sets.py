@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _read_lines(path: Path) -> list[str]:
     return read_prompts(path, "--prompts")
 
 
-def _hpdv2(folder: str | None) -> list[str]:
+def _read_hpdv2(folder: str | None) -> list[str]:
     """The benchmark prompts of HPSv2 (arXiv 2306.09341), the four styles in turn, so that any first N are balanced."""
     styles = [_read_list(_hpdv2_file(style, folder)) for style in HPDV2_STYLES]
     counts = [len(style) for style in styles]
@@ -68,7 +69,7 @@ def _hpdv2(folder: str | None) -> list[str]:
 
 
 def _hpdv2_file(style: str, folder: str | None) -> Path:
-    """From the folder, from the cache of the package hpsv2, or from the Hub."""
+    """From the folder, else from the cache of the package hpsv2, or from the Hub."""
     from huggingface_hub import hf_hub_download
 
     name = f"benchmark/{style}.json"
@@ -91,18 +92,14 @@ def _read_list(path: Path) -> list[str]:
     return prompts
 
 
-def _column(dataset: str, column: str) -> Callable[[str | None], list[str]]:
-    """A reader of one column of a Hub dataset, or of a local copy; of a row's several captions it takes the first."""
-
-    def read(folder: str | None) -> list[str]:
-        rows = read_captions(folder or dataset, column, SPLIT, flags=("the dataset", "the column"))
-        return [captions[0] for captions in rows]
-
-    return read
+def _read_column(dataset: str, column: str, folder: str | None) -> list[str]:
+    """One column of a Hub dataset, or of a local copy; the first of a row's several captions."""
+    rows = read_captions(folder or dataset, column, SPLIT, flags=("the dataset", "the column"))
+    return [captions[0] for captions in rows]
 
 
 PROMPT_SETS: dict[str, Callable[[str | None], list[str]]] = {
-    "hpdv2": _hpdv2,
-    "coco": _column(COCO_DATASET, COCO_COLUMN),
-    "parti": _column(PARTI_DATASET, PARTI_COLUMN),
+    "hpdv2": _read_hpdv2,
+    "coco": partial(_read_column, COCO_DATASET, COCO_COLUMN),
+    "parti": partial(_read_column, PARTI_DATASET, PARTI_COLUMN),
 }

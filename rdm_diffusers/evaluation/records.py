@@ -1,18 +1,83 @@
-"""`evaluation.json`: metrics, and every setting that affects them; as a table, and two of them side by side."""
+"""`evaluation.json`: metrics, and every setting that affects them; as a table, and two of them side by side.
+
+Records hold a SHA-256 digest of themselves, and digests of the prompts, networks and files that they are about.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..folders import write_whole
-from .digests import unsealed
+from ..untrusted import digest_of, parse_object
 
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
-Row = tuple[float | None, float | None, str]  # value, standard error, 95% interval in words
+OWN_DIGEST = "sha256"  # a record's entry
+SAMPLED = 1024  # how many numbers of each tensor identify a network
 NOTE = "All numbers are of the picture files, 8 bits a channel, so that drawn and given pictures are measured alike."
+Row = tuple[float | None, float | None, str]  # value, standard error, 95% interval in words
+
+
+def digest_of_texts(texts: Sequence[str]) -> str:
+    """SHA-256 of texts in their order."""
+    parts = (text.encode(errors="surrogatepass") for text in texts)
+    return _digest(len(part).to_bytes(8) + part for part in parts)
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor], most: int | None = None) -> str:
+    """SHA-256 of names, shapes, dtypes and numbers; the file format does not matter.
+
+    Args:
+        tensors: by name, for example a `state_dict`.
+        most: how many evenly spaced numbers of each tensor are read, at least 2; all by default.
+    """
+
+    def parts() -> Iterator[bytes]:
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().flatten()
+            if most is not None and len(tensor) > most:
+                tensor = tensor[torch.arange(most, device=tensor.device) * (len(tensor) - 1) // (most - 1)]
+            yield f"{name} {list(tensors[name].shape)} {tensor.dtype}".encode()
+            yield tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+    return _digest(parts())
+
+
+def digest_of_files(files: Sequence[Path]) -> str:
+    """SHA-256 of files' contents in their order; their names do not matter."""
+    return _digest(hashlib.sha256(file.read_bytes()).digest() for file in files)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as JSON returns it, with the digest of its contents."""
+    plain = json.loads(json.dumps(record))
+    return {**plain, OWN_DIGEST: digest_of(plain)}
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The record in a JSON text, without its digest; records of version 0.1.0 have none.
+
+    Raises:
+        ValueError: if the text is no JSON object, or was changed since it was written.
+    """
+    record = parse_object(text)
+    digest = record.pop(OWN_DIGEST, None)
+    if digest is not None and digest != digest_of(record):
+        raise ValueError("it was changed since it was written")
+    return record
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -46,24 +111,24 @@ def rows_of(metrics: Mapping[str, Any]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for name, measured in metrics.items():
         if name == "rewards":
-            rows |= {each: _row_of_mean(reward) for each, reward in measured.items()}
+            rows |= {each: _row_of_mean(reward["mean"], reward["standard_error"]) for each, reward in measured.items()}
         elif isinstance(measured, Mapping):
-            rows[name] = (measured["value"], measured["standard_error"], _interval(measured))
+            interval = _interval(measured["low"], measured["high"])
+            rows[name] = (measured["value"], measured["standard_error"], interval)
             rows[f"{name}, extrapolated"] = (measured["extrapolated"], measured["standard_error"], "")
         else:
             rows[name] = (measured, None, "")
     return rows
 
 
-def _row_of_mean(reward: Mapping[str, float | None]) -> Row:
-    mean, error = reward["mean"], reward["standard_error"]
+def _row_of_mean(mean: float | None, error: float | None) -> Row:
     if mean is None or error is None:
         return mean, None, ""
-    return mean, error, _interval({"low": mean - 1.96 * error, "high": mean + 1.96 * error})
+    return mean, error, _interval(mean - 1.96 * error, mean + 1.96 * error)
 
 
-def _interval(measured: Mapping[str, Any]) -> str:
-    return "" if measured["low"] is None else f"{measured['low']:.4g} to {measured['high']:.4g}"
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{low:.4g} to {high:.4g}"
 
 
 def number(value: float | None) -> str:
@@ -95,10 +160,10 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
-    """Two records side by side, as a table.
+    """Two records of evaluations side by side, as a table.
 
     Args:
-        a, b: records of evaluations.
+        a, b: the records.
         ignore: settings that may differ, with all their parts: `versions`, or `versions.torch`.
 
     Raises:

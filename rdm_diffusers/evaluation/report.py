@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,12 @@ from ..tiny.captions import CAPTIONS, parse_caption
 from ..tiny.classifier import load_classifier
 from ..tiny.reference import load_quality, load_statistics
 from .pictures import labelled_rows, to_pil
+from .prompt_sets import prompts_for
 from .records import number
-from .samplers import (
+from .subjects import (
     TEACHER_STEPS,
     Sampler,
+    installed_versions,
     solvers_of,
     student_sampler,
     student_settings,
@@ -35,6 +36,8 @@ from .samplers import (
 )
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors")
+COLUMNS = ("nfe", "fd_to_teacher", "fd_to_data", "prompt_accuracy", "seconds_per_image")
+TIMED_IMAGES = 250
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Metrics:
 
 def evaluation_prompts(count: int) -> list[str]:
     """`count` captions; every drawing occurs equally often."""
-    return [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
+    return prompts_for(CAPTIONS, range(count))
 
 
 def measure(
@@ -113,21 +116,11 @@ def best_few_step_teacher(
     name: str = TINY_NAME,
     **call_options: Any,
 ) -> Metrics:
-    """The teacher at few steps, with the solver whose pictures are closest to its own 50 steps.
-
-    Args:
-        teacher: a tiny teacher's pipeline.
-        steps: sampling steps.
-        guidance_scale: w in u + w (c - u).
-        num_images: how many pictures are measured.
-        name: of the tiny teacher.
-        call_options: further arguments of the pipeline.
-    """
-    samplers = {
-        solver: teacher_sampler(teacher, solver, steps, guidance_scale, **call_options)
-        for solver in solvers_of(teacher)
-    }
-    measured = [measure(sampler, solver, num_images, teacher=name) for solver, sampler in samplers.items()]
+    """The tiny teacher of that name at few steps, with the solver whose pictures are closest to its own 50 steps."""
+    measured = []
+    for solver in solvers_of(teacher):
+        sampler = teacher_sampler(teacher, solver, steps, guidance_scale, **call_options)
+        measured.append(measure(sampler, solver, num_images, teacher=name))
     return min(measured, key=lambda metrics: metrics.fd_to_teacher or 0.0)
 
 
@@ -143,9 +136,8 @@ def tiny_metrics(
     The teacher's distances and accuracy are read from its shipped quality; only its time is measured here.
     """
     quality, solver, options = load_quality(name), next(iter(solvers_of(teacher))), teacher_options(student)
-    timed = measure(
-        teacher_sampler(teacher, solver, TEACHER_STEPS, guidance_scale, **options), solver, 250, teacher=name
-    )
+    many_steps = teacher_sampler(teacher, solver, TEACHER_STEPS, guidance_scale, **options)
+    timed = measure(many_steps, solver, TIMED_IMAGES, teacher=name)
     shipped = {key: quality[key] for key in ("fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images")}
     steps = student_settings(student).num_inference_steps
     return {
@@ -170,13 +162,8 @@ def save_samples(
     Returns:
         The metrics of each row that need no reference: network calls and seconds.
     """
-    steps, seeds, batch = (
-        student_settings(student).num_inference_steps,
-        range(len(prompts)),
-        min(len(prompts), batch_size),
-    )
-    many, *_, few = solvers_of(teacher)
-    options = teacher_options(student)
+    steps, options = student_settings(student).num_inference_steps, teacher_options(student)
+    batch, (many, *_, few) = min(len(prompts), batch_size), solvers_of(teacher)
     samplers = {
         "teacher": (many, teacher_sampler(teacher, many, TEACHER_STEPS, guidance_scale, batch, **options)),
         "teacher_few_step": (few, teacher_sampler(teacher, few, steps, guidance_scale, batch, **options)),
@@ -184,7 +171,7 @@ def save_samples(
     }
     rows, metrics = {}, {}
     for name, (solver, sampler) in samplers.items():
-        images, seconds = sampler(prompts, seeds)
+        images, seconds = sampler(prompts, range(len(prompts)))
         label = f"{name.replace('_', ' ')} ({solver}): {sampler.steps} steps, {sampler.nfe} network calls"
         rows[label] = images
         metrics[name] = Metrics(sampler.nfe, None, None, None, seconds, solver, 0)
@@ -201,15 +188,14 @@ def save_samples(
 def write_metrics(
     path: Path, metrics: Mapping[str, Metrics], arguments: Mapping[str, Any], prompts: Sequence[str] = ()
 ) -> None:
-    """Writes `metrics.json`: every sampler's metrics, the run's arguments, the prompts of its pictures, versions and
-    machine.
-    """
-    record: dict[str, Any] = {name: measured.as_dict() for name, measured in metrics.items()}
-    record["arguments"] = dict(arguments)
-    record["prompts"] = list(prompts)
-    record["seed"] = arguments.get("seed")
-    record["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    record["machine"] = machine()
+    """Writes `metrics.json`: every sampler's metrics, the run's arguments, its pictures' prompts, versions, machine."""
+    record: dict[str, Any] = {name: measured.as_dict() for name, measured in metrics.items()} | {
+        "arguments": dict(arguments),
+        "prompts": list(prompts),
+        "seed": arguments.get("seed"),
+        "versions": installed_versions(PACKAGES) | {"python": platform.python_version()},
+        "machine": machine(),
+    }
     write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
@@ -224,8 +210,5 @@ def machine() -> str:
 
 def as_table(metrics: Mapping[str, Metrics]) -> str:
     """The metrics as a plain table."""
-    columns = ("nfe", "fd_to_teacher", "fd_to_data", "prompt_accuracy", "seconds_per_image")
-    rows = [["", *columns]]
-    for name, measured in metrics.items():
-        rows.append([name, *(number(getattr(measured, column)) for column in columns)])
-    return "\n".join(f"{row[0]:18}" + "".join(f"{cell:>18}" for cell in row[1:]) for row in rows)
+    rows = [[name, *(number(getattr(row, column)) for column in COLUMNS)] for name, row in metrics.items()]
+    return "\n".join(f"{row[0]:18}" + "".join(f"{cell:>18}" for cell in row[1:]) for row in [["", *COLUMNS], *rows])

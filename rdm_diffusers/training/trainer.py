@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import RunConfig
 from ..config.record import training_record
-from ..evaluation.digests import digest_of_texts
+from ..evaluation.records import digest_of_texts
 from ..families import Teacher
 from ..folders import write_whole
 from ..hub import export_full, export_lora
