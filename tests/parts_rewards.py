@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rdm_diffusers.rewards.hpsv3 import preference_head
-from rdm_diffusers.rewards.scoring_head import ScoringHead
+from rdm_diffusers.rewards.pretrained import ScoringHead
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.tiny.tokenizer import MAX_TOKENS, make_tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewards import Reward, WeightedReward, evaluate, load_reward
+from ..rewards import Reward, WeightedReward, evaluate, load_distinct_rewards
 from ..tiny.captions import CAPTIONS, parse_caption
 from ..tiny.classifier import load_classifier
 from .digests import SAMPLED, digest_of_files, digest_of_tensors, digest_of_texts
@@ -64,10 +64,7 @@ def load_measures(options: MeasuringOptions, device: torch.device) -> Measures:
     Raises:
         ValueError, ImportError: if one cannot be loaded, or if two rewards have one name.
     """
-    rewards = {spec: load_reward(spec, device, DTYPES[options.reward_dtype]) for spec in options.reward}
-    names = {weighted.reward.name for weighted in rewards.values()}
-    if len(names) < len(options.reward):
-        raise ValueError(f"Two of the rewards {', '.join(options.reward)} have one name; give each name once.")
+    rewards = load_distinct_rewards(options.reward, device, DTYPES[options.reward_dtype])
     places = {"data": options.reference_data, "teacher": options.reference_teacher}
     if not any(places.values()):
         return Measures(None, {}, rewards)
