@@ -15,15 +15,9 @@ from .sdxl import StableDiffusionXLFamily
 from .z_image import ZImageFamily
 
 CLASSES: tuple[type[Family], ...] = (
-    StableDiffusionFamily,
-    StableDiffusionXLFamily,
-    StableDiffusion3Family,
-    FluxFamily,
-    PixArtSigmaFamily,
-    SanaFamily,
-    ZImageFamily,
-    QwenImageFamily,
-)
+    StableDiffusionFamily, StableDiffusionXLFamily, StableDiffusion3Family, FluxFamily, PixArtSigmaFamily, SanaFamily,
+    ZImageFamily, QwenImageFamily,
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family() for family in CLASSES}
 
 

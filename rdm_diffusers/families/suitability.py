@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 
-from .base import INDEX, LORA_FILE, STUDENT_CONFIG, Family
+from .base import INDEX, LORA_FILE, Family
 
 CHECKPOINT_RECORD = "state.json"  # of every checkpoint of a run
 LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's is 5e-3, zero terminal SNR is 6e-8
@@ -56,12 +56,6 @@ def check_lora(family: Family) -> None:
     if not family.has_lora:
         name = family.pipeline_class.__name__
         raise ValueError(f"{name} loads no LoRAs, so its students are full ones, which this script does not train.")
-
-
-def check_no_student(name: str, folder: Path) -> None:
-    """Refuses a student of this package. Raises ValueError."""
-    if (folder / STUDENT_CONFIG).exists():
-        raise ValueError(f"{name} is a few-step student already; give the teacher that it was distilled from.")
 
 
 def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:
