@@ -45,13 +45,10 @@ class GNDMR:
     projection_guard: bool = False
 
     def combine(self, advantage: Tensor, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> Tensor:
-        """d and the rewards' gradients as one ascent direction `[M, C, H, W]`, detached.
+        """d `[M, C, H, W]` and the rewards' gradients as one ascent direction, same shape, detached.
 
-        Args:
-            advantage: d `[M, C, H, W]`.
-            gradients: by reward, of the same samples, of those that have one. Invalid ones count in no statistic and
-                push nowhere; where all are invalid the result is d and the statistics stay as they were.
-            statistics: updated.
+        Invalid gradients count in no statistic and push nowhere; where all are invalid the result is d and the
+        statistics stay as they were. Updates `statistics`.
         """
         for name, reward in gradients.items():  # the running within-group variance of each reward, for the log
             groups = grouped(torch.where(reward.valid, reward.values, torch.nan), self.group_size)

@@ -13,11 +13,7 @@ LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's i
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuses a folder that holds no teacher, as far as its files show that.
-
-    Raises:
-        ValueError: if it is a single file, missing, a LoRA, a checkpoint, or not a pipeline's folder.
-    """
+    """Refuses a folder that holds no teacher, as far as its files show that. Raises ValueError."""
     if folder.is_file():
         raise ValueError(
             f"{name} is a single file; save it as a folder first: in Python, the pipeline class's "
@@ -59,11 +55,9 @@ def check_lora(family: Family) -> None:
 
 
 def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:
-    """Refuses loaded pipelines that are not text-to-image teachers.
+    """Refuses loaded pipelines that are not text-to-image teachers. Raises ValueError.
 
-    Raises:
-        ValueError: for inpainting models, distilled models, and epsilon prediction at a time without any signal, where
-            the output says nothing about x0.
+    Epsilon prediction at a time without any signal is refused, too, because it says nothing about x0.
     """
     scheduler, unet = pipeline.scheduler, getattr(pipeline, "unet", None)
     if unet is not None and unet.config.in_channels != pipeline.vae.config.latent_channels:

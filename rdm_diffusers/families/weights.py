@@ -33,18 +33,10 @@ def networks_of(config: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
 def check_files(
     what: str, name: str, components: Collection[str], files: Collection[str], variant: str | None, complete: bool
 ) -> None:
-    """Refuses a pipeline whose weights are pickled, or of another variant than the one asked for.
+    """Refuses a pipeline whose weights are pickled, or of another variant than the one asked for. Raises ValueError.
 
-    Args:
-        what: `teacher` or `student`, for the error's sentence.
-        name: its folder or Hub id.
-        components: the folders that hold networks.
-        files: all files, by their paths in it.
-        variant: as in diffusers; components without it are loaded from their plain files.
-        complete: whether to refuse components without any weights, too.
-
-    Raises:
-        ValueError: naming the component and what to do.
+    `components` are the folders that hold networks, `files` the paths of all files in it. Components without the
+    variant are loaded from their plain files; without any weights they are refused if the pipeline must be `complete`.
     """
     variants_of = {component: _variants(component, files) for component in components}
     available = sorted({each for variants in variants_of.values() for each in variants if each})
@@ -79,13 +71,9 @@ def _variants(component: str, files: Collection[str]) -> set[str | None]:
 def check_weights(
     what: str, name: str, config: Mapping[str, Any], folder: Path, variant: str | None, without: Collection[str] = ()
 ) -> None:
-    """Refuses a folder's pipeline if weights are missing, damaged or of another network; arguments as in `check_files`.
+    """Refuses a folder's pipeline if weights are missing, damaged or of another network. Raises ValueError.
 
     Libraries fill missing weights with random numbers. Nothing is loaded here; only the files' headers are read.
-    Components that are not loaded from the folder are named in `without`.
-
-    Raises:
-        ValueError: naming the component and up to three tensors.
     """
     networks = {part: kind for part, kind in networks_of(config).items() if part not in without}
     files = files_in(folder)

@@ -41,15 +41,8 @@ def load_clip(
 ) -> tuple[CLIPModel, Path | None]:
     """A CLIP model, and where it was found on this machine (None for the Hub).
 
-    Args:
-        reward: its name, for errors.
-        place: a folder that transformers saved, a Hub id, or a file; a folder may hold such a file instead.
-        dtype: of the weights.
-        files: names of published files to look for in a folder, in open_clip's naming.
-        config: of those; `config.json` beside them comes first.
-
-    Raises:
-        ValueError: one sentence on what is missing or wrong.
+    `place` is a folder that transformers saved, a Hub id, a file of weights, or a folder that holds one of these
+    `files`. The configuration of a file is the `config.json` beside it, else `config`.
     """
     path = local_path(reward, str(place))
     if path is None or (path.is_dir() and (config is None or not any((path / name).is_file() for name in files))):

@@ -95,11 +95,7 @@ class HpsV3(PretrainedReward):
 
 
 def fitting_size(size: tuple[int, int], factor: int, pixels: int) -> tuple[int, int]:
-    """Height and width as multiples of the factor, with about so many pixels: Qwen's `smart_resize` with one bound.
-
-    Raises:
-        ValueError: if one is more than 200 times the other.
-    """
+    """Height and width as multiples of the factor, with about so many pixels: Qwen's `smart_resize` with one bound."""
     if max(size) > 200 * min(size):
         raise ValueError(f"A picture of {size[0]} x {size[1]} pixels is too narrow for Qwen2-VL, which bears 1 : 200.")
     height, width = (max(factor, round(side / factor) * factor) for side in size)
@@ -112,17 +108,12 @@ def fitting_size(size: tuple[int, int], factor: int, pixels: int) -> tuple[int, 
 
 
 def load(path: str | None, dtype: torch.dtype) -> HpsV3:
-    """HPSv3 from the Hub or from this machine; 15 GB in bfloat16, twice that in float32.
+    """HPSv3 from the Hub or from this machine; 15 GB in bfloat16, twice that in float32. The head is float32.
 
-    Args:
-        path: None for the Hub; the file, or a folder that holds it. The configuration and the tokenizer of Qwen2-VL are
-            used if they are beside it.
-        dtype: of the weights of Qwen2-VL; the head is float32.
-
-    Raises:
-        ValueError: one sentence on what is missing or wrong.
+    `path` is None for the Hub; the file, or a folder that holds it. The configuration and the tokenizer of Qwen2-VL are
+    used if they are beside it.
     """
-    question = read_question()
+    question = _read_question()
     file = published_file(NAME, path, SOURCE, FILE, [FILE])
     model_tensors, head_tensors = split_tensors(read_tensors(NAME, file))
     config = _config(file, model_tensors)
@@ -158,12 +149,8 @@ def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return model, head
 
 
-def read_question() -> str:
-    """What HPSv3 asks Qwen, from the file of the installed package `hpsv3`, which is read and not executed.
-
-    Raises:
-        ValueError: if the package is not installed, or is of another version.
-    """
+def _read_question() -> str:
+    """What HPSv3 asks Qwen, from the file of the installed package `hpsv3`, which is read and not executed."""
     found = find_spec("hpsv3")
     if found is None or not found.submodule_search_locations:
         raise ValueError(

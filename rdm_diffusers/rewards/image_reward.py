@@ -65,15 +65,10 @@ class ImageReward(PretrainedReward):
 
 
 def load(path: str | None, dtype: torch.dtype) -> ImageReward:
-    """The published file from the Hub or from this machine.
+    """The published file from the Hub or from this machine; the head is float32.
 
-    Args:
-        path: None for the Hub; the file, or a folder that holds one of `FILES`. A `config.json` beside it, of
-            transformers' `BlipConfig`, stands for another size; a tokenizer beside it is used.
-        dtype: of BLIP's weights; the head is float32.
-
-    Raises:
-        ValueError: one sentence on what is missing or wrong.
+    `path` is None for the Hub; the file, or a folder that holds one of `FILES`. A `config.json` beside it, of
+    transformers' `BlipConfig`, stands for another size; a tokenizer beside it is used.
     """
     file = published_file(NAME, path, SOURCE, FILE, FILES)
     beside = file.parent / "config.json"

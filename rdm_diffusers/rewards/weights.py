@@ -118,15 +118,7 @@ def model_of(
 
 
 def load_tokenizer(reward: str, cls: type, place: Path | None, default: str, vocab_size: int) -> Any:
-    """The tokenizer beside the weights if there is one, else the Hub's.
-
-    Args:
-        reward: its name.
-        cls: transformers' class.
-        place: file or folder of the weights; None if they came from the Hub.
-        default: the Hub id.
-        vocab_size: how many tokens the model knows.
-    """
+    """The tokenizer beside the weights at `place` (None for the Hub) if there is one, else the Hub's `default`."""
     folder = place if place is None or place.is_dir() else place.parent
     beside = folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
     source = folder if beside else default
