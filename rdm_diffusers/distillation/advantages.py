@@ -60,11 +60,7 @@ def bias_unit(estimate: RewardEstimate, estimator: str, variance: float | Tensor
 
 
 def fake_score_bias(
-    estimate: RewardEstimate,
-    group_size: int,
-    estimator: str = "shift",
-    variance: float | Tensor = 1.0,
-    states: int = 1,
+    estimate: RewardEstimate, group_size: int, estimator: str = "shift", variance: float | Tensor = 1.0, states: int = 1
 ) -> Tensor:
     """b, the bias of each sample's fake x0, measured on the *other* rollouts of its group: `[M, C, H, W]`.
 

@@ -22,11 +22,7 @@ FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family() for fami
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """The family of the pipeline class that a `pipeline_config` names.
-
-    Raises:
-        ValueError: if no family supports that class.
-    """
+    """The family of the pipeline class that a `pipeline_config` names. Raises ValueError if there is none."""
     class_name = config["_class_name"]
     if class_name not in FAMILIES:
         raise ValueError(f"Teachers of class {class_name} are not supported; supported are {', '.join(FAMILIES)}.")

@@ -38,6 +38,9 @@ class HpsV3(PretrainedReward):
         head: embedding -> mean and deviation, float32.
         tokenizer: knows the reward token.
         question: with `{text_prompt}` where the prompt goes, and the reward token.
+
+    Attributes:
+        pixels: the area of a picture.
     """
 
     def __init__(

@@ -36,11 +36,7 @@ REWARDS: dict[str, str] = TINY_REWARDS | PRETRAINED_REWARDS
 def load_distinct_rewards(
     specs: Sequence[str], device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> dict[str, WeightedReward]:
-    """Rewards by their specifications; arguments and errors as in `load_reward`.
-
-    Raises:
-        ValueError: if two have one name.
-    """
+    """Rewards by their specifications, each from `load_reward`. Raises ValueError, too, if two have one name."""
     rewards = {spec: load_reward(spec, device, dtype) for spec in specs}
     if len({weighted.reward.name for weighted in rewards.values()}) < len(specs):
         raise ValueError(f"Two of the rewards {', '.join(specs)} have one name; name each once.")

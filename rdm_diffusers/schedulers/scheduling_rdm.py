@@ -88,9 +88,6 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             )
         self.schedule = NoiseSchedule(self.alphas_cumprod, num_train_timesteps)
         self.init_noise_sigma = 1.0
-        self.num_inference_steps: int | None = None
-        self.step_index: int | None = None  # the number of steps taken, counted by `step` with a scalar time
-        self.begin_index: int | None = None
         self._train_steps = num_train_timesteps if self.alphas_cumprod is None else len(self.alphas_cumprod)
         unshifted = 0.0 if time_shift_type == "exponential" else 1.0
         self._set_grid(self.student_grid or self._make_grid(min(50, self._train_steps), [], unshifted))
@@ -154,7 +151,8 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(grid, dtype=torch.float32 if is_flow else torch.int64, device=device)
         self.sigmas = torch.cat([self.schedule.sigma(self.timesteps), torch.zeros(1, device=device)])
         self.num_inference_steps = len(grid)
-        self.step_index = self.begin_index = None
+        self.step_index: int | None = None  # the number of steps taken, counted by `step` with a scalar time
+        self.begin_index: int | None = None
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -164,11 +162,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def index_for_timestep(self, timestep: Tensor | float) -> Tensor:
-        """The grid's index of each time, shaped as `timestep`.
-
-        Raises:
-            ValueError: if a time is not on the grid.
-        """
+        """The grid's index of each time, shaped as `timestep`. Raises ValueError if a time is not on the grid."""
         times = torch.as_tensor(timestep, device=self.timesteps.device)
         on_grid = self.timesteps == times[..., None]
         if not on_grid.any(-1).all():

@@ -101,11 +101,7 @@ class ExternalRewards:
 
 
 def load_rewards(config: RunConfig, device: torch.device) -> list[WeightedReward]:
-    """The external rewards that the arguments name.
-
-    Raises:
-        ValueError: as `load_distinct_rewards`, and for a black box without groups.
-    """
+    """The run's rewards. Raises ValueError as `load_distinct_rewards`, and for a black box without groups."""
     rewards = config.rewards
     loaded = list(load_distinct_rewards(rewards.reward, device, getattr(torch, rewards.reward_dtype)).values())
     boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
