@@ -131,7 +131,7 @@ class Networks(ABC):
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The role's trainable parameters, in a fixed order."""
         embedding = [self.step_embedding] if self.step_embedding is not None and role == FAKE_SCORE else []
-        return self._weights_of(role) + embedding
+        return self._own_parameters(role) + embedding
 
     @abstractmethod
     def student_weights(self) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ class Networks(ABC):
             move(module)
 
     @abstractmethod
-    def _weights_of(self, role: str) -> list[nn.Parameter]:
+    def _own_parameters(self, role: str) -> list[nn.Parameter]:
         """The trainable parameters in the role's network."""
 
     @abstractmethod
@@ -192,7 +192,7 @@ class SeparateNetworks(Networks):
     def __post_init__(self) -> None:
         self.denoisers[TEACHER].requires_grad_(False)
 
-    def _weights_of(self, role: str) -> list[nn.Parameter]:
+    def _own_parameters(self, role: str) -> list[nn.Parameter]:
         return [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
 
     def student_weights(self) -> dict[str, Tensor]:
@@ -237,7 +237,7 @@ class SharedBase(Networks):
         self._folded: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
         self._activate(None)
 
-    def _weights_of(self, role: str) -> list[nn.Parameter]:
+    def _own_parameters(self, role: str) -> list[nn.Parameter]:
         return self._trainable.get(role, [])
 
     def student_weights(self) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def _shifted_sigmas(config: Any, count: int, sigmas: Sequence[float], mu: float 
 
 
 def check_grid(grid: Sequence[float], top: float, whole: bool) -> None:
-    """Raises ValueError for times that do not descend strictly from at most `top`, or have a fraction where `whole`."""
+    """Raises ValueError unless times descend strictly within 0 and `top`, in whole numbers where `whole`."""
     descends = all(earlier > later for earlier, later in pairwise(grid))
     if not (descends and all(0 <= time <= top for time in grid)):  # in this form NaN is refused, too
         raise ValueError(f"The grid {[float(t) for t in grid]} must descend strictly and lie between 0 and {top}.")
