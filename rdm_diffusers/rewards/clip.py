@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from .weights import file_in, load_model, local_path, model_of, read_tensors
+from .weights import file_in, load_model, local_path, model_from_tensors, read_tensors
 
 # open_clip's names of what a transformer's layer holds -> transformers'; what stands in `attn.in_proj` is in thirds.
 LAYER_NAMES = {
@@ -58,7 +58,7 @@ def load_clip(
             f"The file {file} of the reward {reward} has no config.json beside it; put it there, or name a folder that "
             "transformers saved."
         )
-    return model_of(reward, CLIPModel, found, tensors, file, dtype), path
+    return model_from_tensors(reward, CLIPModel, found, tensors, file, dtype), path
 
 
 def vit_h_config() -> CLIPConfig:

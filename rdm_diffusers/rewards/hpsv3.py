@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, 
 from .preprocessing import as_float, normalized
 from .pretrained import PretrainedReward
 from .user_file import reason
-from .weights import load_head, load_tokenizer, model_of, published_file, read_tensors
+from .weights import load_head, load_tokenizer, model_from_tensors, published_file, read_tensors
 
 NAME = "hpsv3"
 SOURCE, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
@@ -122,7 +122,7 @@ def load(path: str | None, dtype: torch.dtype) -> HpsV3:
     config = _config(file, model_tensors)
     head = preference_head(config.text_config.hidden_size)
     load_head(NAME, file, head, head_tensors)
-    model = model_of(NAME, Qwen2VLModel, config, model_tensors, file, dtype)
+    model = model_from_tensors(NAME, Qwen2VLModel, config, model_tensors, file, dtype)
     tokenizer = load_tokenizer(NAME, AutoTokenizer, file if path else None, BASE, config.text_config.vocab_size)
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     return HpsV3(model, head, tokenizer, question)

@@ -10,7 +10,7 @@ from transformers import BertTokenizer, BlipConfig, BlipTextConfig, BlipTextMode
 
 from .preprocessing import Preprocessing
 from .pretrained import PretrainedReward, ScoringHead
-from .weights import load_head, load_tokenizer, model_of, published_file, read_tensors
+from .weights import load_head, load_tokenizer, model_from_tensors, published_file, read_tensors
 
 NAME = "image_reward"
 SOURCE, FILE = "THUDM/ImageReward", "ImageReward.pt"
@@ -76,8 +76,10 @@ def load(path: str | None, dtype: torch.dtype) -> ImageReward:
     vision_tensors, text_tensors, head_tensors = split_tensors(read_tensors(NAME, file))
     head = ScoringHead(config.text_config.hidden_size)
     load_head(NAME, file, head, head_tensors)
-    vision = model_of(NAME, BlipVisionModel, config.vision_config, vision_tensors, file, dtype)
-    text = model_of(NAME, BlipTextModel, config.text_config, text_tensors, file, dtype, add_pooling_layer=False)
+    vision = model_from_tensors(NAME, BlipVisionModel, config.vision_config, vision_tensors, file, dtype)
+    text = model_from_tensors(
+        NAME, BlipTextModel, config.text_config, text_tensors, file, dtype, add_pooling_layer=False
+    )
     place = file if path else None
     tokenizer = load_tokenizer(NAME, BertTokenizer, place, TOKENIZER, config.text_config.vocab_size)
     return ImageReward(vision, text, head, tokenizer)

@@ -108,7 +108,7 @@ def load_model(reward: str, cls: type, place: Path | str, dtype: torch.dtype) ->
     return model
 
 
-def model_of(
+def model_from_tensors(
     reward: str, cls: type, config: Any, tensors: dict[str, Tensor], place: Path, dtype: torch.dtype, **options: Any
 ) -> Any:
     """A transformers model of a configuration, with these weights, whose names and shapes must be the model's."""

@@ -88,6 +88,8 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             )
         self.schedule = NoiseSchedule(self.alphas_cumprod, num_train_timesteps)
         self.init_noise_sigma = 1.0
+        self.step_index: int | None = None  # the number of steps taken, counted by `step` with a scalar time
+        self.begin_index: int | None = None
         self._train_steps = num_train_timesteps if self.alphas_cumprod is None else len(self.alphas_cumprod)
         unshifted = 0.0 if time_shift_type == "exponential" else 1.0
         self._set_grid(self.student_grid or self._make_grid(min(50, self._train_steps), [], unshifted))
@@ -151,8 +153,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(grid, dtype=torch.float32 if is_flow else torch.int64, device=device)
         self.sigmas = torch.cat([self.schedule.sigma(self.timesteps), torch.zeros(1, device=device)])
         self.num_inference_steps = len(grid)
-        self.step_index: int | None = None  # the number of steps taken, counted by `step` with a scalar time
-        self.begin_index: int | None = None
+        self.step_index = self.begin_index = None
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
