@@ -280,10 +280,6 @@ class FullFakeScore(SharedBase):
     def modules(self) -> list:
         return [self.denoiser, self.fake_score]
 
-    def place(self, move) -> None:
-        move(self.fake_score)
-        super().place(move)
-
     def _find_trainable(self) -> None:
         super()._find_trainable()
         self._trainable[FAKE_SCORE] = list(self.fake_score.parameters())

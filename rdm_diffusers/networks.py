@@ -128,9 +128,10 @@ class Networks(ABC):
         device = "meta" if off else next(self.modules[0].parameters()).device.type  # meta has no autocast
         return nullcontext() if device == "meta" else torch.autocast(device, self.compute_dtype)
 
-    @abstractmethod
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The role's trainable parameters, in a fixed order."""
+        embedding = [self.step_embedding] if self.step_embedding is not None and role == FAKE_SCORE else []
+        return self._own_parameters(role) + embedding
 
     @abstractmethod
     def student_weights(self) -> dict[str, Tensor]:
@@ -144,9 +145,14 @@ class Networks(ABC):
     def modules(self) -> list[nn.Module]:
         """The networks, each once."""
 
-    @abstractmethod
     def place(self, move: Callable[[nn.Module], None]) -> None:
         """Has `move` put every network on a device or in shards, in place; `parameters` are new ones afterwards."""
+        for module in self.modules:
+            move(module)
+
+    @abstractmethod
+    def _own_parameters(self, role: str) -> list[nn.Parameter]:
+        """The trainable parameters in the role's network."""
 
     @abstractmethod
     def _network(self, role: str) -> Any:
@@ -155,9 +161,6 @@ class Networks(ABC):
     def _switched_to(self, role: str) -> AbstractContextManager[None]:
         """A context in which shared modules are the role's."""
         return nullcontext()
-
-    def _step_embeddings(self, role: str) -> list[nn.Parameter]:
-        return [self.step_embedding] if self.step_embedding is not None and role == FAKE_SCORE else []
 
     def _output(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.calls[f"{role} forward"] += len(x_t)
@@ -189,9 +192,8 @@ class SeparateNetworks(Networks):
     def __post_init__(self) -> None:
         self.denoisers[TEACHER].requires_grad_(False)
 
-    def parameters(self, role: str) -> list[nn.Parameter]:
-        own = [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
-        return own + self._step_embeddings(role)
+    def _own_parameters(self, role: str) -> list[nn.Parameter]:
+        return [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
 
     def student_weights(self) -> dict[str, Tensor]:
         return _float32_copies(self.denoisers[STUDENT].state_dict())
@@ -199,10 +201,6 @@ class SeparateNetworks(Networks):
     @property
     def modules(self) -> list[nn.Module]:
         return [self.denoisers[role] for role in ROLES]
-
-    def place(self, move: Callable[[nn.Module], None]) -> None:
-        for denoiser in self.modules:
-            move(denoiser)
 
     def _network(self, role: str) -> nn.Module:
         return self.denoisers[role]
@@ -239,8 +237,8 @@ class SharedBase(Networks):
         self._folded: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
         self._activate(None)
 
-    def parameters(self, role: str) -> list[nn.Parameter]:
-        return self._trainable.get(role, []) + self._step_embeddings(role)
+    def _own_parameters(self, role: str) -> list[nn.Parameter]:
+        return self._trainable.get(role, [])
 
     def student_weights(self) -> dict[str, Tensor]:
         return _float32_copies(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]))
@@ -250,7 +248,7 @@ class SharedBase(Networks):
         return [self.denoiser]
 
     def place(self, move: Callable[[nn.Module], None]) -> None:
-        move(self.denoiser)
+        super().place(move)
         self._find_trainable()
 
     def _find_trainable(self) -> None:

@@ -45,15 +45,11 @@ class NoiseSchedule:
 
     def alpha(self, t: Tensor) -> Tensor:
         """Signal scale at times `t`, float32, of the shape of `t`."""
-        if self.alphas_cumprod is None:
-            return 1 - self.sigma(t)
-        return self._alphas_cumprod(t).sqrt()
+        return 1 - self.sigma(t) if self.is_flow else self._alphas_cumprod(t).sqrt()
 
     def sigma(self, t: Tensor) -> Tensor:
         """Noise scale at times `t`, float32, of the shape of `t`."""
-        if self.alphas_cumprod is None:
-            return t.float() / self.num_train_timesteps
-        return (1 - self._alphas_cumprod(t)).sqrt()
+        return t.float() / self.num_train_timesteps if self.is_flow else (1 - self._alphas_cumprod(t)).sqrt()
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """`(alpha(t), sigma(t))`, expanded so that they multiply `like` of shape `[B, ...]`."""

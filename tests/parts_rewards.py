@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rdm_diffusers.rewards.hpsv3 import preference_head
-from rdm_diffusers.rewards.scoring_head import ScoringHead
+from rdm_diffusers.rewards.pretrained import ScoringHead
 from rdm_diffusers.tiny.captions import CAPTIONS, MAX_TOKENS, make_tokenizer
 
 WIDTH, HEADS, LAYERS, PATCH, SIZE, JOINT = 16, 2, 2, 8, 32, 12

@@ -113,8 +113,8 @@ def test_a_picture_of_the_right_size_is_only_normalised() -> None:
 def test_clamping_keeps_the_overshoot_out() -> None:
     edge = torch.zeros(1, 3, 8, 8)
     edge[..., 4:] = 1
-    plain = dict(size=32, mean=(0, 0, 0), std=(1, 1, 1))
-    free, clamped = (Preprocessing(clamps=clamps, **plain)(edge) for clamps in (False, True))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    free, clamped = (Preprocessing(32, clamps=clamps)(edge) * std + mean for clamps in (False, True))
     assert free.min() < -0.01
     assert free.max() > 1.01
     torch.testing.assert_close(clamped, free.clamp(0, 1))
@@ -127,11 +127,10 @@ def test_half_precision_pictures_are_resized_in_float32() -> None:
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])
-@pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("height", "width"), [(11, 14), (5, 4)])
-def test_gradients_are_those_of_finite_differences(fit, filter, height: int, width: int) -> None:
+def test_gradients_are_those_of_finite_differences(fit, height: int, width: int) -> None:
     images = (0.25 + 0.5 * torch.rand(1, 3, height, width, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(Preprocessing(8, fit, filter), images)
+    assert torch.autograd.gradcheck(Preprocessing(8, fit), images)
 
 
 def test_all_pixels_that_are_seen_have_a_gradient() -> None:

@@ -46,17 +46,11 @@ def variance_within_groups(estimate: RewardEstimate, group_size: int, statistics
 
 
 def bias_unit(estimate: RewardEstimate, estimator: str, variance: float | Tensor = 1.0) -> Tensor:
-    """The share of one unit of bias that is seen at each sample's tau `[M]`.
+    """The share of one unit of bias that is seen at each sample's tau `[M]`; see `fake_score_bias`.
 
-    Args:
-        estimate: for its scales a, s at tau.
-        estimator: `shift` takes the bias for a shift of the student's mean that the fake score has not learned yet. Of
-            such a shift a denoiser of data of variance v misses the share s^2 / (a^2 v + s^2), which x_tau does not
-            show. `noise` takes it for an error in noise units, s.
-        variance: v, of the student's samples of one prompt and step.
-
-    Raises:
-        ValueError: for an unknown estimator.
+    `shift` takes the bias for a shift of the student's mean that the fake score has not learned yet. Of such a shift a
+    denoiser of data of variance v misses the share s^2 / (a^2 v + s^2), which x_tau does not show (a, s: the scales at
+    tau). `noise` takes it for an error in noise units, s.
     """
     if estimator == "shift":
         return estimate.sigma**2 / (estimate.alpha**2 * variance + estimate.sigma**2)
@@ -66,11 +60,7 @@ def bias_unit(estimate: RewardEstimate, estimator: str, variance: float | Tensor
 
 
 def fake_score_bias(
-    estimate: RewardEstimate,
-    group_size: int,
-    estimator: str = "shift",
-    variance: float | Tensor = 1.0,
-    states: int = 1,
+    estimate: RewardEstimate, group_size: int, estimator: str = "shift", variance: float | Tensor = 1.0, states: int = 1
 ) -> Tensor:
     """b, the bias of each sample's fake x0, measured on the *other* rollouts of its group: `[M, C, H, W]`.
 
@@ -90,6 +80,9 @@ def fake_score_bias(
         estimator: one of `BIAS_ESTIMATORS`.
         variance: v of the `bias_unit`.
         states: over how many states of the rollouts the bias is measured, as in `leave_one_out_mean`.
+
+    Raises:
+        ValueError: for an unknown estimator.
     """
     residual, unit = estimate.fake_x0 - estimate.x0, bias_unit(estimate, estimator, variance)
     if estimate.weight is not None:

@@ -45,15 +45,16 @@ class GNDMR:
     projection_guard: bool = False
 
     def combine(self, advantage: Tensor, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> Tensor:
-        """d and the rewards' gradients as one ascent direction `[M, C, H, W]`, detached.
+        """d `[M, C, H, W]` and the rewards' gradients as one ascent direction, same shape, detached.
 
-        Args:
-            advantage: d `[M, C, H, W]`.
-            gradients: by reward, of the same samples, of those that have one. Invalid ones count in no statistic and
-                push nowhere; where all are invalid the result is d and the statistics stay as they were.
-            statistics: updated.
+        Invalid gradients count in no statistic and push nowhere; where all are invalid the result is d and the
+        statistics stay as they were. Updates `statistics`.
         """
-        self._update_variances(gradients, statistics)
+        for name, reward in gradients.items():  # the running within-group variance of each reward, for the log
+            groups = grouped(torch.where(reward.valid, reward.values, torch.nan), self.group_size)
+            variance = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1)
+            finite = variance.isfinite()
+            statistics.update(f"reward_variance/{name}", variance[finite].sum(), finite.sum(), STD_DECAY)
         if self.reward_combination == "sum":
             size = advantage[0].numel()  # a mean over samples beside a mean over elements
             pushes = (self.weights[name] * size * reward.gradient for name, reward in gradients.items())
@@ -81,14 +82,6 @@ class GNDMR:
     def proportion(self, name: str) -> float:
         """A reward's weight, so that the sizes of all add up to 1."""
         return self.weights[name] / sum(abs(weight) for weight in self.weights.values())
-
-    def _update_variances(self, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> None:
-        """Updates the running within-group variance of each reward, for the log."""
-        for name, reward in gradients.items():
-            groups = grouped(torch.where(reward.valid, reward.values, torch.nan), self.group_size)
-            variance = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1)
-            finite = variance.isfinite()
-            statistics.update(f"reward_variance/{name}", variance[finite].sum(), finite.sum(), STD_DECAY)
 
 
 def running_rms(name: str, values: Tensor, valid: Tensor, statistics: RunningMeans, decay: float = RMS_DECAY) -> Tensor:

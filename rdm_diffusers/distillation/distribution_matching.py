@@ -83,13 +83,7 @@ def estimate_reward(
         chunk = samples[part]
         for role, predictions in x0.items():
             predictions.append(networks.predict(role, x_tau[part], tau[part], chunk.conditioning, chunk.step))
-    return RewardEstimate(
-        samples.x0,
-        torch.cat(x0[TEACHER]),
-        torch.cat(x0[FAKE_SCORE]),
-        networks.schedule.alpha(tau),
-        networks.schedule.sigma(tau),
-        tau / networks.schedule.num_train_timesteps,
-        samples.step,
-        samples.weight,
-    )
+    teacher_x0, fake_x0 = torch.cat(x0[TEACHER]), torch.cat(x0[FAKE_SCORE])
+    schedule, share = networks.schedule, tau / networks.schedule.num_train_timesteps
+    scales = schedule.alpha(tau), schedule.sigma(tau)
+    return RewardEstimate(samples.x0, teacher_x0, fake_x0, *scales, share, samples.step, samples.weight)

@@ -26,12 +26,10 @@ def revisit(
 ) -> Iterator[Step]:
     """Yields a rollout's steps with the same states and what the student predicts there now. No gradients.
 
+    The other arguments are as in `rollout`.
+
     Args:
-        predict: `predict(x_t, t, conditioning) -> x0`, the student.
-        scheduler: as in `rollout`.
         rollout: the steps of B samples, as the student took them.
-        conditioning: of length B.
-        micro_batch_size: how many samples go through the student at once; all by default.
     """
     for step in rollout:
         size = micro_batch_size or len(step.x_t)
@@ -49,10 +47,8 @@ def log_ratios(now: Sequence[Step], then: Sequence[Step]) -> Tensor:
     """
     ratios = [torch.zeros(len(then[0].x_t), dtype=torch.float64, device=then[0].x_t.device)]
     for new, old, following in zip(now, then, then[1:], strict=False):
-        ratio = gaussian_log_prob(following.x_t, new.mean, old.std) - gaussian_log_prob(
-            following.x_t, old.mean, old.std
-        )
-        ratios.append(ratios[-1] + ratio)
+        log_now, log_then = (gaussian_log_prob(following.x_t, step.mean, old.std) for step in (new, old))
+        ratios.append(ratios[-1] + (log_now - log_then))
     return torch.stack(ratios)
 
 

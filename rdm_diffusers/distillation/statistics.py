@@ -34,10 +34,6 @@ class RunningMeans:
         return self.mean(name)
 
     def mean(self, name: str) -> Tensor:
-        """The mean under a name, float32.
-
-        Raises:
-            KeyError: if it was never updated.
-        """
+        """The mean under a name, float32. Raises KeyError if it was never updated."""
         total, count = self.state[name]
         return torch.where(count > 0, total / count.clamp(min=torch.finfo(count.dtype).tiny), 0).float()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..frechet import distance_with_interval
-from ..rewards import Reward, WeightedReward, evaluate, load_reward
+from ..rewards import Reward, WeightedReward, evaluate, load_distinct_rewards
 from ..tiny.captions import CAPTIONS, parse_caption
 from ..tiny.classifier import load_classifier
 from .features import Features, Reference, load_features, load_reference
@@ -33,10 +33,7 @@ class Measures:
 
 def load_measures(options: Options, device: torch.device) -> Measures:
     """Loads all; ValueError or ImportError if one cannot be loaded, or if two rewards have one name."""
-    rewards = {spec: load_reward(spec, device, DTYPES[options.reward_dtype]) for spec in options.reward}
-    names = {weighted.reward.name for weighted in rewards.values()}
-    if len(names) < len(options.reward):
-        raise ValueError(f"Two of the rewards {', '.join(options.reward)} have one name; give each name once.")
+    rewards = load_distinct_rewards(options.reward, device, DTYPES[options.reward_dtype])
     places = {"data": options.reference_data, "teacher": options.reference_teacher}
     if not any(places.values()):
         return Measures(None, {}, rewards)

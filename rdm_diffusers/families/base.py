@@ -38,12 +38,8 @@ class Conditioning:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """On another device, with the floating-point tensors in `dtype`."""
-        return Conditioning(
-            {
-                name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-                for name, tensor in self.tensors.items()
-            }
-        )
+        dtypes = {name: dtype if each.is_floating_point() else each.dtype for name, each in self.tensors.items()}
+        return Conditioning({name: each.to(device, dtypes[name]) for name, each in self.tensors.items()})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -185,11 +181,7 @@ class Family(ABC):
         return options.max_sequence_length or self.prompt_tokens
 
     def check_options(self, options: PromptOptions) -> None:
-        """Refuses a prompt length that the stock pipeline does not support.
-
-        Raises:
-            ValueError: naming the limit.
-        """
+        """Refuses a prompt length that the stock pipeline does not support. Raises ValueError."""
         length, name, most = options.max_sequence_length, self.pipeline_class.__name__, self.most_prompt_tokens
         if length is not None and "max_sequence_length" not in signature(self.pipeline_class.__call__).parameters:
             raise ValueError(f"A {name} reads a fixed number of tokens; leave --max_sequence_length {length} out.")

@@ -71,7 +71,9 @@ def explain_hub_errors(what: str, repository: str, revision: str | None = None) 
     try:
         yield
     except Exception as error:
-        chain = list(_with_causes(error))
+        chain: list[BaseException] = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
         kind = next((kind for kind in REASONS if any(isinstance(each, kind) for each in chain)), None)
         if any(isinstance(each, OSError) and each.errno in FULL_DISK for each in chain):
             reason = "does not fit on the disk; free some space and load it again"
@@ -82,9 +84,3 @@ def explain_hub_errors(what: str, repository: str, revision: str | None = None) 
             short = f"{type(error).__name__}: {first_line}"
             reason = REASONS[kind].format(what=what, repository=repository, revision=revision, error=short)
         raise ValueError(f"The {what} {repository!r} {reason}.") from error
-
-
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -14,11 +14,11 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
 from ..untrusted import read_object
-from .base import INDEX, Conditioning, Family, PromptOptions
+from .base import INDEX, STUDENT_CONFIG, Conditioning, Family, PromptOptions
 from .hub_files import explain_hub_errors, fetch, repository_files
 from .quantization import quantized_loading
 from .registry import FAMILIES, family_of
-from .suitability import check_folder, check_no_student, check_teacher
+from .suitability import check_folder, check_teacher
 from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, refuse
 
 INDEX_REMEDY = "save or download it again"
@@ -207,16 +207,11 @@ def load_denoiser(
     """Another copy of a teacher's denoiser alone, on the CPU; arguments as in `load_teacher`."""
     config = pipeline_config(name_or_path, revision=revision)
     component = family_of(config).denoiser_name
-    denoiser = getattr(diffusers, config[component][1]).from_pretrained(
-        resolve_teacher(name_or_path),
-        subfolder=component,
-        revision=revision,
-        variant=variant,
-        dtype=dtype,
-        use_safetensors=True,
-        **(quantized_loading(quantization, dtype, device) if quantization else {}),
-    )
-    return denoiser.to("cpu")
+    options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": True}
+    if quantization:
+        options |= quantized_loading(quantization, dtype, device)
+    kind = getattr(diffusers, config[component][1])
+    return kind.from_pretrained(resolve_teacher(name_or_path), subfolder=component, **options).to("cpu")
 
 
 def load_teacher(
@@ -244,21 +239,16 @@ def load_teacher(
         ValueError: as `pipeline_config`, `family_of`, `check_pipeline`, `check_teacher` and `quantized_loading`.
         ImportError: if the library that quantises is missing.
     """
-    check_no_student(name_or_path, Path(resolve_teacher(name_or_path)))
+    if (Path(resolve_teacher(name_or_path)) / STUDENT_CONFIG).exists():
+        raise ValueError(f"{name_or_path} is a few-step student already; give the teacher that it was distilled from.")
     config = pipeline_config(name_or_path, revision=revision)
     family = family_of(config)
     check_pipeline("teacher", name_or_path, config, [] if vae is None else ["vae"], revision=revision, variant=variant)
     replaced = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
     if quantization:
         replaced[family.denoiser_name] = load_denoiser(name_or_path, dtype, revision, variant, quantization, device)
-    pipeline = family.pipeline_class.from_pretrained(
-        resolve_teacher(name_or_path),
-        revision=revision,
-        variant=variant,
-        dtype=dtype,
-        **load_options(config),
-        **replaced,
-    )
+    loading = {"revision": revision, "variant": variant, "dtype": dtype, **load_options(config), **replaced}
+    pipeline = family.pipeline_class.from_pretrained(resolve_teacher(name_or_path), **loading)
     check_teacher(name_or_path, pipeline)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

@@ -36,20 +36,13 @@ class PixArtSigmaFamily(StableDiffusionFamily):
         return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        tokens = self.tokens(options)
-        return {
-            "prompt_embeds": (tokens, pipeline.transformer.config.caption_channels),
-            "prompt_attention_mask": (tokens,),
-        }
+        tokens, width = self.tokens(options), pipeline.transformer.config.caption_channels
+        return {"prompt_embeds": (tokens, width), "prompt_attention_mask": (tokens,)}
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, mask = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_attention_mask"))
         output = denoiser(
-            x_t.to(embeds.dtype),
-            encoder_hidden_states=embeds,
-            encoder_attention_mask=mask,
-            timestep=t,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            return_dict=False,
-        )[0]
+            x_t.to(embeds.dtype), encoder_hidden_states=embeds, encoder_attention_mask=mask, timestep=t,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
+        )[0]  # fmt: skip
         return output[:, : x_t.shape[1]]

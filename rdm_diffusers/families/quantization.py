@@ -32,15 +32,11 @@ def quantized_loading(kind: str, dtype: torch.dtype, device: torch.device | str)
         raise ValueError(f"Weights in {kind} need a GPU; choose int8 or fp8 on a machine without one.")
     if kind == "nf4":
         config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=True,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
         return {"quantization_config": config, "device_map": {"": str(device)}}
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     # No device map: with one that names the CPU, diffusers would not quantise at all.
-    return {
-        "quantization_config": TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
-    }
+    weights = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
+    return {"quantization_config": TorchAoConfig(weights)}

@@ -31,9 +31,8 @@ class QwenImageFamily(PackedFlowFamily):
     )  # fmt: skip
 
     def guided(self, guidance_scale: float) -> dict[str, Any]:
-        if guidance_scale <= 1:
-            return {"true_cfg_scale": 1.0}
-        return {"true_cfg_scale": guidance_scale, "negative_prompt": NOTHING}
+        off = guidance_scale <= 1
+        return {"true_cfg_scale": 1.0} if off else {"true_cfg_scale": guidance_scale, "negative_prompt": NOTHING}
 
     def unguided(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, Any]:
         return {"true_cfg_scale": 1.0}
@@ -62,11 +61,8 @@ class QwenImageFamily(PackedFlowFamily):
         return self.encode_prompts(pipeline, [NOTHING], options)
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        tokens = self.tokens(options)
-        return {
-            "prompt_embeds": (tokens, pipeline.transformer.config.joint_attention_dim),
-            "prompt_embeds_mask": (tokens,),
-        }
+        tokens, width = self.tokens(options), pipeline.transformer.config.joint_attention_dim
+        return {"prompt_embeds": (tokens, width), "prompt_embeds_mask": (tokens,)}
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, mask = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_embeds_mask"))

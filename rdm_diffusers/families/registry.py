@@ -15,24 +15,14 @@ from .sdxl import StableDiffusionXLFamily
 from .z_image import ZImageFamily
 
 CLASSES: tuple[type[Family], ...] = (
-    StableDiffusionFamily,
-    StableDiffusionXLFamily,
-    StableDiffusion3Family,
-    FluxFamily,
-    PixArtSigmaFamily,
-    SanaFamily,
-    ZImageFamily,
-    QwenImageFamily,
-)
+    StableDiffusionFamily, StableDiffusionXLFamily, StableDiffusion3Family, FluxFamily, PixArtSigmaFamily, SanaFamily,
+    ZImageFamily, QwenImageFamily,
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family() for family in CLASSES}
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """The family of the pipeline class that a `pipeline_config` names.
-
-    Raises:
-        ValueError: if no family supports that class.
-    """
+    """The family of the pipeline class that a `pipeline_config` names. Raises ValueError if there is none."""
     class_name = config["_class_name"]
     if class_name not in FAMILIES:
         raise ValueError(f"Teachers of class {class_name} are not supported; supported are {', '.join(FAMILIES)}.")

@@ -48,12 +48,8 @@ class SanaFamily(FlowFamily):
         return Conditioning({"prompt_embeds": embeds, "prompt_attention_mask": mask, "timestep_scale": scale})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        tokens = self.tokens(options)
-        return {
-            "prompt_embeds": (tokens, pipeline.transformer.config.caption_channels),
-            "prompt_attention_mask": (tokens,),
-            "timestep_scale": (1,),
-        }
+        tokens, width = self.tokens(options), pipeline.transformer.config.caption_channels
+        return {"prompt_embeds": (tokens, width), "prompt_attention_mask": (tokens,), "timestep_scale": (1,)}
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         tensors = conditioning.tensors

@@ -6,18 +6,14 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 
-from .base import INDEX, LORA_FILE, STUDENT_CONFIG, Family
+from .base import INDEX, LORA_FILE, Family
 
 CHECKPOINT_RECORD = "state.json"  # of every checkpoint of a run
 LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's is 5e-3, zero terminal SNR is 6e-8
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuses a folder that holds no teacher, as far as its files show that.
-
-    Raises:
-        ValueError: if it is a single file, missing, a LoRA, a checkpoint, or not a pipeline's folder.
-    """
+    """Refuses a folder that holds no teacher, as far as its files show that. Raises ValueError."""
     if folder.is_file():
         raise ValueError(
             f"{name} is a single file; save it as a folder first: in Python, the pipeline class's "
@@ -58,18 +54,10 @@ def check_lora(family: Family) -> None:
         raise ValueError(f"{name} loads no LoRAs, so its students are full ones, which this script does not train.")
 
 
-def check_no_student(name: str, folder: Path) -> None:
-    """Refuses a student of this package. Raises ValueError."""
-    if (folder / STUDENT_CONFIG).exists():
-        raise ValueError(f"{name} is a few-step student already; give the teacher that it was distilled from.")
-
-
 def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:
-    """Refuses loaded pipelines that are not text-to-image teachers.
+    """Refuses loaded pipelines that are not text-to-image teachers. Raises ValueError.
 
-    Raises:
-        ValueError: for inpainting models, distilled models, and epsilon prediction at a time without any signal, where
-            the output says nothing about x0.
+    Epsilon prediction at a time without any signal is refused, too, because it says nothing about x0.
     """
     scheduler, unet = pipeline.scheduler, getattr(pipeline, "unet", None)
     if unet is not None and unet.config.in_channels != pipeline.vae.config.latent_channels:

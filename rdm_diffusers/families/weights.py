@@ -33,29 +33,21 @@ def networks_of(config: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
 def check_files(
     what: str, name: str, components: Collection[str], files: Collection[str], variant: str | None, complete: bool
 ) -> None:
-    """Refuses a pipeline whose weights are pickled, or of another variant than the one asked for.
+    """Refuses a pipeline whose weights are pickled, or of another variant than the one asked for. Raises ValueError.
 
-    Args:
-        what: `teacher` or `student`, for the error's sentence.
-        name: its folder or Hub id.
-        components: the folders that hold networks.
-        files: all files, by their paths in it.
-        variant: as in diffusers; components without it are loaded from their plain files.
-        complete: whether to refuse components without any weights, too.
-
-    Raises:
-        ValueError: naming the component and what to do.
+    `components` are the folders that hold networks, `files` the paths of all files in it. Components without the
+    variant are loaded from their plain files; without any weights they are refused if the pipeline must be `complete`.
     """
     variants_of = {component: _variants(component, files) for component in components}
     available = sorted({each for variants in variants_of.values() for each in variants if each})
     if variant is not None and available and variant not in available:
         raise ValueError(f"The {what} {name} has no files of the variant {variant}; it has {', '.join(available)}.")
     for component, variants in variants_of.items():
-        pickles = [file for file in files if file.startswith(component + "/") and file.endswith(PICKLED)]
         if {variant, None} & variants:
             continue
+        pickles = [file for file in files if file.startswith(component + "/") and file.endswith(PICKLED)]
         if variants:
-            other = sorted(map(str, variants))[0]
+            other = min(map(str, variants))
             raise ValueError(
                 f"The {what} {name} has its {component} in the variant {other} only; add --variant {other}, or in "
                 f"Python variant={other!r}."
@@ -72,27 +64,16 @@ def check_files(
 def _variants(component: str, files: Collection[str]) -> set[str | None]:
     """The variants of a component's safetensors; None is the plain one."""
     names = [file.removeprefix(component + "/") for file in files if file.startswith(component + "/")]
-    safe = [name for name in names if name.endswith(SAFE) and "/" not in name]
-    matches = [VARIANT.match(name) for name in safe]
+    matches = [VARIANT.match(name) for name in names if name.endswith(SAFE) and "/" not in name]
     return {match and match["variant"] for match in matches}
 
 
 def check_weights(
     what: str, name: str, config: Mapping[str, Any], folder: Path, variant: str | None, without: Collection[str] = ()
 ) -> None:
-    """Refuses a folder's pipeline if weights are missing, damaged or of another network.
+    """Refuses a folder's pipeline if weights are missing, damaged or of another network. Raises ValueError.
 
     Libraries fill missing weights with random numbers. Nothing is loaded here; only the files' headers are read.
-
-    Args:
-        what, name: as in `check_files`.
-        config: its `pipeline_config`.
-        folder: where it is.
-        variant: as in diffusers.
-        without: components that are not loaded from there.
-
-    Raises:
-        ValueError: naming the component and up to three tensors.
     """
     networks = {part: kind for part, kind in networks_of(config).items() if part not in without}
     files = files_in(folder)
@@ -149,7 +130,7 @@ def problem_in(kind: type[nn.Module], info: Mapping[str, Any]) -> str | None:
         return f"lacks {_listed(info['missing_keys'])}"
     if info["mismatched_keys"]:
         return f"has shapes that differ from its config.json, in {_listed(key[0] for key in info['mismatched_keys'])}"
-    if info["unexpected_keys"] and issubclass(kind, ModelMixin):  # text encoders may come with unused heads
+    if info["unexpected_keys"] and issubclass(kind, ModelMixin):  # text encoders may have unused heads
         return f"has tensors that its config.json does not have, {_listed(info['unexpected_keys'])}"
     return None
 

@@ -15,10 +15,7 @@ from .flow import FlowFamily
 
 
 class ZImageFamily(FlowFamily):
-    """Teachers that `ZImagePipeline` loads.
-
-    Its `guidance_scale` g means c + g (c - u), so 0 is off and w = g + 1.
-    """
+    """Teachers that `ZImagePipeline` loads. Its `guidance_scale` g means c + g (c - u), so 0 is off and w = g + 1."""
 
     pipeline_class = ZImagePipeline
     prompt_tokens = 512
@@ -44,10 +41,8 @@ class ZImageFamily(FlowFamily):
         return Conditioning({"prompt_embeds": padded, "prompt_length": lengths})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        return {
-            "prompt_embeds": (self.tokens(options), pipeline.transformer.config.cap_feat_dim),
-            "prompt_length": (1,),
-        }
+        shape = (self.tokens(options), pipeline.transformer.config.cap_feat_dim)
+        return {"prompt_embeds": shape, "prompt_length": (1,)}
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, lengths = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_length"))

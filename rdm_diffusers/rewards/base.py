@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -64,15 +65,39 @@ def evaluate(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise ValueError(
             f"The reward {reward.name} got {len(prompts)} prompts for {len(images)} images; give one each."
         )
-    if reward.differentiable:
-        scores = _as_scores(reward.name, _ask(reward, images, prompts), images)
-        _check_graph(reward.name, scores, images)
-        return scores
-    with torch.no_grad():
-        return _as_scores(reward.name, _ask(reward, images.detach().clone(), prompts), images)
+    if not reward.differentiable:
+        with torch.no_grad():
+            return _scores(reward, images.detach().clone(), prompts)
+    scores = _scores(reward, images, prompts)
+    if images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+        raise ValueError(
+            f"The reward {reward.name} calls itself differentiable, but no gradient leads from its result to the "
+            "images; remove no_grad, detach, numpy or item() from it, or set differentiable = False."
+        )
+    return scores
 
 
-def _ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Any:
+def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward's answer as float32 `[B]` on the images' device, with its graph."""
+    answer, count, device = _answer(reward, images, prompts), len(images), images.device
+    as_float = partial(torch.as_tensor, dtype=torch.float32, device=device)
+    try:
+        is_list = isinstance(answer, list | tuple) and len(answer) > 0
+        scores = torch.stack([as_float(number) for number in answer]) if is_list else as_float(answer)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The reward {reward.name} returned a {type(answer).__name__} that is no tensor of numbers; return a "
+            "tensor [B] or a list of B numbers."
+        ) from error
+    if scores.shape != (count,):
+        raise ValueError(
+            f"The reward {reward.name} returned shape {list(scores.shape)} for {count} images; return one number per "
+            f"image, [{count}]."
+        )
+    return scores
+
+
+def _answer(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Any:
     try:
         return reward(images, prompts)
     except KeyboardInterrupt:
@@ -83,36 +108,3 @@ def _ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Any:
             f"The reward {reward.name} raised {type(error).__name__} at {place.filename}:{place.lineno} ({error}); "
             "fix it. A training run that it ended resumes from its last checkpoint."
         ) from error
-
-
-def _as_scores(name: str, answer: Any, images: Tensor) -> Tensor:
-    """A reward's answer as float32 `[B]` on the images' device, with its graph."""
-    try:
-        if isinstance(answer, list | tuple):
-            numbers = [_as_float(number, images) for number in answer]
-            scores = torch.stack(numbers) if numbers else images.new_empty(0)
-        else:
-            scores = _as_float(answer, images)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"The reward {name} returned a {type(answer).__name__} that is no tensor of numbers; return a tensor [B] "
-            "or a list of B numbers."
-        ) from error
-    if scores.shape != (len(images),):
-        raise ValueError(
-            f"The reward {name} returned shape {list(scores.shape)} for {len(images)} images; return one number per "
-            f"image, [{len(images)}]."
-        )
-    return scores
-
-
-def _as_float(number: Any, images: Tensor) -> Tensor:
-    return torch.as_tensor(number, dtype=torch.float32, device=images.device)
-
-
-def _check_graph(name: str, scores: Tensor, images: Tensor) -> None:
-    if images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
-        raise ValueError(
-            f"The reward {name} calls itself differentiable, but no gradient leads from its result to the images; "
-            "remove no_grad, detach, numpy or item() from it, or set differentiable = False."
-        )

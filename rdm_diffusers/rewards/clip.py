@@ -1,4 +1,4 @@
-"""CLIP as rewards use it: transformers' `CLIPModel` from a folder, the Hub, or a file in open_clip's naming."""
+"""CLIP models: transformers' `CLIPModel` from a folder, the Hub, or a file in open_clip's naming."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel
 
-from .preprocessing import Preprocessing, as_float
-from .pretrained import PretrainedReward, from_tensors, from_transformers, load_tokenizer
-from .weights import SAFETENSORS, file_in, local_path, read_tensors
-
-VIT_H_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+from .weights import file_in, load_model, local_path, model_from_tensors, read_tensors
 
 # open_clip's names of what a transformer's layer holds -> transformers'; what stands in `attn.in_proj` is in thirds.
 LAYER_NAMES = {
@@ -41,72 +36,17 @@ TOWER_NAMES = {
 PROJECTIONS = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 
 
-class ClipReward(PretrainedReward):
-    """Judges by the angle between a picture's and a prompt's CLIP embedding; a subclass says on what scale.
-
-    Args:
-        name: what logs call it.
-        model: with both projections.
-        tokenizer: prompts are cut off at the model's length.
-        preprocessing: of the pictures.
-    """
-
-    def __init__(self, name: str, model: CLIPModel, tokenizer: CLIPTokenizer, preprocessing: Preprocessing) -> None:
-        super().__init__(name)
-        self.model, self.tokenizer, self.preprocessing = model, tokenizer, preprocessing
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Images `[B, 3, H, W]` in [0, 1] and B prompts -> `[B]`. Gradients flow to the images."""
-        return self.scaled((self.embed_images(images) * self.embed_prompts(prompts)).sum(-1))
-
-    def scaled(self, cosine: Tensor) -> Tensor:
-        """Cosines `[B]` on the reward's own scale."""
-        return cosine
-
-    def cleaned(self, prompt: str) -> str:
-        """A prompt as the tokenizer is to read it."""
-        return prompt
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in [0, 1] -> unit vectors `[B, D]`. Gradients flow to the images."""
-        return embed_images(self.model, self.preprocessing(images).to(self.dtype))
-
-    @torch.no_grad()
-    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> unit vectors `[B, D]`; equal prompts are read once. No gradients."""
-        unique = list(dict.fromkeys(prompts))
-        cleaned = [self.cleaned(prompt) for prompt in unique]
-        length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer(cleaned, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        pooled = self.model.text_model(input_ids=ids.input_ids.to(self.device)).pooler_output
-        embeddings = F.normalize(as_float(self.model.text_projection(pooled)), dim=-1)
-        return embeddings[[unique.index(prompt) for prompt in prompts]]
-
-
-def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """Preprocessed pictures `[B, 3, S, S]` -> unit vectors `[B, D]`, float32 at least. Gradients flow to the pixels."""
-    pooled = model.vision_model(pixel_values=pixels).pooler_output
-    return F.normalize(as_float(model.visual_projection(pooled)), dim=-1)
-
-
 def load_clip(
     reward: str, place: str | Path, dtype: torch.dtype, files: Sequence[str] = (), config: CLIPConfig | None = None
 ) -> tuple[CLIPModel, Path | None]:
     """A CLIP model, and where it was found on this machine (None for the Hub).
 
-    Args:
-        reward: its name, for errors.
-        place: a folder that transformers saved, a Hub id, or a file; a folder may hold such a file instead.
-        dtype: of the weights.
-        files: names of published files to look for in a folder, in open_clip's naming.
-        config: of those; `config.json` beside them comes first.
-
-    Raises:
-        ValueError: one sentence on what is missing or wrong.
+    `place` is a folder that transformers saved, a Hub id, a file of weights, or a folder that holds one of these
+    `files`. The configuration of a file is the `config.json` beside it, else `config`.
     """
     path = local_path(reward, str(place))
     if path is None or (path.is_dir() and (config is None or not any((path / name).is_file() for name in files))):
-        return from_transformers(reward, CLIPModel, path or str(place), dtype), path
+        return load_model(reward, CLIPModel, path or str(place), dtype), path
     file = file_in(reward, path, files)
     tensors = read_tensors(reward, file)
     if "visual.conv1.weight" in tensors:
@@ -114,16 +54,11 @@ def load_clip(
     beside = file.parent / "config.json"
     found = CLIPConfig.from_pretrained(beside) if beside.is_file() else config
     if found is None:
-        kinds = ", ".join(SAFETENSORS)
         raise ValueError(
-            f"The file {file} of the reward {reward} has no config.json beside it; name a folder ({kinds})."
+            f"The file {file} of the reward {reward} has no config.json beside it; put it there, or name a folder that "
+            "transformers saved."
         )
-    return from_tensors(reward, CLIPModel, found, tensors, file, dtype), path
-
-
-def clip_tokenizer(reward: str, model: CLIPModel, path: Path | None, place: str) -> CLIPTokenizer:
-    """The tokenizer beside the weights, or that of the Hub id `place`."""
-    return load_tokenizer(reward, CLIPTokenizer, path, place, model.config.text_config.vocab_size)
+    return model_from_tensors(reward, CLIPModel, found, tensors, file, dtype), path
 
 
 def vit_h_config() -> CLIPConfig:
@@ -157,9 +92,7 @@ def _convert_layer(name: str, tensor: Tensor) -> dict[str, Tensor]:
     layer = f"{tower}.encoder.layers.{number}"
     if part.startswith("attn.in_proj_"):
         kind = part.removeprefix("attn.in_proj_")
-        return {
-            f"{layer}.self_attn.{which}_proj.{kind}": third.clone()
-            for which, third in zip("qkv", tensor.chunk(3), strict=True)
-        }
+        thirds = zip("qkv", tensor.chunk(3), strict=True)
+        return {f"{layer}.self_attn.{which}_proj.{kind}": third.clone() for which, third in thirds}
     module, kind = part.rsplit(".", 1)
     return {f"{layer}.{LAYER_NAMES.get(module, module)}.{kind}": tensor}

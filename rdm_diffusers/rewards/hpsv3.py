@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
-from .preprocessing import CLIP_MEAN, CLIP_STD, as_float
-from .pretrained import PretrainedReward, from_tensors, load_tokenizer
+from .preprocessing import as_float, normalized
+from .pretrained import PretrainedReward
 from .user_file import reason
-from .weights import load_head, published_file, read_tensors
+from .weights import load_head, load_tokenizer, model_from_tensors, published_file, read_tensors
 
 NAME = "hpsv3"
 SOURCE, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
@@ -38,20 +38,17 @@ class HpsV3(PretrainedReward):
         head: embedding -> mean and deviation, float32.
         tokenizer: knows the reward token.
         question: with `{text_prompt}` where the prompt goes, and the reward token.
+
+    Attributes:
         pixels: the area of a picture.
     """
 
     def __init__(
-        self,
-        model: Qwen2VLModel,
-        head: nn.Sequential,
-        tokenizer: PreTrainedTokenizerBase,
-        question: str,
-        pixels: int = PIXELS,
+        self, model: Qwen2VLModel, head: nn.Sequential, tokenizer: PreTrainedTokenizerBase, question: str
     ) -> None:
         super().__init__(NAME, batch_size=4)
-        self.model, self.head, self.tokenizer = model, head, tokenizer
-        self.question, self.pixels = question, pixels
+        self.model, self.head, self.tokenizer, self.question = model, head, tokenizer, question
+        self.pixels = PIXELS
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images `[B, 3, H, W]` in [0, 1] and B prompts -> `[B]`. Gradients flow to the images."""
@@ -63,14 +60,16 @@ class HpsV3(PretrainedReward):
             [self.message(prompt, len(seen) // len(images)) for prompt in prompts],
             padding=True, padding_side="right", return_tensors="pt",
         ).to(self.device)  # fmt: skip
+        is_image, is_reward = (
+            tokens.input_ids == self.tokenizer.convert_tokens_to_ids(token) for token in (IMAGE_TOKEN, REWARD_TOKEN)
+        )
         embedded = self.model.language_model.embed_tokens(tokens.input_ids)
-        pictured = self._is(IMAGE_TOKEN, tokens.input_ids)[..., None].expand_as(embedded)
         read = self.model.language_model(
-            inputs_embeds=embedded.masked_scatter(pictured, seen.to(embedded.dtype)),
+            inputs_embeds=embedded.masked_scatter(is_image[..., None].expand_as(embedded), seen.to(embedded.dtype)),
             attention_mask=tokens.attention_mask, use_cache=False,
         ).last_hidden_state  # fmt: skip
-        at = self._last(self._is(REWARD_TOKEN, tokens.input_ids))
-        return as_float(self.head(read[torch.arange(len(at)), at].to(self.head[0].weight.dtype)))[:, 0]
+        last = is_reward.shape[1] - 1 - is_reward.flip(1).int().argmax(1)
+        return as_float(self.head(read[torch.arange(len(last)), last].to(self.head[0].weight.dtype)))[:, 0]
 
     def message(self, prompt: str, num_tokens: int) -> str:
         """The whole text of a prompt whose picture is so many tokens, in Qwen's chat form."""
@@ -90,28 +89,16 @@ class HpsV3(PretrainedReward):
         size, merged, times = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         height, width = fitting_size((images.shape[-2], images.shape[-1]), size * merged, self.pixels)
         resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(values).to(images)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         rows, columns = height // size, width // size
-        cells = ((resized - mean) / std).reshape(
+        cells = normalized(resized).reshape(
             len(images), 3, rows // merged, merged, size, columns // merged, merged, size
         )
         ordered = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]  # a still picture is its own film
         return ordered.expand(*(-1,) * 6, times, -1, -1).reshape(-1, 3 * times * size * size), (1, rows, columns)
 
-    def _is(self, token: str, ids: Tensor) -> Tensor:
-        return ids == self.tokenizer.convert_tokens_to_ids(token)
-
-    @staticmethod
-    def _last(found: Tensor) -> Tensor:
-        return found.shape[1] - 1 - found.flip(1).int().argmax(1)
-
 
 def fitting_size(size: tuple[int, int], factor: int, pixels: int) -> tuple[int, int]:
-    """Height and width as multiples of the factor, with about so many pixels: Qwen's `smart_resize` with one bound.
-
-    Raises:
-        ValueError: if one is more than 200 times the other.
-    """
+    """Height and width as multiples of the factor, with about so many pixels: Qwen's `smart_resize` with one bound."""
     if max(size) > 200 * min(size):
         raise ValueError(f"A picture of {size[0]} x {size[1]} pixels is too narrow for Qwen2-VL, which bears 1 : 200.")
     height, width = (max(factor, round(side / factor) * factor) for side in size)
@@ -124,23 +111,18 @@ def fitting_size(size: tuple[int, int], factor: int, pixels: int) -> tuple[int, 
 
 
 def load(path: str | None, dtype: torch.dtype) -> HpsV3:
-    """HPSv3 from the Hub or from this machine; 15 GB in bfloat16, twice that in float32.
+    """HPSv3 from the Hub or from this machine; 15 GB in bfloat16, twice that in float32. The head is float32.
 
-    Args:
-        path: None for the Hub; the file, or a folder that holds it. The configuration and the tokenizer of Qwen2-VL are
-            used if they are beside it.
-        dtype: of the weights of Qwen2-VL; the head is float32.
-
-    Raises:
-        ValueError: one sentence on what is missing or wrong.
+    `path` is None for the Hub; the file, or a folder that holds it. The configuration and the tokenizer of Qwen2-VL are
+    used if they are beside it.
     """
-    question = read_question()
+    question = _read_question()
     file = published_file(NAME, path, SOURCE, FILE, [FILE])
     model_tensors, head_tensors = split_tensors(read_tensors(NAME, file))
     config = _config(file, model_tensors)
     head = preference_head(config.text_config.hidden_size)
     load_head(NAME, file, head, head_tensors)
-    model = from_tensors(NAME, Qwen2VLModel, config, model_tensors, file, dtype)
+    model = model_from_tensors(NAME, Qwen2VLModel, config, model_tensors, file, dtype)
     tokenizer = load_tokenizer(NAME, AutoTokenizer, file if path else None, BASE, config.text_config.vocab_size)
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     return HpsV3(model, head, tokenizer, question)
@@ -170,12 +152,8 @@ def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return model, head
 
 
-def read_question() -> str:
-    """What HPSv3 asks Qwen, from the file of the installed package `hpsv3`, which is read and not executed.
-
-    Raises:
-        ValueError: if the package is not installed, or is of another version.
-    """
+def _read_question() -> str:
+    """What HPSv3 asks Qwen, from the file of the installed package `hpsv3`, which is read and not executed."""
     found = find_spec("hpsv3")
     if found is None or not found.submodule_search_locations:
         raise ValueError(
@@ -184,23 +162,18 @@ def read_question() -> str:
         )
     file = Path(found.submodule_search_locations[0]) / PROMPT_FILE
     try:
-        texts = _texts(file.read_text("utf-8"))
+        texts = {
+            target.id: line.value.value
+            for line in ast.parse(file.read_text("utf-8")).body
+            if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)
+            for target in line.targets
+            if isinstance(target, ast.Name) and isinstance(line.value.value, str)
+        }
         return "".join(texts[part] for part in PROMPT_PARTS)
     except (OSError, SyntaxError, KeyError) as error:
         raise ValueError(
             f"The reward {NAME} finds no {' and '.join(PROMPT_PARTS)} in {file} ({reason(error)}); install hpsv3 1.0."
         ) from error
-
-
-def _texts(code: str) -> dict[str, str]:
-    """The texts that a Python file gives names to."""
-    return {
-        target.id: line.value.value
-        for line in ast.parse(code).body
-        if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
-        for target in line.targets
-        if isinstance(target, ast.Name)
-    }
 
 
 def _config(file: Path, tensors: Mapping[str, Tensor]) -> Qwen2VLConfig:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipConfig, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from .preprocessing import Preprocessing
-from .pretrained import PretrainedReward, from_tensors, load_tokenizer
-from .scoring_head import ScoringHead
-from .weights import load_head, published_file, read_tensors
+from .pretrained import PretrainedReward, ScoringHead
+from .weights import load_head, load_tokenizer, model_from_tensors, published_file, read_tensors
 
+NAME = "image_reward"
 SOURCE, FILE = "THUDM/ImageReward", "ImageReward.pt"
 FILES = ("ImageReward.safetensors", FILE)
 TOKENIZER = "bert-base-uncased"
@@ -51,7 +50,7 @@ class ImageReward(PretrainedReward):
     def __init__(
         self, vision: BlipVisionModel, text: BlipTextModel, head: ScoringHead, tokenizer: BertTokenizer
     ) -> None:
-        super().__init__("image_reward")
+        super().__init__(NAME)
         self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
         self.preprocessing = Preprocessing(vision.config.image_size, rounds_up=True)
 
@@ -66,22 +65,23 @@ class ImageReward(PretrainedReward):
 
 
 def load(path: str | None, dtype: torch.dtype) -> ImageReward:
-    """The published file from the Hub or from this machine.
+    """The published file from the Hub or from this machine; the head is float32.
 
-    Args:
-        path: None for the Hub; the file, or a folder that holds one of `FILES`. A `config.json` beside it, of
-            transformers' `BlipConfig`, stands for another size; a tokenizer beside it is used.
-        dtype: of BLIP's weights; the head is float32.
-
-    Raises:
-        ValueError: one sentence on what is missing or wrong.
+    `path` is None for the Hub; the file, or a folder that holds one of `FILES`. A `config.json` beside it, of
+    transformers' `BlipConfig`, stands for another size; a tokenizer beside it is used.
     """
-    file = published_file("image_reward", path, SOURCE, FILE, FILES)
+    file = published_file(NAME, path, SOURCE, FILE, FILES)
     beside = file.parent / "config.json"
     config = BlipConfig.from_pretrained(beside) if beside.is_file() else blip_config()
-    vision, text, head = _networks(file, config, dtype)
+    vision_tensors, text_tensors, head_tensors = split_tensors(read_tensors(NAME, file))
+    head = ScoringHead(config.text_config.hidden_size)
+    load_head(NAME, file, head, head_tensors)
+    vision = model_from_tensors(NAME, BlipVisionModel, config.vision_config, vision_tensors, file, dtype)
+    text = model_from_tensors(
+        NAME, BlipTextModel, config.text_config, text_tensors, file, dtype, add_pooling_layer=False
+    )
     place = file if path else None
-    tokenizer = load_tokenizer("image_reward", BertTokenizer, place, TOKENIZER, config.text_config.vocab_size)
+    tokenizer = load_tokenizer(NAME, BertTokenizer, place, TOKENIZER, config.text_config.vocab_size)
     return ImageReward(vision, text, head, tokenizer)
 
 
@@ -109,26 +109,12 @@ def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     head: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith("blip.visual_encoder."):
-            vision[_vision_name(name.removeprefix("blip."))] = tensor
+            renamed = name.removeprefix("blip.")
+            for old, new in VISION_NAMES.items():
+                renamed = renamed.replace(old, new)
+            vision[renamed] = tensor
         elif name.startswith("blip.text_encoder.") and name != POSITIONS:
             text[name.removeprefix("blip.text_encoder.")] = tensor
         elif not name.startswith("blip."):
             head[name.removeprefix("mlp.")] = tensor
-    return vision, text, head
-
-
-def _vision_name(name: str) -> str:
-    for old, new in VISION_NAMES.items():
-        name = name.replace(old, new)
-    return name
-
-
-def _networks(file: Path, config: BlipConfig, dtype: torch.dtype) -> tuple[BlipVisionModel, BlipTextModel, ScoringHead]:
-    vision_tensors, text_tensors, head_tensors = split_tensors(read_tensors("image_reward", file))
-    head = ScoringHead(config.text_config.hidden_size)
-    load_head("image_reward", file, head, head_tensors)
-    vision = from_tensors("image_reward", BlipVisionModel, config.vision_config, vision_tensors, file, dtype)
-    text = from_tensors(
-        "image_reward", BlipTextModel, config.text_config, text_tensors, file, dtype, add_pooling_layer=False
-    )
     return vision, text, head

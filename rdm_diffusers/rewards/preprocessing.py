@@ -1,4 +1,4 @@
-"""Pictures as a model wants to see them, differentiable."""
+"""Pictures as CLIP and its kin want to see them, differentiable."""
 
 from __future__ import annotations
 
@@ -15,28 +15,22 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model's own preprocessing does; the defaults are CLIP's.
+    """What a model's own preprocessing does, bicubic (a = -0.5, as in Pillow) with antialiasing; defaults are CLIP's.
 
     Args:
         size: height and width of the result, in pixels.
         fit: `crop` scales the shorter side to `size` and cuts the middle out; `pad` scales the longer side to `size`
             and centres the picture on black.
-        filter: `bicubic` (a = -0.5, as in Pillow) or `bilinear`, widened when the picture shrinks (antialiased).
         rounds_up: where the middle is, if an odd number of pixels is cut: `False` cuts the smaller half before it
             (transformers), `True` halves and rounds to even (torchvision).
         clamps: whether what the filter overshoots is brought back to [0, 1], as any 8-bit picture does; torchvision
             leaves it on float tensors, as in HPSv2.
-        mean: of red, green and blue, in [0, 1].
-        std: the same.
     """
 
     size: int = 224
     fit: Literal["crop", "pad"] = "crop"
-    filter: Literal["bicubic", "bilinear"] = "bicubic"
     rounds_up: bool = False
     clamps: bool = True
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
 
     def __call__(self, images: Tensor) -> Tensor:
         """Resizes, cuts or pads, and normalises.
@@ -51,17 +45,11 @@ class Preprocessing:
             clamping cuts them off.
         """
         images = as_float(images)
-        resized = self._resized(images)
-        fitted = self._cropped(resized) if self.fit == "crop" else self._padded(resized)
-        mean, std = (torch.tensor(values).to(images)[:, None, None] for values in (self.mean, self.std))
-        return (fitted - mean) / std
-
-    def _resized(self, images: Tensor) -> Tensor:
-        height, width = self._target(*images.shape[-2:])
-        if (height, width) == images.shape[-2:]:
-            return images
-        resized = F.interpolate(images, (height, width), mode=self.filter, antialias=True)
-        return resized.clamp(0, 1) if self.clamps else resized
+        target = self._target(*images.shape[-2:])
+        if target != images.shape[-2:]:
+            images = F.interpolate(images, target, mode="bicubic", antialias=True)
+            images = images.clamp(0, 1) if self.clamps else images
+        return normalized(self._cropped(images) if self.fit == "crop" else self._padded(images))
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width before cutting or padding: cut off when cropping, rounded when padding, at least 1."""
@@ -73,15 +61,19 @@ class Preprocessing:
         return (self.size, longer) if height <= width else (longer, self.size)
 
     def _cropped(self, images: Tensor) -> Tensor:
-        top, left = (self._start(extent - self.size) for extent in images.shape[-2:])
+        surplus = (extent - self.size for extent in images.shape[-2:])
+        top, left = (round(each / 2) if self.rounds_up else each // 2 for each in surplus)
         return images[..., top : top + self.size, left : left + self.size]
-
-    def _start(self, surplus: int) -> int:
-        return round(surplus / 2) if self.rounds_up else surplus // 2
 
     def _padded(self, images: Tensor) -> Tensor:
         down, right = (self.size - extent for extent in images.shape[-2:])
         return F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` minus CLIP's mean, over its standard deviation. Gradients flow to the images."""
+    mean, std = (torch.tensor(values).to(images)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std
 
 
 def as_float(values: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
-"""Turns what stands behind `--reward` into a reward and its weight."""
+"""Turns the values of `--reward` into rewards and their weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
 
 from .base import Reward, WeightedReward
-from .user_file import instantiated, load_from_file, prepared
+from .user_file import load_from_file, prepare
 
 FORMS = "name, name:weight, name=weights:weight, path/to/file.py:function or path/to/file.py:function:weight"
 
@@ -20,16 +21,26 @@ TINY_REWARDS: dict[str, str] = {
     "tiny_thin": "rdm_diffusers.tiny.rewards:Thinness",
 }
 PRETRAINED_REWARDS: dict[str, str] = {  # functions of the weights' path and dtype
-    "hpsv2": "rdm_diffusers.rewards.hpsv2:load_v2_1",
-    "hpsv2.0": "rdm_diffusers.rewards.hpsv2:load_v2_0",
-    "hpsv2.1": "rdm_diffusers.rewards.hpsv2:load_v2_1",
+    "hpsv2": "rdm_diffusers.rewards.clip_rewards:load_hpsv2_1",
+    "hpsv2.0": "rdm_diffusers.rewards.clip_rewards:load_hpsv2_0",
+    "hpsv2.1": "rdm_diffusers.rewards.clip_rewards:load_hpsv2_1",
     "hpsv3": "rdm_diffusers.rewards.hpsv3:load",
-    "pickscore": "rdm_diffusers.rewards.pickscore:load",
-    "clip_score": "rdm_diffusers.rewards.clip_score:load",
+    "pickscore": "rdm_diffusers.rewards.clip_rewards:load_pickscore",
+    "clip_score": "rdm_diffusers.rewards.clip_rewards:load_clip_score",
     "image_reward": "rdm_diffusers.rewards.image_reward:load",
-    "aesthetic": "rdm_diffusers.rewards.aesthetic:load",
+    "aesthetic": "rdm_diffusers.rewards.clip_rewards:load_aesthetic",
 }
 REWARDS: dict[str, str] = TINY_REWARDS | PRETRAINED_REWARDS
+
+
+def load_distinct_rewards(
+    specs: Sequence[str], device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> dict[str, WeightedReward]:
+    """Rewards by their specifications, each from `load_reward`. Raises ValueError, too, if two have one name."""
+    rewards = {spec: load_reward(spec, device, dtype) for spec in specs}
+    if len({weighted.reward.name for weighted in rewards.values()}) < len(specs):
+        raise ValueError(f"Two of the rewards {', '.join(specs)} have one name; name each once.")
+    return rewards
 
 
 def load_reward(spec: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> WeightedReward:
@@ -85,9 +96,8 @@ def _built_in(place: str, device: torch.device | str, dtype: torch.dtype) -> Rew
         raise ValueError(f"There is no reward {name!r}; use {', '.join(REWARDS)}, or path/to/file.py:function.")
     if equals and not path:
         raise ValueError(f"--reward {place!r} names no weights behind the =; write {name}=/path/to/weights, or {name}.")
-    module, attribute = REWARDS[name].split(":")
-    if name in PRETRAINED_REWARDS:
-        return prepared(getattr(import_module(module), attribute)(path or None, dtype), device)
-    if equals:
+    if equals and name in TINY_REWARDS:
         raise ValueError(f"The reward {name} has no weights to choose; leave ={path} out.")
-    return prepared(instantiated(getattr(import_module(module), attribute), name), device)
+    module, attribute = REWARDS[name].split(":")
+    make = getattr(import_module(module), attribute)
+    return prepare(make(path or None, dtype) if name in PRETRAINED_REWARDS else make(), device)

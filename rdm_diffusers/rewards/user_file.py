@@ -1,4 +1,4 @@
-"""Rewards out of a user's own Python file. Loading one executes the file's code."""
+"""Rewards from a user's own Python file. Loading one executes the file's code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load_from_file(path: str, attribute: str, device: torch.device | str) -> Rew
         known = ", ".join(_callables(module))
         advice = f"name one of {known}" if known else "define it as a function (images, prompts)"
         raise ValueError(f"{path} has no callable {attribute!r}; {advice}.")
-    function = prepared(instantiated(found, f"{attribute} in {path}"), device)
+    function = prepare(_instance(found, f"{attribute} in {path}") if isinstance(found, type) else found, device)
     if not callable(function):
         raise ValueError(
             f"Instances of {attribute} in {path} cannot be called; give it __call__(self, images, prompts)."
@@ -62,14 +62,17 @@ def load_from_file(path: str, attribute: str, device: torch.device | str) -> Rew
     return NamedReward(function, name if isinstance(name, str) else attribute, differentiable)
 
 
-def instantiated(found: Any, name: str) -> Any:
-    """An instance if `found` is a class, else `found` itself.
+def prepare(reward: Any, device: torch.device | str) -> Any:
+    """A module on the device, frozen and in evaluation mode; anything else as it is."""
+    return reward.to(device).eval().requires_grad_(False) if isinstance(reward, nn.Module) else reward
 
-    Raises:
-        ValueError: if the class cannot be made without arguments.
-    """
-    if not isinstance(found, type):
-        return found
+
+def reason(error: BaseException) -> str:
+    """An exception in one line, for the middle of a sentence."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".: ")
+
+
+def _instance(found: type, name: str) -> Any:
     try:
         return found()
     except KeyboardInterrupt:
@@ -78,16 +81,6 @@ def instantiated(found: Any, name: str) -> Any:
         raise ValueError(
             f"The class {name} could not be made without arguments ({reason(error)}); fix it, or name an instance."
         ) from error
-
-
-def prepared(reward: Any, device: torch.device | str) -> Any:
-    """A module on the device, frozen and in evaluation mode; anything else as it is."""
-    return reward.to(device).eval().requires_grad_(False) if isinstance(reward, nn.Module) else reward
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line, for the middle of a sentence."""
-    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".: ")
 
 
 def _execute(path: Path) -> ModuleType:

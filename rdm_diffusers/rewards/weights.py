@@ -1,10 +1,13 @@
-"""Finds and reads the weights of reward models: safetensors, or published .pt files that hold only tensors."""
+"""Finds and loads the weights and tokenizers of reward models: safetensors, or .pt files that hold only tensors.
+
+Every function raises ValueError, one sentence on what is missing or wrong; `reward` is the reward's name, for it.
+"""
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,12 @@ from torch import Tensor, nn
 
 from .user_file import reason
 
-SAFETENSORS, PICKLED = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
+SAFETENSORS, PICKLED = ".safetensors", (".pt", ".pth", ".bin", ".ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 def local_path(reward: str, place: str) -> Path | None:
-    """A path on this machine; None if it is the id of a Hub repository, `owner/name`.
-
-    Raises:
-        ValueError: if it is neither.
-    """
+    """A path on this machine; None if it is the id of a Hub repository, `owner/name`."""
     path = Path(place).expanduser()
     if path.exists():
         return path
@@ -34,11 +34,7 @@ def local_path(reward: str, place: str) -> Path | None:
 
 
 def hub_file(reward: str, repository: str, file: str) -> Path:
-    """A file of the Hub, from the cache or downloaded.
-
-    Raises:
-        ValueError: if it cannot be downloaded, naming the flag for a local copy.
-    """
+    """A file of the Hub, from the cache or downloaded."""
     try:
         return Path(hf_hub_download(repository, file))
     except (OSError, ValueError) as error:
@@ -48,12 +44,8 @@ def hub_file(reward: str, repository: str, file: str) -> Path:
         ) from error
 
 
-def published_file(reward: str, path: str | None, repository: str, file: str, names: Iterable[str]) -> Path:
-    """The published file of a reward: from the Hub if `path` is None, else that path, or a file `names` in that folder.
-
-    Raises:
-        ValueError: if it does not exist, or if the path is a Hub id.
-    """
+def published_file(reward: str, path: str | None, repository: str, file: str, names: Sequence[str]) -> Path:
+    """The published file: from the Hub if `path` is None, else that path, or a file `names` in that folder."""
     if path is None:
         return hub_file(reward, repository, file)
     place = local_path(reward, path)
@@ -62,67 +54,29 @@ def published_file(reward: str, path: str | None, repository: str, file: str, na
     return file_in(reward, place, names)
 
 
-def file_in(reward: str, place: Path, names: Iterable[str]) -> Path:
-    """The file itself, or the first of these names that a folder holds.
-
-    Raises:
-        ValueError: if the folder holds none of them.
-    """
-    if place.is_file():
-        return place
-    names = tuple(names)
-    for name in names:
-        if (place / name).is_file():
-            return place / name
-    raise ValueError(f"The folder {place} holds no weights of the reward {reward}; put {' or '.join(names)} there.")
+def file_in(reward: str, place: Path, names: Sequence[str]) -> Path:
+    """The file itself, or the first of these names that a folder holds."""
+    found = [place] if place.is_file() else [place / name for name in names if (place / name).is_file()]
+    if not found:
+        raise ValueError(f"The folder {place} holds no weights of the reward {reward}; put {' or '.join(names)} there.")
+    return found[0]
 
 
 def read_tensors(reward: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a file on the CPU, by name; nothing in it is executed.
 
     A surrounding `state_dict` and the prefix `module.` of training scripts are removed.
-
-    Raises:
-        ValueError: if the file is of another kind, damaged, or holds more than tensors.
     """
-    if path.suffix not in SAFETENSORS + PICKLED:
-        known = ", ".join(SAFETENSORS + PICKLED)
+    if path.suffix not in (SAFETENSORS, *PICKLED):
+        known = ", ".join((SAFETENSORS, *PICKLED))
         raise ValueError(f"The weights {path} of the reward {reward} are no file of weights; give one of {known}.")
     try:
-        content = load_file(path) if path.suffix in SAFETENSORS else torch.load(path, "cpu", weights_only=True)
+        content = load_file(path) if path.suffix == SAFETENSORS else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"The weights {path} of the reward {reward} cannot be read ({reason(error)}); they are damaged, or hold "
             "more than tensors, which is never unpickled: download them again, or save the tensors as safetensors."
         ) from error
-    return _named_tensors(reward, path, content)
-
-
-def load_head(reward: str, path: Path, head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Loads tensors into a head; ValueError as `check_tensors`."""
-    check_tensors(reward, path, head, tensors)
-    head.load_state_dict(tensors)
-
-
-def check_tensors(reward: str, path: Path | str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Compares names and shapes with a model's.
-
-    Raises:
-        ValueError: naming some tensors that are missing, unknown, or of another shape.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    faults = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unknown": sorted(found.keys() - expected.keys()),
-        "of another shape": [n for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]],
-    }
-    said = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
-    if said:
-        raise ValueError(f"The weights {path} are not those of the reward {reward} ({said}); give its own file.")
-
-
-def _named_tensors(reward: str, path: Path, content: Any) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -130,5 +84,73 @@ def _named_tensors(reward: str, path: Path, content: Any) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def load_head(reward: str, path: Path, head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads tensors into a head, whose names and shapes they must have."""
+    _check_tensors(reward, path, head, tensors)
+    head.load_state_dict(tensors)
+
+
+def load_model(reward: str, cls: type, place: Path | str, dtype: torch.dtype) -> Any:
+    """A model from a folder that transformers saved, or from the Hub; no weight may be missing."""
+    try:
+        model, info = cls.from_pretrained(place, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+    except Exception as error:  # of many kinds: no network, no such file, a file of another kind
+        raise ValueError(
+            f"The model {place} of the reward {reward} could not be loaded ({reason(error)}); connect to the network, "
+            f"or name a folder that holds config.json and its weights: --reward {reward}=/path/to/folder."
+        ) from error
+    wrong = sorted(info["missing_keys"]) + sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if wrong:
+        raise ValueError(
+            f"The weights {place} are not those of the reward {reward} (missing or of another shape: "
+            f"{', '.join(wrong[:3])}); give its own folder."
+        )
+    return model
+
+
+def model_from_tensors(
+    reward: str, cls: type, config: Any, tensors: dict[str, Tensor], place: Path, dtype: torch.dtype, **options: Any
+) -> Any:
+    """A transformers model of a configuration, with these weights, whose names and shapes must be the model's."""
+    with torch.device("meta"):
+        _check_tensors(reward, place, cls(config, **options), tensors)
+    return cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **options)  # type: ignore[attr-defined]
+
+
+def load_tokenizer(reward: str, cls: type, place: Path | None, default: str, vocab_size: int) -> Any:
+    """The tokenizer beside the weights at `place` (None for the Hub) if there is one, else the Hub's `default`."""
+    folder = place if place is None or place.is_dir() else place.parent
+    beside = folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
+    source = folder if beside else default
+    try:
+        tokenizer = cls.from_pretrained(source)  # type: ignore[attr-defined]
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("it has no words")  # transformers 5 gives an empty one where it finds no files
+    except Exception as error:  # of many kinds: no network, no such file, a file of another kind
+        raise ValueError(
+            f"The reward {reward} needs the tokenizer of {default}, which could not be loaded from {source} "
+            f"({reason(error)}); connect to the network, or put its files ({' or '.join(TOKENIZER_FILES)}) beside "
+            "the weights."
+        ) from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, the reward {reward} knows {vocab_size}; put its "
+            "own tokenizer beside the weights."
+        )
+    return tokenizer
+
+
+def _check_tensors(reward: str, path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Names some tensors that are missing, unknown, or of another shape than the model's."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": [n for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]],
+    }
+    named = {kind: ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+             for kind, names in faults.items() if names}  # fmt: skip
+    if named:
+        listed = "; ".join(f"{kind}: {names}" for kind, names in named.items())
+        raise ValueError(f"The weights {path} are not those of the reward {reward} ({listed}); give its own file.")

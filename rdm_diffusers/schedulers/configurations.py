@@ -35,10 +35,6 @@ def translate_config(config: Mapping[str, Any], own_class: type) -> dict[str, An
     Where the configuration leaves out the noise schedule or the prediction type, or marks them as defaults, the
     defaults of its stock class apply, which differ between classes. A class that supports only flow matching names no
     prediction type. Stock spacings become `trailing`, which starts at pure noise.
-
-    Args:
-        config: a scheduler's `config`, or the contents of its JSON file.
-        own_class: `RdmScheduler` or a subclass.
     """
     name, own = config.get("_class_name"), _defaults_of(own_class)
     stock = _defaults_of(getattr(diffusers, name, None)) if isinstance(name, str) else {}
@@ -56,7 +52,5 @@ def translate_config(config: Mapping[str, Any], own_class: type) -> dict[str, An
 
 def _defaults_of(scheduler_class: type | None) -> dict[str, Any]:
     """The defaults of a scheduler's arguments; empty without a class."""
-    if scheduler_class is None:
-        return {}
-    parameters = inspect.signature(scheduler_class.__init__).parameters.items()  # type: ignore[misc]
-    return {name: each.default for name, each in parameters if each.default is not each.empty}
+    parameters = inspect.signature(scheduler_class.__init__).parameters if scheduler_class else {}  # type: ignore[misc]
+    return {name: each.default for name, each in parameters.items() if each.default is not each.empty}

@@ -13,19 +13,7 @@ TOLERANCE = 1e-6  # two float32 sigmas this close count as equal
 def make_grid(
     config: Any, own: list | None, train_steps: int, count: int, sigmas: Sequence[float] = (), mu: float | None = None
 ) -> list:
-    """The times of a grid of `count` steps.
-
-    Args:
-        config: of the `RdmScheduler`.
-        own: the student's own times, if it has a grid.
-        train_steps: the teacher's number of timesteps.
-        count: the number of steps.
-        sigmas: of the caller, for flow; empty for none.
-        mu: the resolution-dependent shift, for flow.
-
-    Raises:
-        ValueError: if `mu` is needed and missing.
-    """
+    """The times of `count` steps; `own` are the student's, `sigmas` (empty for none) and `mu` the caller's."""
     if own is not None and count == len(own) and (not sigmas or _are_even(sigmas)):
         return own
     if config.prediction_type == "flow_prediction":
@@ -42,8 +30,7 @@ def _even_sigmas(count: int) -> list[float]:
 
 
 def _are_even(sigmas: Sequence[float]) -> bool:
-    pairs = zip(sigmas, _even_sigmas(len(sigmas)), strict=True)
-    return all(math.isclose(sigma, even, abs_tol=TOLERANCE) for sigma, even in pairs)
+    return all(math.isclose(*pair, abs_tol=TOLERANCE) for pair in zip(sigmas, _even_sigmas(len(sigmas)), strict=True))
 
 
 def _students_sigmas(config: Any, count: int, sigmas: Sequence[float], mu: float | None) -> Sequence[float]:
@@ -70,16 +57,7 @@ def _shifted_sigmas(config: Any, count: int, sigmas: Sequence[float], mu: float 
 
 
 def check_grid(grid: Sequence[float], top: float, whole: bool) -> None:
-    """Refuses a grid that cannot be sampled on.
-
-    Args:
-        grid: times.
-        top: the highest time allowed.
-        whole: whether only whole numbers are times.
-
-    Raises:
-        ValueError: if it does not descend strictly between 0 and `top`, or has a fraction where `whole`.
-    """
+    """Raises ValueError unless times descend strictly within 0 and `top`, in whole numbers where `whole`."""
     descends = all(earlier > later for earlier, later in pairwise(grid))
     if not (descends and all(0 <= time <= top for time in grid)):  # in this form NaN is refused, too
         raise ValueError(f"The grid {[float(t) for t in grid]} must descend strictly and lie between 0 and {top}.")
@@ -88,12 +66,7 @@ def check_grid(grid: Sequence[float], top: float, whole: bool) -> None:
 
 
 def check_request(count: int | None, timesteps: Sequence | None, sigmas: Sequence | None, is_flow: bool) -> None:
-    """Refuses contradictory arguments of `set_timesteps`, where stock schedulers refuse them.
-
-    Raises:
-        ValueError: for timesteps together with sigmas, for sigmas without flow matching, and for a number of steps
-            together with a grid (for flow matching only if the grid has another length).
-    """
+    """Raises ValueError for contradictory arguments of `set_timesteps`, where stock schedulers refuse them."""
     if timesteps is not None and sigmas is not None:
         raise ValueError("Both timesteps and sigmas are given; give one of them.")
     if sigmas is not None and not is_flow:

@@ -88,7 +88,6 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
             )
         self.schedule = NoiseSchedule(self.alphas_cumprod, num_train_timesteps)
         self.init_noise_sigma = 1.0
-        self.num_inference_steps: int | None = None
         self.step_index: int | None = None  # the number of steps taken, counted by `step` with a scalar time
         self.begin_index: int | None = None
         self._train_steps = num_train_timesteps if self.alphas_cumprod is None else len(self.alphas_cumprod)
@@ -164,11 +163,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def index_for_timestep(self, timestep: Tensor | float) -> Tensor:
-        """The grid's index of each time, shaped as `timestep`.
-
-        Raises:
-            ValueError: if a time is not on the grid.
-        """
+        """The grid's index of each time, shaped as `timestep`. Raises ValueError if a time is not on the grid."""
         times = torch.as_tensor(timestep, device=self.timesteps.device)
         on_grid = self.timesteps == times[..., None]
         if not on_grid.any(-1).all():

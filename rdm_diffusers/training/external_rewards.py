@@ -13,7 +13,6 @@ from ..config import RunConfig
 from ..distillation import (
     GNDMR,
     Decode,
-    RewardGradient,
     RunningMeans,
     Samples,
     differentiable_gradients,
@@ -23,7 +22,7 @@ from ..distillation import (
     tilted_weight,
 )
 from ..families import Teacher
-from ..rewards import Reward, WeightedReward, load_reward
+from ..rewards import Reward, WeightedReward, load_distinct_rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class ExternalRewards:
         for reward, values in zip(boxes, scores, strict=True):
             advantage = standardised_advantage(reward.name, values, self.combination.group_size, statistics)
             tilt += self.reward_tilt * self.combination.proportion(reward.name) * advantage
-            health |= self._health_of_values(reward.name, values, values.isfinite(), samples.step)
+            health |= self._health(reward.name, values, values.isfinite(), samples.step)
         return replace(samples, weight=tilted_weight(tilt, statistics)), health
 
     def join(
@@ -81,19 +80,15 @@ class ExternalRewards:
         found = differentiable_gradients(exact, self.decode, samples.x0, prompts, self.micro_batch_size)
         gradients = {reward.name: gradient for reward, gradient in zip(exact, found, strict=True)}
         joined = self.combination.combine(ascent, gradients, statistics)
-        return joined, self._health(ascent, joined, gradients, samples.step)
-
-    def _health(
-        self, ascent: Tensor, joined: Tensor, gradients: dict[str, RewardGradient], step: Tensor
-    ) -> dict[str, Tensor]:
-        health = {"reward_share_effective": (joined - ascent).square().mean().sqrt() / ascent.square().mean().sqrt()}
+        size = ascent.square().mean().sqrt()
+        health = {"reward_share_effective": (joined - ascent).square().mean().sqrt() / size}
         for name, reward in gradients.items():
-            health |= self._health_of_values(name, reward.values, reward.valid, step)
+            health |= self._health(name, reward.values, reward.valid, samples.step)
             cosine = torch.cosine_similarity(ascent.flatten(1), reward.gradient.flatten(1), dim=1)
             health[f"reward_cosine/{name}"] = cosine.mean()
-        return health
+        return joined, health
 
-    def _health_of_values(self, name: str, values: Tensor, valid: Tensor, step: Tensor) -> dict[str, Tensor]:
+    def _health(self, name: str, values: Tensor, valid: Tensor, step: Tensor) -> dict[str, Tensor]:
         health = {f"reward/{name}": values[valid].mean(), f"reward_invalid/{name}": (~valid).float().mean()}
         group_size = self.combination.group_size
         groups = grouped(values, group_size)
@@ -106,15 +101,9 @@ class ExternalRewards:
 
 
 def load_rewards(config: RunConfig, device: torch.device) -> list[WeightedReward]:
-    """The external rewards that the arguments name.
-
-    Raises:
-        ValueError: as `load_reward`, and if two have one name.
-    """
+    """The run's rewards. Raises ValueError as `load_distinct_rewards`, and for a black box without groups."""
     rewards = config.rewards
-    loaded = [load_reward(spec, device, getattr(torch, rewards.reward_dtype)) for spec in rewards.reward]
-    if len({weighted.reward.name for weighted in loaded}) < len(loaded):
-        raise ValueError(f"Two of the rewards {', '.join(rewards.reward)} have one name; name each once.")
+    loaded = list(load_distinct_rewards(rewards.reward, device, getattr(torch, rewards.reward_dtype)).values())
     boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
     if boxes and config.method.group_size == 1:
         raise ValueError(
