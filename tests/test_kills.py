@@ -19,7 +19,7 @@ import train_rdm_full
 import train_rdm_lora
 from rdm_diffusers.networks import STUDENT
 from rdm_diffusers.training import checkpoints, loop
-from rdm_diffusers.training.checkpoints import find_checkpoint, list_checkpoints
+from rdm_diffusers.training.checkpoint_files import find_checkpoint, list_checkpoints
 
 SCRIPTS = {"lora": train_rdm_lora, "full": train_rdm_full}
 TOTAL, KILLED_AT = 4, 3

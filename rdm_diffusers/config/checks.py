@@ -89,11 +89,7 @@ def _check_memory(config: RunConfig) -> None:
 
 
 def eight_bit_package() -> str:
-    """The installed package that has an 8-bit AdamW.
-
-    Raises:
-        ImportError: if there is none.
-    """
+    """The installed package that has an 8-bit AdamW; ImportError if there is none."""
     for package in ("bitsandbytes", "torchao"):
         if find_spec(package) is not None:
             return package

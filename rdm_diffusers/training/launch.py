@@ -33,11 +33,10 @@ def make_accelerator(output: OutputConfig, allow_tf32: bool = False) -> Accelera
     check_launch()
     check_trackers(output.report_to)
     project = ProjectConfiguration(output.output_dir, os.path.join(output.output_dir, output.logging_dir))
-    log_with = None if output.report_to == "none" else output.report_to
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # the networks see to that themselves
-        log_with=log_with,
+        log_with=None if output.report_to == "none" else output.report_to,
         project_config=project,
     )
     promised = promised_processes()
@@ -51,11 +50,7 @@ def make_accelerator(output: OutputConfig, allow_tf32: bool = False) -> Accelera
 
 
 def check_launch() -> None:
-    """Refuses the launchers' engines that a run cannot use.
-
-    Raises:
-        ValueError: for DeepSpeed, Megatron, the first FSDP and its offloading, saying what to use.
-    """
+    """Raises ValueError for DeepSpeed, Megatron, the first FSDP and its offloading, saying what to use."""
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
             raise ValueError(

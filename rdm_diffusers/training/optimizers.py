@@ -26,19 +26,12 @@ class NonFiniteError(RunError):
 
 @dataclass
 class RoleOptimizer:
-    """A role's trainable parameters with what moves them. The schedule is a function of the update alone.
-
-    Args:
-        parameters: what is trained.
-        optimizer: AdamW, in 32 or 8 bits.
-        schedule: of its learning rate.
-        max_grad_norm: the norm that gradients are clipped to; 0 clips nothing.
-    """
+    """A role's trainable parameters with what moves them. The schedule is a function of the update alone."""
 
     parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    max_grad_norm: float
+    optimizer: torch.optim.Optimizer  # AdamW, in 32 or 8 bits
+    schedule: torch.optim.lr_scheduler.LambdaLR  # of its learning rate
+    max_grad_norm: float  # the norm that gradients are clipped to; 0 clips nothing
 
     def step(self) -> Tensor:
         """Averages over processes, clips, steps and clears the gradients.

@@ -18,7 +18,7 @@ from ..evaluation.pictures import labelled_rows
 from ..families import Conditioning, Teacher
 from ..networks import STUDENT
 from .checkpoints import TrainState
-from .placement import on_device
+from .devices import on_device
 from .prompts import Texts
 from .updates import Distillation
 

@@ -1,15 +1,51 @@
-"""How a network computes: checkpointing, attention, compilation. None of it changes a result beyond rounding."""
+"""Where a run's networks are, and how they compute there; none of it changes a result beyond rounding."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from diffusers import ModelMixin
+from diffusers.training_utils import free_memory
+from torch import nn
 
 from ..config import MemoryConfig
+from ..networks import Networks
+from ..sharding import is_sharded_launch, shard
 
 RECOMPILE_LIMIT = 64  # a block is compiled anew for each role, with and without gradients, and each size of batch
+
+
+@contextmanager
+def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Moves the modules to the device, and afterwards back to where they were; frees the device's memory."""
+    homes = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
+        free_memory()
+
+
+def place(networks: Networks, accelerator: Accelerator) -> None:
+    """Puts the three roles on the device, or in shards on all devices where FSDP was asked for.
+
+    Before optimisers are made. A quantised teacher beside full-weight roles stays whole.
+    """
+
+    def put(network: nn.Module) -> None:
+        if is_sharded_launch() and accelerator.num_processes > 1 and getattr(network, "hf_quantizer", None) is None:
+            shard(network, accelerator)
+        else:
+            network.to(accelerator.device)
+
+    networks.place(put)
 
 
 def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:
@@ -21,19 +57,16 @@ def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:
     if memory.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if memory.enable_xformers_memory_efficient_attention:
-        _use_xformers(denoiser)
+        try:
+            denoiser.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"--enable_xformers_memory_efficient_attention does not work here ({str(error).splitlines()[0]}); "
+                "leave it out, as torch's own attention is as good on most GPUs, or pip install "
+                "'rdm-diffusers[xformers]'."
+            ) from error
     if memory.attention_backend:
         _use_backend(denoiser, memory.attention_backend)
-
-
-def _use_xformers(denoiser: ModelMixin) -> None:
-    try:
-        denoiser.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError, NotImplementedError) as error:
-        raise ValueError(
-            f"--enable_xformers_memory_efficient_attention does not work here ({str(error).splitlines()[0]}); leave it "
-            "out, as torch's own attention is as good on most GPUs, or pip install 'rdm-diffusers[xformers]'."
-        ) from error
 
 
 def _use_backend(denoiser: ModelMixin, backend: str) -> None:
