@@ -41,13 +41,7 @@ DERIVED = (
 
 
 def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """All values of a run.
-
-    Args:
-        student: `lora` or `full`.
-        given: values that were given.
-        defaults: of all settings, None where they follow from others.
-    """
+    """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
     values = {**defaults, **_tiny_defaults(student, {**defaults, **given}), **given}
     preset = values["preset"] or ALGORITHM_PRESETS.get(values["algorithm"], "gndm")
     follows = {

@@ -184,11 +184,7 @@ def all_settings(student: str | None = None) -> Iterator[Setting]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """What a file of settings holds.
-
-    Raises:
-        ValueError: if it cannot be read, or holds anything else than names with values.
-    """
+    """What a file of settings holds; ValueError if it cannot be read, or holds anything else than names with values."""
     try:
         settings = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:

@@ -98,11 +98,7 @@ def _write(folder: Path, state: TrainState, arguments: dict[str, Any]) -> None:
 
 
 def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
-    """Puts a checkpoint's numbers into `state`, in place; on every process alike.
-
-    Raises:
-        ValueError: if the checkpoint's tensors are not those of this run.
-    """
+    """Puts a checkpoint's numbers into `state`, in place, on every process; ValueError if they are another run's."""
     try:
         record = read_record(checkpoint)
         scalars = record["scalars"]

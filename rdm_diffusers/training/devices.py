@@ -49,11 +49,7 @@ def place(networks: Networks, accelerator: Accelerator) -> None:
 
 
 def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:
-    """Gradient checkpointing and the kind of attention, as the configuration says; before adapters are added.
-
-    Raises:
-        ValueError: if a kind of attention is asked for that this machine or diffusers cannot do.
-    """
+    """Turns gradient checkpointing and a kind of attention on, before adapters are added; ValueError if it cannot."""
     if memory.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if memory.enable_xformers_memory_efficient_attention:

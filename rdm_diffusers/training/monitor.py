@@ -60,12 +60,7 @@ def bias_shares(estimate: RewardEstimate, group_size: int) -> dict[str, Tensor]:
 
 
 def fake_loss_health(losses: Tensor, time: Tensor) -> dict[str, Tensor]:
-    """The fake score's loss, also by bins of the noising time.
-
-    Args:
-        losses: of each sample `[M]`.
-        time: share of the training timesteps `[M]`, in [0, 1).
-    """
+    """The mean of the fake score's losses `[M]`, also by bins of the noising times `[M]`, which lie in [0, 1)."""
     bins = (time * FAKE_LOSS_BINS).long().clamp(max=FAKE_LOSS_BINS - 1)
     by_bin = {f"fake_loss/bin_{b + 1}": losses[bins == b].mean() for b in bins.unique().tolist()}
     return {"fake_loss": losses.mean()} | by_bin

@@ -29,10 +29,6 @@ def load_prompts(source: PromptsConfig, teacher: str) -> list[str]:
 
     Of a dataset whose rows have several captions, all are prompts, row after row.
 
-    Args:
-        source: where they come from.
-        teacher: the teacher's name.
-
     Raises:
         ValueError: one sentence, if they cannot be read, if a flag has no effect, or if a real teacher has no prompts.
     """

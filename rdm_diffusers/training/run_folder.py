@@ -84,11 +84,7 @@ def locked_for_run(folder: Path, accelerator: Accelerator, changes: bool = True)
 
 
 def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
-    """The checkpoint that the run resumes from; None if it begins.
-
-    Raises:
-        ValueError: if there is no such checkpoint, or if it has more updates than the run will have.
-    """
+    """The checkpoint that the run resumes from, None if it begins; ValueError if it is missing or too far on."""
     if not config.output.resume_from_checkpoint:
         return None
     checkpoint = find_checkpoint(folder, config.output.resume_from_checkpoint)

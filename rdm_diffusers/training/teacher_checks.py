@@ -27,11 +27,7 @@ ANY_RANK = 64  # the default, which is never refused
 
 
 def check_with_teacher(config: RunConfig) -> None:
-    """Checks what depends on the teacher, and what would fail late; a dry run leaves out what depends on the GPU.
-
-    Raises:
-        ValueError: one sentence on what is wrong and what to do.
-    """
+    """Raises ValueError for what does not fit the teacher, or would fail late; a dry run skips what needs the GPU."""
     if config.hub.hub_model_id:
         check_repo_id(config.hub.hub_model_id)
     if config.prompts.cache_dir:
@@ -128,7 +124,8 @@ def check_layers(denoiser: nn.Module, names: Sequence[str], rank: int, all_there
             f"--lora_layers names {named}, which no linear or convolutional layer of this {kind} is called; it has "
             f"{', '.join(sorted({_short(key) for key in layers}))}."
         )
-    most = max([ANY_RANK, *(_capacity(layer) for name in names for layer in found[name])])
+    shapes = [layer.get_parameter("weight").shape for name in names for layer in found[name]]
+    most = max([ANY_RANK, *(min(outputs, math.prod(inputs)) for outputs, *inputs in shapes)])
     if rank > most:
         raise ValueError(f"--rank is {rank}; no adapted layer of this {kind} holds more, so it must be at most {most}.")
 
@@ -137,9 +134,3 @@ def _short(name: str) -> str:
     """A layer's name in its block, with the owner's where it is a number: `to_q`, `to_out.0`."""
     *_, last = parts = name.split(".")
     return ".".join(parts[-2:]) if last.isdecimal() else last
-
-
-def _capacity(layer: nn.Module) -> int:
-    """The highest rank that a change of the layer's weight can have."""
-    outputs, *inputs = layer.get_parameter("weight").shape
-    return min(outputs, math.prod(inputs))

@@ -37,11 +37,7 @@ def check_trackers(report_to: str) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Opens the logs, with the run's configuration.
-
-    Raises:
-        ValueError: if a tracker cannot start, for example because nobody is logged in.
-    """
+    """Opens the logs, with the run's configuration; ValueError if a tracker cannot, as where nobody is logged in."""
     output, values = config.output, config.as_arguments()
     plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
     try:

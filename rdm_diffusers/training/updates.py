@@ -160,16 +160,8 @@ def weigh_samples(run: Distillation, batch: Batch, statistics: RunningMeans) -> 
 def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) -> dict[str, Tensor]:
     """Accumulates the student's gradients: a direction for all samples first, then one backward per micro-batch.
 
-    Args:
-        run: what stays the same.
-        batch: M samples.
-        statistics: the method's running means; updated.
-
-    Returns:
-        The health numbers, scalars.
-
-    Raises:
-        NonFiniteError: if the direction is not finite; no gradient has been touched then.
+    The method's running means (`statistics`) are updated. Returns the health numbers, scalars. Raises NonFiniteError if
+    the direction is not finite; no gradient has been touched then.
     """
     samples, copies = batch.samples, run.num_renoisings
     draws = [batch.visit * copies + copy for copy in range(copies)]
@@ -198,11 +190,7 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
 def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str, Tensor]:
     """Accumulates the fake score's gradients: its denoising loss on the same samples, at fresh times and noises.
 
-    Args:
-        repeat: which of the rollout's fake-score updates this is.
-
-    Raises:
-        NonFiniteError: if the loss is not finite.
+    `repeat` says which of the rollout's fake-score updates this is. Raises NonFiniteError if the loss is not finite.
     """
     samples, schedule = batch.samples, run.networks.schedule
     t = run.draws.uniform(f"fake_time/{repeat}", batch.keys) * schedule.num_train_timesteps
