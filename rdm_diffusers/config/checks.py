@@ -1,4 +1,4 @@
-"""Which values do not go together, each said in one sentence before any long work starts."""
+"""Checks for values that exclude each other; each error is one sentence, before any long work starts."""
 
 from __future__ import annotations
 

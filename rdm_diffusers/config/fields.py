@@ -31,7 +31,7 @@ def flag(default: Any, help: str, bound: Bound | None = None, *aliases: str, **o
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of the configuration, seen from outside."""
+    """A field of the configuration with its flag."""
 
     name: str
     flag: Flag

@@ -36,7 +36,7 @@ def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[No
 def place(networks: Networks, accelerator: Accelerator) -> None:
     """Puts the three roles on the device, or in shards on all devices where FSDP was asked for.
 
-    Before optimisers are made. A quantised teacher beside full-weight roles stays whole.
+    It comes before the optimisers. A quantised teacher beside full-weight roles stays whole.
     """
 
     def put(network: nn.Module) -> None:

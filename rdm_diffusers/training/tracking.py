@@ -50,7 +50,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """Closes the logs, and the other processes' share; a tracker that fails now takes nothing with it."""
+    """Closes the logs and the process group; an error of a tracker becomes a warning."""
     try:
         accelerator.end_training()
     except Exception as error:

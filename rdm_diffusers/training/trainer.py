@@ -1,4 +1,4 @@
-"""A run, step by step: what is checked, loaded, trained, exported, shown and pushed."""
+"""A run, step by step: it is checked, loaded, trained, exported, evaluated and pushed."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Trainer:
         return TrainOutput(self.state.update, number)
 
     def stop(self) -> None:
-        """Ends the training after the update at hand, with a checkpoint; for callbacks."""
+        """Ends the training after the current update, with a checkpoint; for callbacks."""
         self.stopping = True
 
     def validate(self) -> None:
@@ -198,10 +198,9 @@ class Trainer:
             getattr(callback, event)(self, value)
 
     def export(self) -> Path:
-        """Writes the student, as it is now, in files that stock diffusers loads. Every process must call.
+        """Writes the student, as it is now, in files that stock diffusers loads; returns its folder, the run's.
 
-        Returns:
-            Its folder, the run's.
+        Every process must call.
         """
         self.load()
         with averaged_student(self.distillation, self.state):
@@ -221,7 +220,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Draws with the exported student beside its teacher, on the main process: `samples.png`, `metrics.json`, card.
 
-        The training's networks are let go before. What fails here is said in a sentence; the student is safe.
+        The training's networks are freed first. An error here becomes a warning of one sentence; the student is safe.
         """
         shown = self.texts.shown
         for name in ("teacher", "networks", "distillation", "state"):
