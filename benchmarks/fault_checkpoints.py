@@ -14,7 +14,8 @@ from fault_scenes import DamageScene, KillScene, equal, hidden, same_result
 from fault_trials import DEBRIS, INTACT, LOST, SILENT, Verdict
 
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
-from rdm_diffusers.training.checkpoints import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from rdm_diffusers.training.checkpoint_files import find_checkpoint
+from rdm_diffusers.training.checkpoints import TrainState, load_checkpoint, save_checkpoint
 from rdm_diffusers.training.optimizers import RoleOptimizer
 
 

@@ -16,7 +16,7 @@ from fault_trials import DEBRIS, INTACT, LOST, SILENT, Verdict
 import train_rdm_lora
 from rdm_diffusers.evaluation import command as evaluation
 from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.training.checkpoints import find_checkpoint
+from rdm_diffusers.training.checkpoint_files import find_checkpoint
 
 PROMPTS = CAPTIONS[7::60]
 WEIGHTS = "pytorch_lora_weights.safetensors"

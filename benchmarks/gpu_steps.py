@@ -18,7 +18,7 @@ from throughput import collect_whole, floor
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.training.assembly import networks_of_run
 from rdm_diffusers.training.memory_plan import plan_memory
-from rdm_diffusers.training.progress import peak_memory
+from rdm_diffusers.training.tracking import peak_memory
 
 REPEATS = 3
 COMMON: dict[str, Any] = dict(

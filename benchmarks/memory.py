@@ -36,9 +36,8 @@ from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import Conditioning, Teacher, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SeparateNetworks, SharedBase
 from rdm_diffusers.training.assembly import DTYPES, lora_config, networks_of_run
+from rdm_diffusers.training.devices import place, prepare_denoiser
 from rdm_diffusers.training.memory_plan import plan_memory
-from rdm_diffusers.training.placement import place
-from rdm_diffusers.training.speed import prepare_denoiser
 
 GIB = 2**30
 COMMON: dict[str, Any] = dict(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from rdm_diffusers.families import Conditioning, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SharedBase
-from rdm_diffusers.training.progress import peak_memory
+from rdm_diffusers.training.tracking import peak_memory
 from rdm_diffusers.training.updates import Batch, collect
 
 Inputs = tuple[Tensor, Tensor, Conditioning]

@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.2.0.dev0"
 
 _HOMES = {
-    "Callback": ".training.callbacks",
+    "Callback": ".training.trainer",
     "RdmDistillationPipeline": ".pipelines",
     "RdmStableDiffusion3Pipeline": ".pipelines",
     "RdmStableDiffusionPipeline": ".pipelines",

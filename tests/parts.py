@@ -146,7 +146,7 @@ def make_run(argv: list[str], student: str = "lora") -> Trainer:
     """What the scripts load before the loop; in float64 inside `in_float64`. The folder is not held."""
     trainer = Trainer(parse_args(argv, student=student))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "alone_in", lambda *args, **kwargs: nullcontext())
+        patch.setattr(trainer_module, "locked_for_run", lambda *args, **kwargs: nullcontext())
         for step in ("checkpoint_to_resume", "check_with_teacher"):
             patch.setattr(trainer_module, step, lambda *args: None)
         patch.setattr(trainer_module, "load", load_in_default_dtype)

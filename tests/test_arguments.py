@@ -19,8 +19,8 @@ from rdm_diffusers.distillation import DMD, GNDM
 from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.training.assembly import make_objective
-from rdm_diffusers.training.checks import check_resumable
 from rdm_diffusers.training.prompts import load_prompts
+from rdm_diffusers.training.run_folder import check_resumable
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from parts import change, files_of_at_most, make_run, run_arguments, train_run
 
 from rdm_diffusers.networks import FAKE_SCORE
 from rdm_diffusers.training import checkpoints
-from rdm_diffusers.training.checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from rdm_diffusers.training.checkpoint_files import find_checkpoint, list_checkpoints
+from rdm_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
 from rdm_diffusers.training.updates import NonFiniteError
 
 

@@ -12,16 +12,15 @@ from parts_kills import kills, make_state
 
 import train_rdm_lora
 from rdm_diffusers.pipelines import StudentConfig
-from rdm_diffusers.training.checkpoint_files import read_record, set_newer_aside, tidy
-from rdm_diffusers.training.checkpoints import (
+from rdm_diffusers.training.checkpoint_files import (
     damage,
     find_checkpoint,
-    is_saved,
     list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    updates_of,
+    read_record,
+    set_newer_aside,
+    tidy,
 )
+from rdm_diffusers.training.checkpoints import is_saved, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -103,7 +102,8 @@ def test_a_killed_setting_aside_loses_nothing_and_is_completed_the_next_time(tmp
         save_updates(folder, 1, 2, 3, 4)
 
     def everywhere() -> list[int]:
-        return sorted(updates_of(path.parent) for path in folder.rglob("state.json") if damage(path.parent) is None)
+        found = [path.parent for path in folder.rglob("state.json")]
+        return sorted(read_record(checkpoint)["update"] for checkpoint in found if damage(checkpoint) is None)
 
     for _ in kills(lambda: set_newer_aside(folder, folder / "checkpoint-2"), folder, prepare):
         assert everywhere() == [1, 2, 3, 4]
@@ -124,7 +124,7 @@ def test_a_killed_save_never_loses_the_newest_checkpoint(update: int, tmp_path: 
     count = 0
     for count in kills(lambda: save_updates(folder, update, value=2.0), folder, prepare):  # noqa: B007
         newest = find_checkpoint(folder, "latest")
-        assert updates_of(newest) in {3, update}
+        assert read_record(newest)["update"] in {3, update}
         load_checkpoint(newest, make_state())
         tidy(folder)
         assert {"checkpoint-2", "checkpoint-3"} <= set(names(folder)) <= {f"checkpoint-{i}" for i in (2, 3, 4)}
@@ -135,7 +135,7 @@ def test_a_killed_save_never_loses_the_newest_checkpoint(update: int, tmp_path: 
 def test_a_checkpoint_that_a_kill_left_beside_its_place_is_found_by_its_name(tmp_path: Path) -> None:
     save_updates(tmp_path, 2)
     (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-2.replaced")
-    assert updates_of(find_checkpoint(tmp_path, "checkpoint-2")) == 2
+    assert read_record(find_checkpoint(tmp_path, "checkpoint-2"))["update"] == 2
     tidy(tmp_path)
     assert names(tmp_path) == ["checkpoint-2"]
 

@@ -19,10 +19,9 @@ import train_rdm_full
 import train_rdm_lora
 from rdm_diffusers.folders import locked
 from rdm_diffusers.training import finish, loop, tracking, trainer
-from rdm_diffusers.training.checkpoints import damage, find_checkpoint
-from rdm_diffusers.training.launch import check_trackers
-from rdm_diffusers.training.run_folder import alone_in
-from rdm_diffusers.training.tracking import end_trackers
+from rdm_diffusers.training.checkpoint_files import damage, find_checkpoint
+from rdm_diffusers.training.run_folder import locked_for_run
+from rdm_diffusers.training.tracking import check_trackers, end_trackers
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_where_there_are_no_locks_a_run_says_so_and_goes_on(tmp_path: Path, monk
     monkeypatch.setattr("rdm_diffusers.folders._take", lambda *args: None)
     accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
     with pytest.warns(UserWarning, match="has no locks, so nobody would notice a second run in this folder"), \
-            alone_in(tmp_path, accelerator):  # fmt: skip
+            locked_for_run(tmp_path, accelerator):  # fmt: skip
         pass
 
 

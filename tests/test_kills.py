@@ -16,7 +16,7 @@ from parts import read_state, run_arguments, train_only
 
 from rdm_diffusers.networks import STUDENT
 from rdm_diffusers.training import checkpoints, loop
-from rdm_diffusers.training.checkpoints import find_checkpoint, list_checkpoints
+from rdm_diffusers.training.checkpoint_files import find_checkpoint, list_checkpoints
 
 TOTAL, KILLED_AT = 4, 3
 

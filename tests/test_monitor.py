@@ -16,7 +16,8 @@ from parts import make_estimate, make_run, run_arguments, train_run
 import train_rdm_lora
 from rdm_diffusers.distillation import GNDM, RunningMeans
 from rdm_diffusers.training import monitor
-from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint
+from rdm_diffusers.training.checkpoint_files import find_checkpoint
+from rdm_diffusers.training.checkpoints import load_checkpoint
 from rdm_diffusers.training.monitor import CollapseError, Monitor, batch_health, fake_loss_health
 
 UPDATES, TURN, SOON = 500, 150, 200

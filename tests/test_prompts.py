@@ -15,8 +15,8 @@ from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.evaluation.records import digest_of_texts
 from rdm_diffusers.prompts import read_captions, read_prompts
 from rdm_diffusers.tiny import TINY_NAME
-from rdm_diffusers.training.checks import check_resumable
 from rdm_diffusers.training.prompts import load_prompts
+from rdm_diffusers.training.run_folder import check_resumable
 
 BATTERY = [["a cat", "a tom"], ["a dog"]]
 DATA = Dataset.from_dict({"text": ["a cat", "a dog"], "label": [0, 1], "all": BATTERY})

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import train_rdm_lora
 from rdm_diffusers.config import checks
 from rdm_diffusers.training import monitor
-from rdm_diffusers.training.checkpoints import find_checkpoint, load_checkpoint
+from rdm_diffusers.training.checkpoint_files import find_checkpoint
+from rdm_diffusers.training.checkpoints import load_checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
 

@@ -15,7 +15,7 @@ from parts_float64 import ROUNDING
 from rdm_diffusers.config import MemoryConfig
 from rdm_diffusers.families import FAMILIES, PromptOptions
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
-from rdm_diffusers.training.speed import prepare_denoiser
+from rdm_diffusers.training.devices import prepare_denoiser
 from rdm_diffusers.training.validation import averaged_student
 
 

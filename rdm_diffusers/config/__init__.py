@@ -1,7 +1,6 @@
 """The typed configuration of a run; flags, YAML files and records are made from it."""
 
-from .fields import settings_of
-from .run_config import CIRCUMSTANCES, RunConfig, all_settings
+from .run_config import RunConfig, all_settings
 from .subjects import (
     FullStudentConfig,
     HubConfig,
@@ -16,7 +15,6 @@ from .subjects import (
 )
 
 __all__ = [
-    "CIRCUMSTANCES", "FullStudentConfig", "HubConfig", "LoraStudentConfig", "MemoryConfig", "MethodConfig",
-    "OptimisationConfig", "OutputConfig", "PromptsConfig", "RewardsConfig", "RunConfig", "TeacherConfig",
-    "all_settings", "settings_of",
+    "FullStudentConfig", "HubConfig", "LoraStudentConfig", "MemoryConfig", "MethodConfig", "OptimisationConfig",
+    "OutputConfig", "PromptsConfig", "RewardsConfig", "RunConfig", "TeacherConfig", "all_settings",
 ]  # fmt: skip

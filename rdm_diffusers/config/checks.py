@@ -1,4 +1,4 @@
-"""Which values do not go together, each said in one sentence before any long work starts."""
+"""Checks for values that exclude each other; each error is one sentence, before any long work starts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,11 @@ LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).
 
 
 def check(config: RunConfig) -> None:
-    """Checks what needs neither teacher nor files.
-
-    Raises:
-        ValueError, ImportError: one sentence on what is wrong and what to do.
-    """
+    """Checks what needs neither teacher nor files; ValueError or ImportError, one sentence on what to do."""
     _check_algorithm(config)
     _check_reuse(config)
     _check_memory(config)
-    _check_rates(config)
-    _check_output(config)
+    _check_rates_and_output(config)
     _check_groups(config)
 
 
@@ -89,19 +84,15 @@ def _check_memory(config: RunConfig) -> None:
 
 
 def eight_bit_package() -> str:
-    """The installed package that has an 8-bit AdamW.
-
-    Raises:
-        ImportError: if there is none.
-    """
+    """The installed package that has an 8-bit AdamW; ImportError if there is none."""
     for package in ("bitsandbytes", "torchao"):
         if find_spec(package) is not None:
             return package
     raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
 
 
-def _check_rates(config: RunConfig) -> None:
-    optimisation = config.optimisation
+def _check_rates_and_output(config: RunConfig) -> None:
+    optimisation, output = config.optimisation, config.output
     lowest = min(optimisation.learning_rate, optimisation.fake_learning_rate)
     if optimisation.lr_scheduler == "polynomial" and lowest <= LAST_RATE:
         raise ValueError(
@@ -110,10 +101,6 @@ def _check_rates(config: RunConfig) -> None:
         )
     if optimisation.lr_scheduler == "constant" and optimisation.lr_warmup_steps:
         print("warning: --lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup.")
-
-
-def _check_output(config: RunConfig) -> None:
-    output = config.output
     asked = len(output.validation_prompt)
     if asked > output.num_validation_images:
         raise ValueError(

@@ -85,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     file, token = given.pop("config", None), given.pop("hub_token", None)
     try:
         config = RunConfig.of(student, **given) if file is None else RunConfig.from_yaml(file, student, **given)
-        hand_on_token(token, config.output.report_to)
+        use_given_token(token, config.output.report_to)
         words = [*_words_of(file, given, student), *(sys.argv[1:] if argv is None else argv)]
         return replace(config, command=command_line(f"train_rdm_{student}.py", words))
     except (ValueError, ImportError) as error:
@@ -108,12 +108,8 @@ def _words_of(file: str | None, given: Mapping[str, Any], student: str) -> list[
     return words
 
 
-def hand_on_token(token: str | None, report_to: str) -> None:
-    """Gives a token to huggingface_hub; nothing else may know it.
-
-    Raises:
-        ValueError: if a tracker may record the command line.
-    """
+def use_given_token(token: str | None, report_to: str) -> None:
+    """Gives a token to huggingface_hub alone; ValueError if a tracker may record the command line."""
     if token is None:
         return
     if report_to not in TOKEN_SAFE_TRACKERS:

@@ -6,37 +6,23 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
-from ..bounds import Bound, Interval, OneOf
+from ..bounds import Bound, Interval
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What a field says of its flag.
+    """What a field says of its flag."""
 
-    Args:
-        help: what it does; the range and the default are added.
-        bound: what it takes; None for a switch.
-        aliases: other names of the flag.
-        name: the flag's, if it is not the field's.
-        free: whether a resumed run may change it.
-        is_path: whether its value may be a path of this machine, which others must not see.
-    """
-
-    help: str
-    bound: Bound | None = None
-    aliases: tuple[str, ...] = ()
-    name: str = ""
-    free: bool = False
-    is_path: bool = False
+    help: str  # what it does; the range and the default are added
+    bound: Bound | None = None  # what it takes; None for a switch
+    aliases: tuple[str, ...] = ()  # other names of the flag
+    name: str = ""  # the flag's, if it is not the field's
+    free: bool = False  # whether a resumed run may change it
+    is_path: bool = False  # whether its value may be a path of this machine, which others must not see
 
 
 def flag(default: Any, help: str, bound: Bound | None = None, *aliases: str, **options: Any) -> Any:
-    """A field with a `Flag`.
-
-    Args:
-        default: the default, a function that finds it, or None where it depends on other flags.
-        help, bound, aliases, options: as `Flag` has them.
-    """
+    """A field with a `Flag`; its default, a function that finds it, or None where it depends on other flags."""
     metadata = {"flag": Flag(help, bound, aliases, **options)}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -45,13 +31,7 @@ def flag(default: Any, help: str, bound: Bound | None = None, *aliases: str, **o
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of the configuration, seen from outside.
-
-    Args:
-        name: the field's.
-        flag: what it says of its flag.
-        field: the field itself.
-    """
+    """A field of the configuration with its flag."""
 
     name: str
     flag: Flag
@@ -87,11 +67,7 @@ class Setting:
         return (list if self.is_repeatable else bool if bound is None else str, *empty)
 
     def checked(self, value: Any) -> Any:
-        """A value of a file, of Python or of the command line as the field holds it.
-
-        Raises:
-            ValueError: one sentence that names the flag and says what would do.
-        """
+        """A value of a file, of Python or of the command line as the field holds it; ValueError if it is none."""
         if self.is_repeatable:
             return tuple(self._checked(one) for one in ([value] if isinstance(value, str) else value))
         return self._checked(value)
@@ -115,8 +91,3 @@ class Setting:
 def settings_of(subject: type) -> list[Setting]:
     """The fields of a subject's dataclass."""
     return [Setting(each.name, each.metadata["flag"], each) for each in fields(subject)]
-
-
-def one_of(*names: str, reason: str = "") -> OneOf:
-    """Names out of a list."""
-    return OneOf(names, reason)

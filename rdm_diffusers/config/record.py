@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..untrusted import without_secrets
+from .presets import TEACHER
 from .run_config import all_settings
 
-TEACHER = "pretrained_model_name_or_path"
 PATHS = {each.name for each in all_settings() if each.flag.is_path}
 FLAGS = {f"--{name}" for each in all_settings() if each.flag.is_path for name in each.names}
-UNSHOWN = (
-    "--config",
-    "--hub_token",
-    "--resume_from_checkpoint",
-)  # with their values: a secret, and what nobody else has
+# Left out with their values: a secret, and what nobody else has.
+UNSHOWN = ("--config", "--hub_token", "--resume_from_checkpoint")
 
 
 def command_line(script: str, words: Sequence[str]) -> str:
@@ -43,7 +40,7 @@ def command_line(script: str, words: Sequence[str]) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """A path's last name where the rest tells of this machine: of full paths, and of those that go up from here.
+    """A path's last name where the rest shows this machine's folders: a full path, or one that goes up from here.
 
     Anything else is unchanged; in `name=path:weight`, a reward's, the path alone is looked at.
     """
@@ -52,8 +49,8 @@ def without_folders(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     name, equals, path = value.rpartition("=")
-    tells = os.path.isabs(path) or path.startswith("..")
-    return f"{name}{equals}{os.path.basename(os.path.normpath(path))}" if tells else value
+    shows_folders = os.path.isabs(path) or path.startswith("..")
+    return f"{name}{equals}{os.path.basename(os.path.normpath(path))}" if shows_folders else value
 
 
 def _cleaned(value: Any) -> Any:

@@ -22,11 +22,7 @@ def retirement(flag: str) -> str:
 
 
 def without_retired(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's recorded arguments without those of retired flags that did nothing.
-
-    Raises:
-        RetiredError: if one of them did something.
-    """
+    """A run's recorded arguments without those of retired flags that did nothing; RetiredError if one did something."""
     for name, idle in RETIRED.items():
         if idle is not None and arguments.get(name, idle) != idle:
             raise RetiredError(retirement(f"--{name} {arguments[name]}, with which the run was made,"))

@@ -13,7 +13,7 @@ from ..bounds import did_you_mean
 from ..untrusted import INSTEAD, check_kinds, has_secret
 from .checks import check
 from .fields import Setting, settings_of
-from .filling import DERIVED, filled
+from .presets import DERIVED, filled
 from .retired import without_retired
 from .subjects import (
     FullStudentConfig,
@@ -114,7 +114,7 @@ class RunConfig:
 
     @classmethod
     def _unchecked(cls, student: str, **values: Any) -> RunConfig:
-        """Each value is within its bounds, and all are filled in; whether they go together is not looked at."""
+        """Checks that each value is within its bounds, and fills in the others, but not whether they go together."""
         names = _by_names(student)
         given: dict[str, Any] = {}
         for name, value in values.items():
@@ -122,7 +122,8 @@ class RunConfig:
             if value is not None:
                 given[setting.name] = setting.checked(value)
         whole = filled(student, given, {setting.name: setting.default for setting in names.values()})
-        return cls(**{name: _subject(kind, whole) for name, kind in subjects_of(student).items()})
+        kinds = subjects_of(student).items()
+        return cls(**{name: kind(**{each.name: whole[each.name] for each in fields(kind)}) for name, kind in kinds})
 
     @property
     def is_lora(self) -> bool:
@@ -182,11 +183,7 @@ def all_settings(student: str | None = None) -> Iterator[Setting]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """What a file of settings holds.
-
-    Raises:
-        ValueError: if it cannot be read, or holds anything else than names with values.
-    """
+    """What a file of settings holds; ValueError if it cannot be read, or holds anything else than names with values."""
     try:
         settings = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
@@ -197,10 +194,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"--config {path} holds no flags; give a YAML file of flags and values, `rank: 32` for example."
         )
     return settings
-
-
-def _subject(kind: type, values: Mapping[str, Any]) -> Any:
-    return kind(**{each.name: values[each.name] for each in fields(kind)})
 
 
 def _by_names(student: str) -> dict[str, Setting]:

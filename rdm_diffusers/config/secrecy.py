@@ -22,13 +22,10 @@ def refuse_secrets(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 
     `--hub_token` may hold one, except under `accelerate launch`, which prints its command line when a run fails. It
     would print it for this reason, too; so it is ended with the program where it holds one.
-
-    Args:
-        parser: whose usage is shown.
-        argv: the command line; that of the program by default.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    launcher = launched_by(psutil.Process().parent())
+    parent = psutil.Process().parent()
+    launcher = None if words_of_launcher(parent) is None else parent
     sentence = problem(words, under_accelerate=launcher is not None)
     if sentence is None:
         return
@@ -54,13 +51,12 @@ def problem(words: Sequence[str], under_accelerate: bool = False) -> str | None:
     return None
 
 
-def launched_by(parent: psutil.Process | None) -> psutil.Process | None:
-    """The parent, if it is `accelerate launch`."""
+def words_of_launcher(parent: psutil.Process | None) -> Sequence[str] | None:
+    """What follows `accelerate launch` on our parent's command line; None if the parent is another program."""
     try:
-        words = parent.cmdline() if parent is not None else []
+        return None if parent is None else launch_words(parent.cmdline())
     except psutil.Error:
         return None
-    return parent if launch_words(words) is not None else None
 
 
 def launch_words(words: Sequence[str]) -> Sequence[str] | None:

@@ -1,6 +1,6 @@
 """What a run is configured by: a frozen dataclass a subject, in the names of the diffusers example scripts.
 
-A field whose default is None gets its value from other fields (`filling.py`), so that it is there in a `RunConfig`.
+A field whose default is None gets its value from other fields (`presets.py`), so that it is there in a `RunConfig`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..bounds import (
 from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
 from ..families import QUANTIZATIONS
 from ..tiny import TINY_NAME
-from .fields import flag, one_of
+from .fields import flag
 from .presets import PRESETS
 
 ALGORITHMS = ("dmd", "gndm", "gndmr")
@@ -44,7 +44,7 @@ BATCH = whole("[1, 65536]")
 ETA = real("[0, 1]", says="be 1 or 0, because no stock scheduler samples in between")
 FACTOR = whole("[1, 1000]")
 FOLDER_OR_ID = Text("a folder or a Hub id")
-KIND_OF_WEIGHTS = one_of(*QUANTIZATIONS)
+KIND_OF_WEIGHTS = OneOf(tuple(QUANTIZATIONS))
 RATE = real("(0, inf)")
 SHARE = real("[0, 1]", says="lie in [0, 1), or be 1 with --projection_guard")
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)
@@ -101,9 +101,10 @@ class MethodConfig:
 
     algorithm: str = flag(
         "gndm", "dmd: DMD2's objective; gndm: group-normalised R_dm; gndmr: gndm and external rewards",
-        one_of(*ALGORITHMS))
+        OneOf(ALGORITHMS))
     preset: str | None = flag(
-        None, "a variant by name, see the table in presets.py; the algorithm's by default", one_of(*PRESETS))
+        None, "a variant by name, see the table of presets in docs/method.md; the algorithm's by default",
+        OneOf(tuple(PRESETS)))
     num_student_steps: int = flag(4, "network calls of the student, 1 to 8 recommended", STEPS)
     eta: float = flag(1.0, "the student's stochasticity: 1 re-noises, 0 is deterministic", ETA)
     guidance_scale: float = flag(7.5, "the teacher's w in R_dm: u + w (c - u); 1 is off", GUIDANCE)
@@ -115,12 +116,12 @@ class MethodConfig:
         None, "strength of GNDM's bias correction; the preset's by default", real("[0, 1]"))
     bias_estimator: str = flag(
         "shift", "how a group's residuals make a bias: as a shift of the student's mean, or in noise units",
-        one_of(*BIAS_ESTIMATORS))
+        OneOf(BIAS_ESTIMATORS))
     pool_steps: float = flag(
         0.5, "share of the bias that is measured over all trained states of a rollout, not at its step alone",
         real("[0, 1]"))
     advantage_normalization: str = flag(
-        None, "what R_dm is divided by; the preset's by default", one_of(*NORMALIZATIONS))
+        None, "what R_dm is divided by; the preset's by default", OneOf(NORMALIZATIONS))
     num_renoisings: int = flag(1, "re-noised copies of each sample that estimate R_dm", FACTOR)
     fake_updates_per_step: int = flag(
         None, "fake-score updates per student update; the preset's by default", whole("[0, 1000]"))
@@ -128,7 +129,7 @@ class MethodConfig:
     steps_per_rollout: int = flag(1, "how many states of each rollout are trained on, chosen at random", STEPS)
     reuse_rollouts: int = flag(None, "updates that one rollout serves; the preset's by default", FACTOR)
     importance_weighting: str = flag(
-        "none", "how reused rollouts are weighed by their likelihood now", one_of(*IMPORTANCE_WEIGHTINGS))
+        "none", "how reused rollouts are weighed by their likelihood now", OneOf(IMPORTANCE_WEIGHTINGS))
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,11 @@ class RewardsConfig:
         Text("a reward's name or path/to/file.py:function"), is_path=True)
     reward_dtype: str = flag(
         "float32", "of the weights of pretrained rewards; bfloat16 halves their memory",
-        one_of("float32", "bfloat16", "float16"))
+        OneOf(("float32", "bfloat16", "float16")))
     reward_share: float = flag(0.2, "rho, size of the rewards' part beside R_dm, 0 to 1", SHARE)
     reward_combination: str = flag(
         "share", "share: normalised, with --reward_share; sum: DMDR's plain weighted sum of losses",
-        one_of(*COMBINATIONS))
+        OneOf(COMBINATIONS))
     projection_guard: bool = flag(False, "drop what of the rewards' part opposes R_dm")
     reward_tilt: float = flag(
         0.25, "kappa, by how many of their standard deviations rewards without gradients are to rise, about", RATE)
@@ -214,7 +215,7 @@ class MemoryConfig:
     mixed_precision: str = flag(
         lambda: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "no or bf16: dtype of frozen weights and of computation; what is trained stays float32",
-        one_of("no", "bf16", reason=": fp16 would need its losses scaled"))
+        OneOf(("no", "bf16"), reason=": fp16 would need its losses scaled"))
     use_8bit_adam: bool = flag(False, "8-bit AdamW for both roles: bitsandbytes', or else torchao's")
     gradient_checkpointing: bool = flag(False, "less memory for more time", free=True)
     offload: bool = flag(

@@ -1,4 +1,4 @@
-"""What a run is made of: its teacher, its networks, its sampler, its optimisers. Whoever needs them makes them here."""
+"""What a run is made of: its teacher, its networks, its sampler, its optimisers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from ..rewards import WeightedReward
 from ..schedulers import RdmScheduler
 from ..sharding import is_sharded_launch
 from .checkpoints import TrainState
+from .devices import compile_blocks, place, prepare_denoiser
 from .external_rewards import join_rewards
 from .optimizers import make_optimizer
-from .placement import place
 from .prompts import PromptGroups, Texts
-from .speed import compile_blocks, prepare_denoiser
 from .updates import Distillation
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -32,7 +31,7 @@ CONTRAST_STEPS = 20  # of the teacher, where its contrast is measured
 
 
 def prompt_options(config: RunConfig) -> PromptOptions:
-    """How a run wants prompts to be read."""
+    """How a run's prompts are read."""
     teacher = config.teacher
     return PromptOptions(teacher.max_sequence_length, teacher.resolution, config.method.guidance_scale)
 
@@ -60,7 +59,7 @@ def load_trained(config: RunConfig) -> ModelMixin:
 
 
 def make_scheduler(teacher: Teacher, num_steps: int, eta: float) -> RdmScheduler:
-    """A few-step sampler on the very grid that the exported stock scheduler will lay."""
+    """A few-step sampler on the very grid that the exported stock scheduler will have."""
     stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, num_steps, eta)
     stock.set_timesteps(num_steps)
     if teacher.schedule.is_flow:
@@ -109,14 +108,7 @@ def make_networks(
 
 
 def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator) -> Networks:
-    """A run's networks, on its devices, compiled if that is asked for.
-
-    Args:
-        config: of the run.
-        teacher: as `load` gives it.
-        nothing: the empty prompt, of length 1.
-        accelerator: knows the devices.
-    """
+    """A run's networks, on its devices, compiled if that is asked for; `nothing` is the empty prompt, of length 1."""
     networks = make_networks(
         config,
         teacher.family,

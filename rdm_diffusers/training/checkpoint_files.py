@@ -25,7 +25,7 @@ def write_record(checkpoint: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """What `state.json` holds: `update`, `digests`, `scalars`, `monitor` and `arguments`.
+    """What `state.json` holds: `update`, `digests`, `scalars`, `monitor` and the run's `arguments`.
 
     Raises:
         ValueError: if it is not as it was written.
@@ -36,20 +36,10 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{RECORD} is no record of a checkpoint")
     digest = record.pop(DIGEST, None)
     if digest is None and record.keys() == KEYS_OF_0_1_0:
-        return dict(record)
+        return record
     if digest != digest_of(record):
         raise ValueError(f"{RECORD} changed since it was written")
-    return dict(record)
-
-
-def read_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The arguments of the run that wrote a checkpoint."""
-    return dict(read_record(checkpoint)["arguments"])
-
-
-def updates_of(checkpoint: Path) -> int:
-    """How many updates were done when a checkpoint was written."""
-    return int(read_record(checkpoint)["update"])
+    return record
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -159,13 +149,13 @@ def rotate(written: Path, keep: int | None) -> None:
 
 
 def set_newer_aside(folder: Path, checkpoint: Path) -> Path | None:
-    """Moves what is newer than the checkpoint that a run goes on from out of its way; nothing is deleted.
+    """Moves the run's checkpoints that are newer than the one it resumes from out of its way; nothing is deleted.
 
     The newest goes first, so that a kill leaves a history without a gap; what it left is moved the next time.
 
     Args:
         folder: the run's.
-        checkpoint: the one that it goes on from, there or elsewhere.
+        checkpoint: the one that it resumes from, there or elsewhere.
 
     Returns:
         Where they are now; None if there were none.
@@ -174,7 +164,11 @@ def set_newer_aside(folder: Path, checkpoint: Path) -> Path | None:
     newer = [path for path in _folders(folder) if _is_newer(path, origin)]
     if not newer:
         return None
-    place = _free_place(folder / f"{SET_ASIDE}{PREFIX}{origin['update']}", {path.name for path in newer})
+    first = place = folder / f"{SET_ASIDE}{PREFIX}{origin['update']}"
+    number = 1
+    while any((place / path.name).exists() for path in newer):
+        number += 1
+        place = first.with_name(f"{first.name}-{number}")
     place.mkdir(exist_ok=True)
     for path in reversed(newer):
         path.rename(place / path.name)
@@ -192,12 +186,3 @@ def _is_newer(path: Path, origin: dict[str, Any]) -> bool:
         return bool(read_record(path)["digests"] != origin["digests"])
     except (OSError, ValueError):
         return True
-
-
-def _free_place(place: Path, names: set[str]) -> Path:
-    """The folder itself, or one with a number, where none of the names is taken."""
-    attempt, number = place, 1
-    while any((attempt / name).exists() for name in names):
-        number += 1
-        attempt = place.with_name(f"{place.name}-{number}")
-    return attempt

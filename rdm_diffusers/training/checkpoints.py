@@ -17,50 +17,24 @@ from torch import Tensor
 from ..distillation import RunningMeans
 from ..folders import digest_of_file, sync
 from ..sharding import gather, shard_like
-from .checkpoint_files import (
-    PARTIAL,
-    PREFIX,
-    damage,
-    find_checkpoint,
-    list_checkpoints,
-    put_in_place,
-    read_arguments,
-    read_record,
-    rotate,
-    tidy,
-    updates_of,
-    write_record,
-)
+from .checkpoint_files import PARTIAL, PREFIX, damage, put_in_place, read_record, rotate, tidy, write_record
 from .monitor import Monitor
 from .optimizers import RoleOptimizer, quantised_state
 
-__all__ = [
-    "TrainState", "copy_into", "damage", "find_checkpoint", "is_saved", "list_checkpoints", "load_checkpoint",
-    "read_arguments", "save_checkpoint", "updates_of",
-]  # fmt: skip
 QUANTISED = {"codes", "scale", "qmap"}  # the parts of torchao's 8-bit tensors
 STATISTICS = "statistics"
 
 
 @dataclass
 class TrainState:
-    """All that an update changes. Random numbers need no state: they are keyed by the update (`Draws`).
+    """All that an update changes. Random numbers need no state: they are keyed by the update (`Draws`)."""
 
-    Args:
-        optimizers: each trained role's parameters and optimiser.
-        ema: the student's moving average; None without.
-        update: how many updates are done.
-        statistics: the method's running means.
-        monitor: the health numbers' memory.
-        saved: the checkpoint that was last written of it, or read into it.
-    """
-
-    optimizers: dict[str, RoleOptimizer]
-    ema: EMAModel | None
-    update: int = 0
-    statistics: RunningMeans = field(default_factory=RunningMeans)
-    monitor: Monitor = field(default_factory=Monitor)
-    saved: Path | None = None
+    optimizers: dict[str, RoleOptimizer]  # of each trained role, with its parameters
+    ema: EMAModel | None  # the student's moving average
+    update: int = 0  # how many updates are done
+    statistics: RunningMeans = field(default_factory=RunningMeans)  # of the method
+    monitor: Monitor = field(default_factory=Monitor)  # the health numbers' memory
+    saved: Path | None = None  # the checkpoint that was last written of it, or read into it
 
 
 def save_checkpoint(
@@ -74,7 +48,7 @@ def save_checkpoint(
     Args:
         folder: the run's.
         state: what an update changes.
-        arguments: the run's, for `read_arguments`.
+        arguments: the run's, for `read_record`.
         keep: how many checkpoints stay, this one in any case; all by default.
         writes: whether this process does. All must call where weights are sharded, to put them together; one writes.
 
@@ -124,11 +98,7 @@ def _write(folder: Path, state: TrainState, arguments: dict[str, Any]) -> None:
 
 
 def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
-    """Puts a checkpoint's numbers into `state`, in place; on every process alike.
-
-    Raises:
-        ValueError: if the checkpoint's tensors are not those of this run.
-    """
+    """Puts a checkpoint's numbers into `state`, in place, on every process; ValueError if they are another run's."""
     try:
         record = read_record(checkpoint)
         scalars = record["scalars"]
@@ -151,11 +121,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
 
 
 def copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Copies a whole tensor into a parameter, or its shards; unlike torch's own it broadcasts nothing.
-
-    Raises:
-        RuntimeError: if the shapes differ.
-    """
+    """Copies a whole tensor into a parameter, or its shards; RuntimeError if the shapes differ (no broadcasting)."""
     if tensor.shape != parameter.shape:
         raise RuntimeError(f"a tensor is {list(tensor.shape)} there, and {list(parameter.shape)} in the network")
     parameter.data.copy_(shard_like(tensor, parameter))
@@ -177,12 +143,8 @@ def _parts(state: TrainState, keep_tensors: bool = True) -> Iterator[tuple[str, 
 
 def _on_cpu(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole copies: tensors that share memory, as 8-bit optimisers' maps do, cannot be saved together."""
-    copies = {}
-    for name, tensor in tensors.items():
-        put_together = gather(tensor.detach())
-        if keep:
-            copies[name] = put_together.cpu().clone().contiguous()
-    return copies
+    whole = ((name, gather(tensor.detach())) for name, tensor in tensors.items())  # every process gathers
+    return {name: tensor.cpu().clone().contiguous() for name, tensor in whole if keep}
 
 
 def _flat(entries: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

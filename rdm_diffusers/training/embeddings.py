@@ -24,17 +24,11 @@ FOLDER, SUFFIX = "rdm_embeddings", ".arrow"
 def embed_prompts(
     teacher: Teacher, prompts: Sequence[str], cache_dir: str | None, fingerprint: str, batch_size: int = 8
 ) -> Dataset:
-    """Encodes the prompts with the teacher's text encoders, or reads what an earlier run cached.
+    """Encodes the N prompts with the teacher's text encoders, or reads what an earlier run cached.
 
     A cache is one file, named by its fingerprint and by the digest of its contents. It is written as a whole or not at
-    all; a damaged one is made anew. Of several processes that need it, one makes it.
-
-    Args:
-        teacher: the teacher.
-        prompts: N prompts.
-        cache_dir: the cache's parent folder; by default that of `datasets`.
-        fingerprint: the cache's key.
-        batch_size: prompts encoded at once.
+    all; a damaged one is made anew. Of several processes that need it, one makes it. It is in `cache_dir`, by default
+    that of `datasets`.
 
     Returns:
         A memory-mapped dataset of N rows with a column for each tensor of the family's conditioning.

@@ -17,8 +17,8 @@ from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks
 from ..untrusted import check_kinds, read_object, real_path
 from .assembly import load, load_trained, make_networks, make_scheduler
-from .checkpoint_files import RECORD
-from .checkpoints import copy_into, damage, read_arguments, updates_of
+from .checkpoint_files import RECORD, damage, read_record
+from .checkpoints import copy_into
 
 AVERAGED = "ema"
 REMEDY = "export an earlier checkpoint"
@@ -34,7 +34,7 @@ def read_run(checkpoint: Path) -> RunConfig:
     problem = damage(checkpoint)
     if problem:
         raise ValueError(f"{checkpoint} is damaged ({problem}); {REMEDY}.")
-    return RunConfig.from_record(read_arguments(checkpoint))
+    return RunConfig.from_record(read_record(checkpoint)["arguments"])
 
 
 def check_saved(checkpoint: Path) -> None:
@@ -95,7 +95,8 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
         name = config.teacher.pretrained_model_name_or_path
         raise ValueError(f"{file} does not fit {name} ({error}); is that still the teacher of the run?") from error
     averaged = file.stem == AVERAGED
-    training = training_record(read_arguments(checkpoint), updates_of(checkpoint), averaged)
+    record = read_record(checkpoint)
+    training = training_record(record["arguments"], record["update"], averaged)
     weights, scheduler = (
         networks.student_weights(),
         make_scheduler(teacher, config.method.num_student_steps, config.method.eta),

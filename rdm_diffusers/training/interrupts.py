@@ -20,12 +20,7 @@ ONE_EVENT = 1.0  # seconds within which the launcher may repeat a batch system's
 
 @dataclass
 class Interruption:
-    """The first signal that came.
-
-    Args:
-        number: the signal's; 0 as long as there was none.
-        since: when it came, in seconds of the monotonic clock.
-    """
+    """The first signal's number, 0 before it came, and when it came, in seconds of the monotonic clock."""
 
     number: int = 0
     since: float = 0.0
@@ -58,7 +53,7 @@ def interruptible() -> Iterator[Interruption]:
             signal.signal(number, handler)
 
 
-def anywhere(number: int, accelerator: Accelerator) -> int:
+def largest_over_processes(number: int, accelerator: Accelerator) -> int:
     """The largest of all processes' numbers, so that all of them leave the loop together, for one reason."""
     if accelerator.num_processes == 1:
         return number

@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import ProjectConfiguration
 
 from ..config import OutputConfig
-from ..config.secrecy import launch_words
+from ..config.secrecy import words_of_launcher
 from ..sharding import is_sharded_launch
 from .tracking import check_trackers
 
@@ -26,18 +26,16 @@ HOW_TO_LAUNCH = "launch with torchrun --nproc_per_node N, or with accelerate lau
 def make_accelerator(output: OutputConfig, allow_tf32: bool = False) -> Accelerator:
     """The accelerator, on the CPU where there is no GPU.
 
-    Raises:
-        ValueError: if the launcher asks for what a run cannot do, or made one process of several.
-        ImportError: if a tracker that shall log is not installed.
+    Raises ValueError if the launcher asks for what a run cannot do, or made one process of several, and ImportError if
+    a tracker is not installed.
     """
     check_launch()
     check_trackers(output.report_to)
     project = ProjectConfiguration(output.output_dir, os.path.join(output.output_dir, output.logging_dir))
-    log_with = None if output.report_to == "none" else output.report_to
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # the networks see to that themselves
-        log_with=log_with,
+        log_with=None if output.report_to == "none" else output.report_to,
         project_config=project,
     )
     promised = promised_processes()
@@ -51,11 +49,7 @@ def make_accelerator(output: OutputConfig, allow_tf32: bool = False) -> Accelera
 
 
 def check_launch() -> None:
-    """Refuses the launchers' engines that a run cannot use.
-
-    Raises:
-        ValueError: for DeepSpeed, Megatron, the first FSDP and its offloading, saying what to use.
-    """
+    """Raises ValueError for DeepSpeed, Megatron, the first FSDP and its offloading, saying what to use."""
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
             raise ValueError(
@@ -72,21 +66,17 @@ def check_launch() -> None:
 
 
 def promised_processes() -> int:
-    """How many processes the launcher was asked for: its environment's word, or that of our parent's command line."""
+    """How many processes the launcher was asked for: in the environment, by `accelerate launch` or its configuration.
+
+    1 if another program started us.
+    """
     promised = os.environ.get("WORLD_SIZE")
-    return int(promised) if promised else _asked_of_accelerate(psutil.Process().parent())
-
-
-def _asked_of_accelerate(parent: psutil.Process | None) -> int:
-    """What `accelerate launch --num_processes` or its configuration says; 1 if another program started us."""
-    try:
-        words = parent.cmdline() if parent is not None else []
-    except psutil.Error:
+    if promised:
+        return int(promised)
+    words = words_of_launcher(psutil.Process().parent())
+    if words is None:
         return 1
-    given = launch_words(words)
-    if given is None:
-        return 1
-    asked = launch_command_parser().parse_known_args(given)[0]
+    asked = launch_command_parser().parse_known_args(words)[0]
     file = asked.config_file or default_config_file
     configured = load_config_from_file(file).num_processes if os.path.isfile(file) else 1
     return int(asked.num_processes or configured)

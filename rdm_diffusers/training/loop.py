@@ -11,8 +11,8 @@ from torch import Tensor
 from ..networks import FAKE_SCORE, STUDENT
 from .checkpoint_files import PREFIX
 from .checkpoints import TrainState, is_saved, save_checkpoint
-from .interrupts import anywhere, interruptible
-from .progress import Progress
+from .interrupts import interruptible, largest_over_processes
+from .tracking import Progress
 from .updates import Distillation, collect, fake_score_update, reuse, student_update, weigh_samples
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def train(trainer: Trainer) -> int:
     with interruptible() as interrupted:
 
         def end() -> int:
-            return anywhere(interrupted.number or STOP * trainer.stopping, trainer.accelerator)
+            return largest_over_processes(interrupted.number or STOP * trainer.stopping, trainer.accelerator)
 
         while state.update < trainer.config.optimisation.max_train_steps and not end():
             seed_all(run, state.update)
@@ -55,7 +55,7 @@ def train(trainer: Trainer) -> int:
                     trainer.validate()
                 if state.update % output.checkpointing_steps == 0:
                     checkpoint(trainer)
-        progress.close()
+        progress.bar.close()
         number = end()
         if number:
             path, why = checkpoint(trainer), "Stopped" if number == STOP else "Interrupted"
@@ -88,7 +88,7 @@ def checkpoint(trainer: Trainer) -> Path:
     folder, state, accelerator = trainer.folder, trainer.state, trainer.accelerator
     writes = accelerator.is_main_process
     path = folder / f"{PREFIX}{state.update}"
-    if anywhere(writes and is_saved(folder, state, trainer.arguments), accelerator):
+    if largest_over_processes(writes and is_saved(folder, state, trainer.arguments), accelerator):
         return path
     save_checkpoint(folder, state, trainer.arguments, trainer.config.output.checkpoints_total_limit, writes)
     accelerator.wait_for_everyone()

@@ -40,21 +40,15 @@ def meta_models(name_or_path: str, config: dict[str, Any], revision: str | None)
     for name, entry in config.items():
         library, class_name = entry if isinstance(entry, list | tuple) else (None, None)
         kind: Any = getattr(libraries.get(library), class_name or "", None)
-        if not _is_network(kind):
+        if nn.Module not in getattr(kind, "__mro__", ()):
             continue
-        source = dict(subfolder=name, revision=revision)
-        if issubclass(kind, ModelMixin):
-            settings = kind.load_config(resolve_teacher(name_or_path), **source)
-        else:
-            settings = kind.config_class.from_pretrained(resolve_teacher(name_or_path), **source)
+        is_ours = issubclass(kind, ModelMixin)
+        read = kind.load_config if is_ours else kind.config_class.from_pretrained
+        settings = read(resolve_teacher(name_or_path), subfolder=name, revision=revision)
         with torch.device("meta"), no_init_weights():
-            model = kind.from_config(settings) if issubclass(kind, ModelMixin) else kind(settings)
+            model = kind.from_config(settings) if is_ours else kind(settings)
         models[name] = model.eval().requires_grad_(False)
     return models
-
-
-def _is_network(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
 def meta_pipeline(family: Family, models: dict[str, nn.Module]) -> diffusers.DiffusionPipeline:
@@ -87,16 +81,11 @@ class LivePeak(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self._counted:
+                self._counted.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._counted:
-            return
-        self._counted.add(storage)
-        self._add(storage.nbytes())
-        weakref.finalize(storage, self._add, -storage.nbytes())
 
     def _add(self, size: int) -> None:
         self.now += size
@@ -271,17 +260,13 @@ def encoding_peak(encoder: Any, batch: int, tokens: int) -> int:
 def update_peak(
     networks: Networks, inputs: tuple[Any, ...], has_gradients: bool, dtype: torch.dtype | None, device_type: str
 ) -> tuple[int, int]:
-    """Bytes of one forward and backward of the student.
+    """Bytes that the student's forward saves for the backward, and the most at any time of both.
 
     Args:
         networks: on the meta device.
         inputs: x_t, t and the conditioning, as `predict` takes them.
         has_gradients: whether the student has gradients already, which then do not count.
-        dtype: of autocast, if any.
-        device_type: whose autocast rules hold.
-
-    Returns:
-        The bytes that the forward saves for the backward, and the most at any time.
+        dtype, device_type: of autocast, if any.
     """
     student = networks.parameters(STUDENT)
     for parameter in student:

@@ -38,19 +38,12 @@ NOT_COUNTED = "the CUDA context (0.3 to 0.5 GiB), the allocator's fragmentation,
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """An estimate of one device's memory.
+    """An estimate of one device's memory."""
 
-    Args:
-        sizes: bytes by purpose; not all are needed at once.
-        phases: each phase's peak in bytes.
-        parameters: how many each component and one LoRA (`lora`) have.
-        lora_layers: how many layers a LoRA adapts; 0 for full students.
-    """
-
-    sizes: dict[str, int]
-    phases: dict[str, int]
-    parameters: dict[str, int]
-    lora_layers: int
+    sizes: dict[str, int]  # bytes by purpose; not all are needed at once
+    phases: dict[str, int]  # each phase's peak in bytes
+    parameters: dict[str, int]  # how many each component and one LoRA (`lora`) have
+    lora_layers: int  # how many layers a LoRA adapts; 0 for full students
 
     @property
     def peak(self) -> int:
@@ -94,12 +87,14 @@ class _Planner:
         self.run, self.device_type = config, device_type
         self.teacher, revision = config.teacher.pretrained_model_name_or_path, config.teacher.revision
         self.options = options_for(self.teacher, prompt_options(config))
-        self.dtype, self.is_lora = DTYPES[self.run.memory.mixed_precision], config.is_lora
-        self.autocast = None if self.is_lora or self.run.memory.mixed_precision == "no" else self.dtype
+        self.dtype, self.is_lora = DTYPES[config.memory.mixed_precision], config.is_lora
+        self.autocast = None if self.is_lora or config.memory.mixed_precision == "no" else self.dtype
         self.shown = min(  # pictures drawn at once at the end
-            self.run.output.num_validation_images, self.run.optimisation.train_batch_size, PICTURES_AT_ONCE
+            config.output.num_validation_images, config.optimisation.train_batch_size, PICTURES_AT_ONCE
         )
         self.shards = int(os.environ.get("WORLD_SIZE", "1")) if is_sharded_launch() else 1
+        # Whether a role has all its gradients during a backward; otherwise they grow as activations are freed.
+        self.has_gradients = config.optimisation.gradient_accumulation_steps > 1 or self.shards > 1
         self.config = pipeline_config(self.teacher, revision=revision)
         self.family = family_of(self.config)
         if self.is_lora:
@@ -113,18 +108,19 @@ class _Planner:
 
     def _load(self) -> None:
         """The teacher's networks, and their sizes before anything is added to them."""
-        self.models = model.meta_models(self.teacher, self.config, self.run.teacher.revision)
-        self.pipeline = model.meta_pipeline(self.family, self.models)
-        self.denoiser: Any = self.models[self.family.denoiser_name]
-        self.encoders = [each for name, each in self.models.items() if name.startswith("text_encoder")]
-        self.parameters = {name: sum(p.numel() for p in each.parameters()) for name, each in self.models.items()}
-        for each in self.models.values():
+        models = model.meta_models(self.teacher, self.config, self.run.teacher.revision)
+        self.pipeline = model.meta_pipeline(self.family, models)
+        self.denoiser: Any = models[self.family.denoiser_name]
+        self.encoders = [each for name, each in models.items() if name.startswith("text_encoder")]
+        self.parameters = {name: sum(p.numel() for p in each.parameters()) for name, each in models.items()}
+        for each in models.values():
             nn.Module.to(each, self.dtype)  # diffusers' own `to` logs
         self.plain_size = model.nbytes(self.denoiser)
         if self.run.student.quantization:
             model.quantise(self.denoiser, self.run.student.quantization)
         self.frozen_size = model.nbytes(self.denoiser)
         self.latents = self.family.latent_shape(self.pipeline, self.options.resolution)
+        self.latent_size = FLOAT * math.prod(self.latents)
         self.prompt = model.conditioning(self.family, self.pipeline, self.options, self.dtype)
 
     def _make_networks(self) -> Networks:
@@ -153,19 +149,20 @@ class _Planner:
 
     def sizes(self) -> dict[str, int]:
         """Bytes by purpose."""
-        shards, samples, shown = self.shards, self.run.optimisation.train_batch_size, self.shown
-        whole = not self.is_lora and self.run.student.quantization
+        run, shards, shown, trained_size = self.run, self.shards, self.shown, self.trained_size
+        samples, whole = run.optimisation.train_batch_size, not self.is_lora and run.student.quantization
         inputs = self._inputs(samples)
-        saved, update = model.update_peak(self.networks, inputs, self._has_gradients, self.autocast, self.device_type)
+        saved, update = model.update_peak(self.networks, inputs, self.has_gradients, self.autocast, self.device_type)
+        role = trained_size if self.is_lora else model.nbytes(self.networks.modules[0])  # with a full network's buffers
         return {
             f"{self.family.denoiser_name}, frozen": self.frozen_size // (1 if whole else shards),
-            "two LoRAs" if self.is_lora else "student and fake score": self._roles() // shards,
+            "two LoRAs" if self.is_lora else "student and fake score": 2 * role // shards,
             "two optimisers": 2 * sum(self._states(parameter.numel()) for parameter in self.trained) // shards,
-            "the student's moving average": self.trained_size // shards if self.run.optimisation.use_ema else 0,
+            "the student's moving average": trained_size // shards if run.optimisation.use_ema else 0,
             "folded copies of adapted weights": 2 * self._folded(),
             "blocks gathered from all processes": self._gathered() if shards > 1 else 0,
             "a group's rollouts": self._rollouts(),
-            "gradients of one role": self.trained_size // shards if self._has_gradients else 0,
+            "gradients of one role": trained_size // shards if self.has_gradients else 0,
             f"activations of {samples} samples": saved,
             "forward and backward, at most": update,
             "teacher, at most": samples * self._teacher_peak,
@@ -176,15 +173,6 @@ class _Planner:
             "decoding a picture, at most": self._decoding_peak,
             f"drawing {shown} pictures at the end, at most": shown * max(self._teacher_peak, self._decoding_peak),
         }
-
-    @property
-    def _has_gradients(self) -> bool:
-        """Whether a role has all its gradients during a backward; otherwise they grow as activations are freed."""
-        return self.run.optimisation.gradient_accumulation_steps > 1 or self.shards > 1
-
-    def _roles(self) -> int:
-        """Both trained roles, with the buffers of full networks."""
-        return 2 * (self.trained_size if self.is_lora else model.nbytes(self.networks.modules[0]))
 
     def _states(self, numbers: int) -> int:
         """AdamW's two states of a tensor; in 8 bits with two float32 scales for 256 numbers."""
@@ -212,10 +200,13 @@ class _Planner:
 
     def _rollouts(self) -> int:
         """An update's states, predictions, noises and prompts, about."""
-        method, latent = self.run.method, FLOAT * math.prod(self.latents)
-        samples = self.run.optimisation.samples_per_update
+        method, samples = self.run.method, self.run.optimisation.samples_per_update
         prompt = sum(tensor.nbytes for tensor in self.prompt.tensors.values())
-        return int(samples * ((4 * method.num_student_steps + 8 + 6 * method.num_renoisings) * latent + 3 * prompt))
+        latents = 4 * method.num_student_steps + 8 + 6 * method.num_renoisings
+        return int(samples * (latents * self.latent_size + 3 * prompt))
+
+    def _trajectory(self, pictures: int, steps: int) -> int:
+        return 7 * steps * pictures * self.latent_size  # three tensors a step, stacked into four
 
     def _inputs(self, batch: int) -> tuple[Any, ...]:
         x_t, t = torch.empty(batch, *self.latents, device="meta"), torch.empty(batch, device="meta")
@@ -247,49 +238,35 @@ class _Planner:
 
     def phases(self, sizes: dict[str, int]) -> dict[str, int]:
         """Each phase's peak, in the order of a run."""
-        names = list(sizes)
+        run, names = self.run, list(sizes)
         rollouts, gradients = sizes["a group's rollouts"], sizes["gradients of one role"]
-        stays = sum(sizes[name] for name in names[: names.index("a group's rollouts")])
-        average = sizes["the student's moving average"] if self.run.memory.offload else 0
-        stays += (sizes["autoencoder"] if self.run.rewards.reward else 0) - average
-        step = max(sizes["optimiser's step, at most"], average)
+        average = sizes["the student's moving average"] if run.memory.offload else 0
+        rewards_hold = sizes["autoencoder"] if run.rewards.reward else 0
+        stays = sum(sizes[name] for name in names[: names.index("a group's rollouts")]) + rewards_hold - average
+        # Only text encoders are on the device; before, a denoiser may have been quantised there.
+        quantised = self.frozen_size if run.student.quantization in NEEDS_GPU else 0
+        reading = sizes["text encoders"] + sizes[f"reading {PROMPTS_AT_ONCE} prompts, at most"]
+        # The optimisers have no states yet; the pictures' whole trajectory is kept.
+        trajectory = self._trajectory(run.output.monitor_images, CONTRAST_STEPS)
+        contrast = stays - sizes["two optimisers"] + trajectory + sizes["teacher, at most"]
+        # The autoencoder, unless rewards hold it already; one picture's decoding; and all pictures, twice.
+        count, side = run.output.num_validation_images, self.latents[-1] * self.pipeline.vae_scale_factor
+        pictures = int(sizes["decoding a picture, at most"] + 2 * FLOAT * count * 3 * side**2)
+        validation = sizes["autoencoder"] - rewards_hold + pictures
+        validation += self._trajectory(count, run.method.num_student_steps)
         return {
-            "reading the prompts": self._reading(sizes),
-            "the teacher's pictures": self._contrast(sizes, stays),
+            "reading the prompts": max(quantised, reading),
+            "the teacher's pictures": contrast if run.output.monitor_images else 0,
             "rollouts and R_dm": stays + rollouts + sizes["teacher, at most"] + self._folded(),
             "forward and backward": stays + rollouts + gradients + sizes["forward and backward, at most"],
-            "optimiser's step": stays + rollouts + step,
-            "validation pictures": stays + rollouts + self._validation(sizes),
+            "optimiser's step": stays + rollouts + max(sizes["optimiser's step, at most"], average),
+            "validation pictures": stays + rollouts + validation,
             "the last pictures": self._last(sizes),
         }
 
-    def _reading(self, sizes: dict[str, int]) -> int:
-        """Only text encoders are on the device; before, a denoiser may have been quantised there."""
-        quantised = self.frozen_size if self.run.student.quantization in NEEDS_GPU else 0
-        return max(quantised, sizes["text encoders"] + sizes[f"reading {PROMPTS_AT_ONCE} prompts, at most"])
-
-    def _contrast(self, sizes: dict[str, int], stays: int) -> int:
-        """The optimisers have no states yet; the pictures' whole trajectory is kept."""
-        if self.run.output.monitor_images == 0:
-            return 0
-        trajectory = self._trajectory(self.run.output.monitor_images, CONTRAST_STEPS)
-        return stays - sizes["two optimisers"] + trajectory + sizes["teacher, at most"]
-
-    def _trajectory(self, pictures: int, steps: int) -> int:  # three tensors a step, stacked into four
-        return 7 * steps * pictures * FLOAT * math.prod(self.latents)
-
-    def _validation(self, sizes: dict[str, int]) -> int:
-        """The autoencoder, unless rewards hold it already; one picture's decoding; and all pictures, twice."""
-        count, side = self.run.output.num_validation_images, self.latents[-1] * self.pipeline.vae_scale_factor
-        pictures = 2 * FLOAT * count * 3 * side**2
-        drawn = sizes["decoding a picture, at most"] + pictures
-        autoencoder = 0 if self.run.rewards.reward else sizes["autoencoder"]
-        return int(autoencoder + drawn + self._trajectory(count, self.run.method.num_student_steps))
-
     def _last(self, sizes: dict[str, int]) -> int:
         """Teacher and student as stock pipelines, which share everything but the denoiser."""
-        student = self.frozen_size if self.is_lora else self.plain_size
-        shown = self.shown
+        student, shown = self.frozen_size if self.is_lora else self.plain_size, self.shown
         reading, teacher, decoding = self._reading_peak(shown), shown * self._teacher_peak, shown * self._decoding_peak
         if not self.run.memory.offload:
             networks = self.frozen_size + student + sizes["text encoders"] + sizes["autoencoder"]

@@ -60,12 +60,7 @@ def bias_shares(estimate: RewardEstimate, group_size: int) -> dict[str, Tensor]:
 
 
 def fake_loss_health(losses: Tensor, time: Tensor) -> dict[str, Tensor]:
-    """The fake score's loss, also by bins of the noising time.
-
-    Args:
-        losses: of each sample `[M]`.
-        time: share of the training timesteps `[M]`, in [0, 1).
-    """
+    """The mean of the fake score's losses `[M]`, also by bins of the noising times `[M]`, which lie in [0, 1)."""
     bins = (time * FAKE_LOSS_BINS).long().clamp(max=FAKE_LOSS_BINS - 1)
     by_bin = {f"fake_loss/bin_{b + 1}": losses[bins == b].mean() for b in bins.unique().tolist()}
     return {"fake_loss": losses.mean()} | by_bin
@@ -73,22 +68,13 @@ def fake_loss_health(losses: Tensor, time: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class Monitor:
-    """Smooths a run's health numbers and rings alarms.
+    """Smooths a run's health numbers and rings alarms."""
 
-    Args:
-        teacher_contrast: the standard deviation of the teacher's own latents; None if unknown.
-        state: the smoothed numbers, and which alarms ring; belongs into checkpoints.
-    """
-
-    teacher_contrast: float | None = None
-    state: dict[str, float] = field(default_factory=dict)
+    teacher_contrast: float | None = None  # the standard deviation of the teacher's own latents
+    state: dict[str, float] = field(default_factory=dict)  # smoothed numbers, ringing alarms; belongs into checkpoints
 
     def observe(self, health: Mapping[str, float]) -> list[str]:
-        """Takes in an update's numbers.
-
-        Returns:
-            One sentence for each alarm that begins to ring now.
-        """
+        """Takes in an update's numbers; one sentence for each alarm that begins to ring now."""
         updates = self.state["updates"] = self.state.get("updates", 0.0) + 1
         for name, value in health.items():
             self._smooth(name, value)
@@ -122,8 +108,19 @@ class Monitor:
 
     def _alarms(self) -> Iterator[tuple[str, bool, str]]:
         """Every alarm: its name, whether it rings, and what it says."""
-        yield self._lag()
-        yield self._contrast()
+        bias = self._now("bias_share")
+        text = (
+            f"The fake score does not follow the student ({bias:.0%} of its squared error is bias): raise "
+            "--fake_updates_per_step or --fake_learning_rate, or lower --learning_rate."
+        )
+        yield "fake_score_lags", bias > BIAS_SHARE, text
+        reference = self.teacher_contrast or 0.0
+        contrast = self._now("contrast") / reference if reference and "smooth/contrast" in self.state else 1.0
+        text = (
+            f"The student's contrast is {contrast:.2f} times the teacher's: lower --reward_share if rewards are on, "
+            "else --guidance_scale or --learning_rate."
+        )
+        yield "contrast", not 1 / CONTRAST_DRIFT < contrast < CONTRAST_DRIFT, text
         share = self._now("reward_share_effective")
         text = (
             f"The rewards' part of a step is {share:.2f} times R_dm's, so fidelity will be lost: lower --reward_share "
@@ -143,38 +140,15 @@ class Monitor:
         yield "fake_loss", loss > 2.5, text
         asked = "smooth/reward_invalid/"
         for name in [key.removeprefix(asked) for key in self.state if key.startswith(asked)]:
-            yield self._hacking(name, gap)
-            yield self._invalid(name)
-
-    def _lag(self) -> tuple[str, bool, str]:
-        bias = self._now("bias_share")
-        text = (
-            f"The fake score does not follow the student ({bias:.0%} of its squared error is bias): raise "
-            "--fake_updates_per_step or --fake_learning_rate, or lower --learning_rate."
-        )
-        return "fake_score_lags", bias > BIAS_SHARE, text
-
-    def _contrast(self) -> tuple[str, bool, str]:
-        reference = self.teacher_contrast or 0.0
-        contrast = self._now("contrast") / reference if reference and "smooth/contrast" in self.state else 1.0
-        text = (
-            f"The student's contrast is {contrast:.2f} times the teacher's: lower --reward_share if rewards are on, "
-            "else --guidance_scale or --learning_rate."
-        )
-        return "contrast", not 1 / CONTRAST_DRIFT < contrast < CONTRAST_DRIFT, text
-
-    def _hacking(self, name: str, gap: float) -> tuple[str, bool, str]:
-        rose = self._now(f"reward/{name}") > self.state.get(f"first/reward/{name}", math.inf)
-        text = (
-            f"The reward {name} rises while the student leaves the teacher (distance {gap:.1f} times its lowest): "
-            "lower --reward_share, or add --projection_guard."
-        )
-        return f"hacking/{name}", rose and gap > 1.5, text
-
-    def _invalid(self, name: str) -> tuple[str, bool, str]:
-        invalid = self._now(f"reward_invalid/{name}")
-        text = (
-            f"The reward {name} is not finite for {invalid:.0%} of the samples: fix the reward; those samples are "
-            "trained by R_dm alone."
-        )
-        return f"invalid/{name}", invalid > 0.1, text
+            rose = self._now(f"reward/{name}") > self.state.get(f"first/reward/{name}", math.inf)
+            text = (
+                f"The reward {name} rises while the student leaves the teacher (distance {gap:.1f} times its lowest): "
+                "lower --reward_share, or add --projection_guard."
+            )
+            yield f"hacking/{name}", rose and gap > 1.5, text
+            invalid = self._now(f"reward_invalid/{name}")
+            text = (
+                f"The reward {name} is not finite for {invalid:.0%} of the samples: fix the reward; those samples are "
+                "trained by R_dm alone."
+            )
+            yield f"invalid/{name}", invalid > 0.1, text

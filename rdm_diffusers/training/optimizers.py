@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -26,28 +26,17 @@ class NonFiniteError(RunError):
 
 @dataclass
 class RoleOptimizer:
-    """A role's trainable parameters with what moves them. The schedule is a function of the update alone.
-
-    Args:
-        parameters: what is trained.
-        optimizer: AdamW, in 32 or 8 bits.
-        schedule: of its learning rate.
-        max_grad_norm: the norm that gradients are clipped to; 0 clips nothing.
-    """
+    """A role's trainable parameters with what moves them. The schedule is a function of the update alone."""
 
     parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    max_grad_norm: float
+    optimizer: torch.optim.Optimizer  # AdamW, in 32 or 8 bits
+    schedule: torch.optim.lr_scheduler.LambdaLR  # of its learning rate
+    max_grad_norm: float  # the norm that gradients are clipped to; 0 clips nothing
 
     def step(self) -> Tensor:
-        """Averages over processes, clips, steps and clears the gradients.
+        """Averages over processes, clips, steps and clears the gradients; returns the norm before clipping, a scalar.
 
-        Returns:
-            The norm before clipping, a scalar.
-
-        Raises:
-            NonFiniteError: if it is not finite; the parameters are untouched then.
+        Raises NonFiniteError if the norm is not finite; the parameters are untouched then.
         """
         average_gradients(self.parameters)
         kinds = by_kind(self.parameters)
@@ -114,13 +103,11 @@ def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, config: RunConfig) -> RoleOptimizer:
-    """AdamW, or with `--use_8bit_adam` bitsandbytes' or else torchao's, as the configuration says.
-
-    Raises:
-        ImportError: if 8 bits are asked for and neither is installed.
-    """
+    """AdamW, or with `--use_8bit_adam` bitsandbytes' or else torchao's; ImportError if neither is installed."""
     optimisation = config.optimisation
-    optimizer = _adamw_class(config.memory.use_8bit_adam)(
+    eight_bit = config.memory.use_8bit_adam
+    adamw = import_module(f"{eight_bit_package()}.optim").AdamW8bit if eight_bit else torch.optim.AdamW
+    optimizer = adamw(
         parameters,
         lr=learning_rate,
         betas=(optimisation.adam_beta1, optimisation.adam_beta2),
@@ -134,10 +121,6 @@ def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, config:
         num_training_steps=optimisation.max_train_steps,
     )
     return RoleOptimizer(parameters, optimizer, schedule, optimisation.max_grad_norm)
-
-
-def _adamw_class(eight_bit: bool) -> Callable[..., torch.optim.Optimizer]:
-    return import_module(f"{eight_bit_package()}.optim").AdamW8bit if eight_bit else torch.optim.AdamW
 
 
 def quantised_state(parts: dict[str, Tensor]) -> Tensor:

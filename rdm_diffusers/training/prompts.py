@@ -18,8 +18,8 @@ from ..families import Conditioning, Teacher
 from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
 from ..tiny.captions import CAPTIONS
+from .devices import on_device
 from .embeddings import embed_prompts, fingerprint_of
-from .placement import on_device
 
 OF_DATASETS = {"dataset_config_name": None, "dataset_split": "train", "caption_column": "text"}  # and their defaults
 
@@ -29,10 +29,6 @@ def load_prompts(source: PromptsConfig, teacher: str) -> list[str]:
 
     Of a dataset whose rows have several captions, all are prompts, row after row.
 
-    Args:
-        source: where they come from.
-        teacher: the teacher's name.
-
     Raises:
         ValueError: one sentence, if they cannot be read, if a flag has no effect, or if a real teacher has no prompts.
     """
@@ -40,10 +36,8 @@ def load_prompts(source: PromptsConfig, teacher: str) -> list[str]:
     if source.prompts_file is not None:
         prompts = read_prompts(Path(source.prompts_file), "--prompts_file")
     elif source.dataset_name is not None:
-        rows = read_captions(
-            source.dataset_name, source.caption_column, source.dataset_split, source.dataset_config_name
-        )
-        prompts = list(chain.from_iterable(rows))
+        place = (source.dataset_name, source.caption_column, source.dataset_split, source.dataset_config_name)
+        prompts = list(chain.from_iterable(read_captions(*place)))
     elif is_tiny(teacher):
         prompts = list(CAPTIONS)
     else:
@@ -65,33 +59,21 @@ def _check_source(source: PromptsConfig) -> None:
         )
 
 
-def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """`count` prompts spread evenly over those given, repeated where there are fewer."""
-    return [prompts[i * len(prompts) // count] for i in range(count)]
-
-
 @dataclass(frozen=True)
 class Texts:
-    """All that a run reads, as the teacher's text encoders read it; they are not needed again.
-
-    Args:
-        prompts: the N prompts.
-        embeddings: theirs, one row each, on the disk.
-        nothing: what the teacher guides away from, of length 1.
-        shown: the prompts of the pictures that are drawn on the way.
-        shown_conditioning: theirs.
-    """
+    """All that a run reads, as the teacher's text encoders read it; they are not needed again."""
 
     prompts: list[str]
-    embeddings: Dataset
-    nothing: Conditioning
-    shown: list[str]
+    embeddings: Dataset  # of the prompts, one row each, on the disk
+    nothing: Conditioning  # what the teacher guides away from, of length 1
+    shown: list[str]  # the prompts of the pictures that are drawn on the way
     shown_conditioning: Conditioning
 
 
 def read_texts(teacher: Teacher, prompts: list[str], config: RunConfig, accelerator: Accelerator) -> Texts:
-    """Has the text encoders visit the device to read everything; prompts that an earlier run read are found cached."""
-    shown = spread(config.output.validation_prompt or prompts, config.output.num_validation_images)
+    """Moves the text encoders to the device to read everything; what an earlier run read is cached."""
+    choice, count = config.output.validation_prompt or prompts, config.output.num_validation_images
+    shown = [choice[i * len(choice) // count] for i in range(count)]  # spread evenly, repeated where there are fewer
     fingerprint = fingerprint_of(teacher, prompts)
     with on_device(teacher.text_encoders, accelerator.device):
         with accelerator.local_main_process_first():
@@ -102,19 +84,12 @@ def read_texts(teacher: Teacher, prompts: list[str], config: RunConfig, accelera
 
 @dataclass
 class PromptGroups:
-    """Which prompt each group trains on: every prompt once an epoch, in an order that only the seed decides.
-
-    Args:
-        prompts: the N prompts.
-        embeddings: their embeddings, one row each.
-        draws: the run's randomness.
-        dtype: the dtype that the denoiser reads.
-    """
+    """Which prompt each group trains on: every prompt once an epoch, in an order that only the seed decides."""
 
     prompts: Sequence[str]
-    embeddings: Dataset
+    embeddings: Dataset  # of the prompts, one row each
     draws: Draws
-    dtype: torch.dtype
+    dtype: torch.dtype  # that the denoiser reads
 
     def __post_init__(self) -> None:
         self._order = lru_cache(maxsize=2)(

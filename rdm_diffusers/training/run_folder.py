@@ -1,44 +1,71 @@
-"""A run's folder: one run at a time, and the checkpoint that it resumes from."""
+"""A run's folder: it is writable, one run uses it at a time, and only the same run resumes in it."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from ..config import RunConfig
+from ..config import OutputConfig, RunConfig, all_settings
+from ..config.presets import TEACHER, VAE
+from ..config.retired import without_retired
+from ..families import full_name
 from ..folders import LOCK, locked
 from ..hub import finish_exports
-from .checkpoint_files import find_checkpoint, set_newer_aside, tidy, updates_of
+from ..pipelines import is_student
+from .checkpoint_files import find_checkpoint, read_record, set_newer_aside, tidy
 from .checkpoints import TrainState, load_checkpoint
 
 RUN_LOCK = f".run{LOCK}"
+FREE_ON_RESUME = {each.name for each in all_settings() if each.flag.free} | {"command"}
+# Where the prompts come from is free, too, if their digest says that they are the same.
+PROMPTS, PROMPTS_DIGEST = {
+    "prompts_file", "dataset_name", "dataset_config_name", "dataset_split", "caption_column", "max_train_samples",
+}, "prompts_sha256"  # fmt: skip
+
+
+def make_writable(folder: str | Path, flag: str) -> None:
+    """Makes a folder that a flag names; ValueError if it cannot be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own for every process
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag} {folder} cannot be written ({error.strerror}); choose another.") from error
+
+
+def prepare_output(output: OutputConfig) -> Path:
+    """Makes the output folder; ValueError if it cannot be written, or holds another run and nothing says to resume."""
+    folder = Path(output.output_dir)
+    make_writable(folder, "--output_dir")
+    if output.resume_from_checkpoint is None and (any(folder.glob("checkpoint-*")) or is_student(folder)):
+        raise ValueError(
+            f"--output_dir {folder} holds the checkpoints or the student of another run; add --resume_from_checkpoint "
+            "latest, or choose another folder."
+        )
+    return folder
 
 
 @contextmanager
-def alone_in(folder: Path, accelerator: Accelerator, changes: bool = True) -> Iterator[None]:
+def locked_for_run(folder: Path, accelerator: Accelerator, changes: bool = True) -> Iterator[None]:
     """Inside, no other run writes into the folder, and what a killed one left half done is in order.
 
-    One process holds the lock, and the others wait for it. A dry run changes nothing and needs no lock. Readers of the
-    folder, such as rdm-export and rdm-push, need none either.
+    One process holds the lock, and the others wait for it. A dry run (`changes` is False) changes nothing and needs no
+    lock. Readers of the folder, such as rdm-export and rdm-push, need none either.
 
     Raises:
         ValueError: if another run uses the folder.
     """
-    with ExitStack() as stack:
-        if accelerator.is_main_process and changes:
-            stack.enter_context(_lock(folder))
-            tidy(folder)
-            finish_exports(folder)
+    if not (accelerator.is_main_process and changes):
         accelerator.wait_for_everyone()
         yield
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+        return
     refusal = (
         f"--output_dir {folder} is in use by another run ({{holder}}); wait until it ends, stop it, or choose another "
         "folder."
@@ -50,19 +77,18 @@ def _lock(folder: Path) -> Iterator[None]:
                 "make sure that there is none.",
                 stacklevel=2,
             )
+        tidy(folder)
+        finish_exports(folder)
+        accelerator.wait_for_everyone()
         yield
 
 
 def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
-    """The checkpoint that the run goes on from; None if it begins.
-
-    Raises:
-        ValueError: if there is no such checkpoint, or if it has more updates than the run will have.
-    """
+    """The checkpoint that the run resumes from, None if it begins; ValueError if it is missing or too far on."""
     if not config.output.resume_from_checkpoint:
         return None
     checkpoint = find_checkpoint(folder, config.output.resume_from_checkpoint)
-    done, wanted = updates_of(checkpoint), config.optimisation.max_train_steps
+    done, wanted = read_record(checkpoint)["update"], config.optimisation.max_train_steps
     if done > wanted:
         raise ValueError(
             f"--max_train_steps {wanted} is less than the {done} updates of {checkpoint}; raise it, "
@@ -71,7 +97,31 @@ def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
     return checkpoint
 
 
-def go_on_from(checkpoint: Path, folder: Path, state: TrainState, accelerator: Accelerator) -> None:
+def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuses to resume with arguments that would make another run of it.
+
+    Args:
+        arguments: the run's, as its checkpoints will record them.
+        saved: those that its checkpoint recorded.
+
+    Raises:
+        ValueError: naming the flags that differ, or saying that the prompts do.
+    """
+    now = json.loads(json.dumps(arguments))
+    then = without_retired(saved)
+    # Older releases recorded folders as they were given.
+    names = {name: full_name(then[name]) for name in (TEACHER, VAE) if then.get(name)}
+    then = {"dataset_split": "train", **then, **names}
+    free = FREE_ON_RESUME - (set() if now["lr_scheduler"].startswith("constant") else {"max_train_steps"})
+    free |= PROMPTS if {PROMPTS_DIGEST} <= now.keys() & then.keys() else {PROMPTS_DIGEST}  # version 0.1.0 had none
+    changed = [name for name in then if name not in free and now.get(name) != then[name]]
+    if changed:
+        differences = {name: f"--{name} (was {then[name]}, is {now.get(name)})" for name in changed}
+        flags = ", ".join((differences | {PROMPTS_DIGEST: "other prompts"})[name] for name in changed)
+        raise ValueError(f"The checkpoint was made with other arguments: {flags}; set them back or start a new run.")
+
+
+def resume_from(checkpoint: Path, folder: Path, state: TrainState, accelerator: Accelerator) -> None:
     """Loads a checkpoint, and sets newer ones in the folder aside, which belong to a course that this run leaves."""
     load_checkpoint(checkpoint, state)
     place = set_newer_aside(folder, checkpoint) if accelerator.is_main_process else None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -20,23 +18,20 @@ from ..families import Family, Teacher, check_lora, explain_hub_errors, family_o
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .assembly import lora_config, make_scheduler, prompt_options
+from .devices import prepare_denoiser
 from .memory_model import meta_models, meta_pipeline
-from .speed import prepare_denoiser
+from .run_folder import make_writable
 
 ADAPTED = (nn.Linear, nn.Conv2d, nn.Conv3d)  # the kinds of layers that a LoRA is made for
 ANY_RANK = 64  # the default, which is never refused
 
 
 def check_with_teacher(config: RunConfig) -> None:
-    """Checks what depends on the teacher, and what else is found out late; a dry run leaves out what hangs on the GPU.
-
-    Raises:
-        ValueError: one sentence on what is wrong and what to do.
-    """
+    """Raises ValueError for what does not fit the teacher, or would fail late; a dry run skips what needs the GPU."""
     if config.hub.hub_model_id:
         check_repo_id(config.hub.hub_model_id)
     if config.prompts.cache_dir:
-        _check_writable(config.prompts.cache_dir)
+        make_writable(config.prompts.cache_dir, "--cache_dir")
     name = config.teacher.pretrained_model_name_or_path
     index = pipeline_config(name, revision=config.teacher.revision)
     family = family_of(index)
@@ -53,15 +48,6 @@ def check_with_teacher(config: RunConfig) -> None:
         _check_denoiser(config, family, family.denoiser(pipeline))
 
 
-def _check_writable(cache_dir: str) -> None:
-    try:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"--cache_dir {cache_dir} cannot be written ({error.strerror}); choose another.") from error
-
-
 def _on_meta(
     source: TeacherConfig, index: dict[str, Any], family: Family
 ) -> tuple[dict[str, nn.Module], SchedulerMixin | None]:
@@ -71,7 +57,11 @@ def _on_meta(
     try:
         with explain_hub_errors("teacher", name, source.revision):
             networks = meta_models(name, wanted, source.revision)
-            scheduler = _scheduler(name, index, source.revision)
+            _, class_name = index.get("scheduler") or (None, None)
+            scheduler = getattr(diffusers, class_name or "", None)
+            if scheduler is not None:
+                settings = {"subfolder": "scheduler", "revision": source.revision}
+                scheduler = scheduler.from_config(scheduler.load_config(resolve_teacher(name), **settings))
         if vae is not None and "vae" in networks:
             with explain_hub_errors("autoencoder", vae), torch.device("meta"), no_init_weights():
                 kind: Any = type(networks["vae"])
@@ -79,13 +69,6 @@ def _on_meta(
     except OSError as error:
         raise ValueError(f"The teacher {name} cannot be read: {str(error).splitlines()[0]}") from error
     return networks, scheduler
-
-
-def _scheduler(name: str, index: dict[str, Any], revision: str | None) -> SchedulerMixin | None:
-    _, class_name = index.get("scheduler") or (None, None)
-    kind = getattr(diffusers, class_name or "", None)
-    settings = {"subfolder": "scheduler", "revision": revision}
-    return None if kind is None else kind.from_config(kind.load_config(resolve_teacher(name), **settings))
 
 
 def _check_steps(config: RunConfig, teacher: Teacher) -> None:
@@ -135,30 +118,19 @@ def check_layers(denoiser: nn.Module, names: Sequence[str], rank: int, all_there
     kind = type(denoiser).__name__
     missing = [name for name in names if not name or not found[name]]
     if missing and all_there:
-        ends = {end for key in layers for end in _ends(key)}
+        ends = {".".join(key.split(".")[start:]) for key in layers for start in range(key.count(".") + 1)}
         named = ", ".join((name or "an empty name") + did_you_mean(name, ends) for name in missing)
         raise ValueError(
             f"--lora_layers names {named}, which no linear or convolutional layer of this {kind} is called; it has "
             f"{', '.join(sorted({_short(key) for key in layers}))}."
         )
-    most = max([ANY_RANK, *(_capacity(layer) for name in names for layer in found[name])])
+    shapes = [layer.get_parameter("weight").shape for name in names for layer in found[name]]
+    most = max([ANY_RANK, *(min(outputs, math.prod(inputs)) for outputs, *inputs in shapes)])
     if rank > most:
         raise ValueError(f"--rank is {rank}; no adapted layer of this {kind} holds more, so it must be at most {most}.")
 
 
-def _ends(name: str) -> Iterable[str]:
-    """`a.b.c`, `b.c` and `c`."""
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(len(parts)))
-
-
 def _short(name: str) -> str:
-    """What a layer is called in its block, with the number's owner where it is numbered: `to_q`, `to_out.0`."""
+    """A layer's name in its block, with the owner's where it is a number: `to_q`, `to_out.0`."""
     *_, last = parts = name.split(".")
     return ".".join(parts[-2:]) if last.isdecimal() else last
-
-
-def _capacity(layer: nn.Module) -> int:
-    """The highest rank that a change of the layer's weight can have."""
-    outputs, *inputs = layer.get_parameter("weight").shape
-    return min(outputs, math.prod(inputs))

@@ -1,22 +1,32 @@
-"""The logs of a run: the trackers that `--report_to` names."""
+"""What a run reports while it trains: its trackers (`--report_to`), its progress bar and its alarms."""
 
 from __future__ import annotations
 
+import resource
+import sys
+import time
 import warnings
+from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..program import one_line
+from .monitor import CollapseError
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
+LOGGING_STEPS = 10  # updates between two rows of the trackers
 
 
 def check_trackers(report_to: str) -> None:
-    """Refuses a tracker that accelerate would leave out without a word.
-
-    Raises:
-        ImportError: if its package is missing.
-    """
+    """Raises ImportError for a tracker whose package is missing, which accelerate would leave out without a word."""
     installed = [str(one) for one in get_available_trackers()]
     if report_to == "none" or report_to in installed or (report_to == "all" and installed):
         return
@@ -27,11 +37,7 @@ def check_trackers(report_to: str) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Opens the logs, with the run's configuration.
-
-    Raises:
-        ValueError: if a tracker cannot start, for example because nobody is logged in.
-    """
+    """Opens the logs, with the run's configuration; ValueError if a tracker cannot, as where nobody is logged in."""
     output, values = config.output, config.as_arguments()
     plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
     try:
@@ -44,8 +50,64 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """Closes the logs, and the other processes' share; a tracker that fails now takes nothing with it."""
+    """Closes the logs and the process group; an error of a tracker becomes a warning."""
     try:
         accelerator.end_training()
     except Exception as error:
         warnings.warn(f"The trackers could not be closed ({one_line(error)}); the run goes on.", stacklevel=2)
+
+
+class Progress:
+    """Reports on a training from the state's update on."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.first, self.started = trainer, trainer.state.update, time.time()
+        total, quiet = trainer.config.optimisation.max_train_steps, not trainer.accelerator.is_main_process
+        self.bar = tqdm(total=total, initial=self.first, desc="distil", disable=quiet)
+
+    def log(self, health: dict[str, Tensor]) -> None:
+        """Takes in an update's health numbers, scalars.
+
+        Raises:
+            CollapseError: if an alarm begins to ring and the run is to stop then; earlier checkpoints stay as they are.
+        """
+        self.bar.update()
+        self._check_alarms(health)
+        if self.trainer.state.update % LOGGING_STEPS == 0:
+            self._log_numbers(health)
+        if self.trainer.callbacks:
+            self.trainer.notify("on_update", {name: value.item() for name, value in health.items()})
+
+    def _check_alarms(self, health: dict[str, Tensor]) -> None:
+        state, accelerator = self.trainer.state, self.trainer.accelerator
+        names = [name for name in health if "/step_" not in name and "/bin_" not in name]  # those every process has
+        values = torch.stack([health[name].float() for name in names])
+        finite = values.isfinite()  # a process without a last step, or without a valid reward, does not count
+        total, count = accelerator.reduce(torch.stack([values.where(finite, 0), finite.float()]), "sum")
+        alarms = state.monitor.observe(dict(zip(names, (total / count).tolist(), strict=True)))
+        for alarm in alarms:
+            self.bar.write(f"update {state.update}: {alarm}")
+        if alarms and self.trainer.config.output.stop_on_collapse:
+            raise CollapseError(
+                f"Stopped after {state.update} updates (--stop_on_collapse). {alarms[0]} The last checkpoint is older."
+            )
+
+    def _log_numbers(self, health: dict[str, Tensor]) -> None:
+        run, state, accelerator = self.trainer.distillation, self.trainer.state, self.trainer.accelerator
+        seconds = (time.time() - self.started) / (state.update - self.first)
+        numbers = {name: value.item() for name, value in health.items()} | {"seconds_per_update": seconds}
+        numbers["images_per_second"] = run.num_processes * len(run.groups(0)) * run.draws.group_size / seconds
+        numbers["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
+        numbers |= {f"network_calls/{name}": float(count) for name, count in run.networks.calls.items()}
+        try:
+            accelerator.log(numbers, step=state.update)
+        except Exception as error:  # of whatever kind: a full disk, a server that is away
+            warnings.warn(f"The trackers took no numbers ({one_line(error)}); the run goes on.", stacklevel=2)
+        self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in SHOWN if name in numbers})
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of the GPU's memory, or where there is none, of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,12 +1,14 @@
-"""A run, step by step: what is checked, loaded, trained, exported, shown and pushed."""
+"""A run, step by step: it is checked, loaded, trained, exported, evaluated and pushed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from ..config import RunConfig
 from ..config.record import training_record
@@ -17,10 +19,8 @@ from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks, SeparateNetworks
 from ..rewards import WeightedReward
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
-from .callbacks import Callback
-from .checkpoint_files import read_arguments
+from .checkpoint_files import read_record
 from .checkpoints import TrainState
-from .checks import check_resumable, prepare_output
 from .external_rewards import load_rewards
 from .finish import draw_and_measure
 from .launch import make_accelerator
@@ -28,7 +28,7 @@ from .loop import train
 from .memory_plan import MemoryPlan, plan_memory
 from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
-from .run_folder import alone_in, checkpoint_to_resume, go_on_from
+from .run_folder import check_resumable, checkpoint_to_resume, locked_for_run, prepare_output, resume_from
 from .teacher_checks import check_with_teacher
 from .tracking import end_trackers, start_trackers
 from .updates import Distillation
@@ -39,15 +39,26 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class TrainOutput:
-    """How a training ended.
+    """How a training ended."""
 
-    Args:
-        updates: how many are done, those before a resumption included.
-        signal: the number of the signal that ended it early, after a checkpoint; 0 if none did.
+    updates: int  # how many are done, those before a resumption included
+    signal: int  # the number of the signal that ended it early, after a checkpoint; 0 if none did
+
+
+class Callback:
+    """Methods that a `Trainer` calls; a subclass overrides those it needs.
+
+    `trainer.state.update` counts the updates that are done, and `trainer.stop()` ends the training after this one.
     """
 
-    updates: int
-    signal: int
+    def on_update(self, trainer: Trainer, health: Mapping[str, float]) -> None:
+        """After each update, on every process; `health` is its own health numbers, as the trackers name them."""
+
+    def on_validation(self, trainer: Trainer, picture: Image.Image) -> None:
+        """After each grid of pictures, on the main process."""
+
+    def on_checkpoint(self, trainer: Trainer, checkpoint: Path) -> None:
+        """After each checkpoint is whole on the disk, on every process."""
 
 
 class Trainer:
@@ -117,7 +128,7 @@ class Trainer:
 
     def _check(self) -> None:
         config, accelerator = self.config, self.accelerator
-        self._held.enter_context(alone_in(self.folder, accelerator, changes=not config.output.dry_run))
+        self._held.enter_context(locked_for_run(self.folder, accelerator, changes=not config.output.dry_run))
         self.checkpoint = checkpoint_to_resume(self.folder, config)
         self.prompts = load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path)
         self.arguments = {
@@ -127,7 +138,7 @@ class Trainer:
             "prompts_sha256": digest_of_texts(self.prompts),
         }
         if self.checkpoint:
-            check_resumable(self.arguments, read_arguments(self.checkpoint))
+            check_resumable(self.arguments, read_record(self.checkpoint)["arguments"])
         check_with_teacher(config)
         check_hub(config, accelerator)
         self.rewards = load_rewards(config, accelerator.device)
@@ -153,7 +164,7 @@ class Trainer:
             self.distillation, self.teacher, config.output.monitor_images
         )
         if self.checkpoint:
-            go_on_from(self.checkpoint, self.folder, self.state, accelerator)
+            resume_from(self.checkpoint, self.folder, self.state, accelerator)
         self._done.add("load")
 
     def make_networks(self) -> Networks:
@@ -171,7 +182,7 @@ class Trainer:
         return TrainOutput(self.state.update, number)
 
     def stop(self) -> None:
-        """Ends the training after the update at hand, with a checkpoint; for callbacks."""
+        """Ends the training after the current update, with a checkpoint; for callbacks."""
         self.stopping = True
 
     def validate(self) -> None:
@@ -187,10 +198,9 @@ class Trainer:
             getattr(callback, event)(self, value)
 
     def export(self) -> Path:
-        """Writes the student, as it is now, in files that stock diffusers loads. Every process must call.
+        """Writes the student, as it is now, in files that stock diffusers loads; returns its folder, the run's.
 
-        Returns:
-            Its folder, the run's.
+        Every process must call.
         """
         self.load()
         with averaged_student(self.distillation, self.state):
@@ -210,7 +220,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Draws with the exported student beside its teacher, on the main process: `samples.png`, `metrics.json`, card.
 
-        The training's networks are let go before. What fails here is said in a sentence; the student is safe.
+        The training's networks are freed first. An error here becomes a warning of one sentence; the student is safe.
         """
         shown = self.texts.shown
         for name in ("teacher", "networks", "distillation", "state"):

@@ -29,7 +29,7 @@ from ..distillation import (
 )
 from ..families import Conditioning
 from ..networks import FAKE_SCORE, STUDENT, Networks
-from ..prediction import NoiseSchedule, expand, output_weight
+from ..prediction import expand, output_weight
 from ..schedulers import RdmScheduler
 from .external_rewards import ExternalRewards
 from .monitor import batch_health, contrast, fake_loss_health
@@ -39,38 +39,22 @@ from .prompts import PromptGroups
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What the updates need and do not change, made once per run.
-
-    Args:
-        networks: the roles.
-        scheduler: the student's sampler on its trained grid.
-        objective: turns R_dm into a direction.
-        prompts: the groups' prompts.
-        draws: the run's randomness.
-        latent_shape: `(C, H, W)`.
-        groups_per_update: rollouts per update and process, counted in groups.
-        steps_per_rollout: how many of a rollout's states are trained on.
-        micro_batch_size: samples in one forward or backward.
-        rewards: external rewards that join R_dm, if any.
-        num_renoisings: how many re-noised copies of each x̂ estimate R_dm.
-        importance_weighting: one of `distillation.IMPORTANCE_WEIGHTINGS`, for rollouts that serve several updates.
-        process_index, num_processes: this process's place; a group stays whole on one process.
-    """
+    """What the updates need and do not change, made once per run."""
 
     networks: Networks
-    scheduler: RdmScheduler
-    objective: GNDM
+    scheduler: RdmScheduler  # the student's sampler on its trained grid
+    objective: GNDM  # turns R_dm into a direction
     prompts: PromptGroups
     draws: Draws
-    latent_shape: tuple[int, int, int]
-    groups_per_update: int
-    steps_per_rollout: int
-    micro_batch_size: int
-    rewards: ExternalRewards | None = None
-    num_renoisings: int = 1
-    importance_weighting: str = "none"
+    latent_shape: tuple[int, int, int]  # (C, H, W)
+    groups_per_update: int  # rollouts per update and process, counted in groups
+    steps_per_rollout: int  # how many of a rollout's states are trained on
+    micro_batch_size: int  # samples in one forward or backward
+    rewards: ExternalRewards | None = None  # join R_dm
+    num_renoisings: int = 1  # how many re-noised copies of each x̂ estimate R_dm
+    importance_weighting: str = "none"  # of `IMPORTANCE_WEIGHTINGS`, for rollouts that serve several updates
     process_index: int = 0
-    num_processes: int = 1
+    num_processes: int = 1  # a group stays whole on one process
 
     @property
     def num_steps(self) -> int:
@@ -89,7 +73,7 @@ class Distillation:
     def depth(self, number: int) -> int:
         """How many steps the `number`-th rollout takes: up to the last state that any process trains on.
 
-        So all processes make equally many network calls, which they must where they share the weights' shards.
+        All processes make equally many network calls, as they must where they share the weights' shards.
         """
         size = self.groups_per_update * self.num_processes
         return max(self.trained_steps(group)[-1] for group in range(number * size, (number + 1) * size)) + 1
@@ -101,38 +85,23 @@ class Distillation:
 
 @dataclass(frozen=True)
 class WholeRollout:
-    """A rollout with all its steps, for importance weights.
+    """A rollout with all its steps, for importance weights."""
 
-    Args:
-        steps: as the student took them.
-        places: which of their states are the batch's samples.
-        conditioning: of the rollout's samples.
-    """
-
-    steps: list[Step]
-    places: list[Place]
-    conditioning: Conditioning
+    steps: list[Step]  # as the student took them
+    places: list[Place]  # which of their states are the batch's samples
+    conditioning: Conditioning  # of the rollout's samples
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one rollout, with the key of each group-and-step under which its random numbers are drawn.
-
-    Args:
-        samples: M samples.
-        keys: one per group and trained step.
-        prompts: of the same.
-        visit: how many updates the rollout has served.
-        rollout: the whole of it, only where importance weights are asked for.
-        log_ratio: log p_now - log p_then of reaching each state `[M]`, in nats; of a reused rollout with weights.
-    """
+    """The M samples of one rollout, with the key of each group-and-step under which its random numbers are drawn."""
 
     samples: Samples
-    keys: list[int]
-    prompts: list[str]
-    visit: int = 0
-    rollout: WholeRollout | None = None
-    log_ratio: Tensor | None = None
+    keys: list[int]  # one per group and trained step
+    prompts: list[str]  # of the same
+    visit: int = 0  # how many updates the rollout has served
+    rollout: WholeRollout | None = None  # the whole of it, only where importance weights are asked for
+    log_ratio: Tensor | None = None  # log p_now - log p_then of reaching each state [M], in nats; where weighed
 
     @property
     def sample_prompts(self) -> list[str]:
@@ -191,16 +160,8 @@ def weigh_samples(run: Distillation, batch: Batch, statistics: RunningMeans) -> 
 def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) -> dict[str, Tensor]:
     """Accumulates the student's gradients: a direction for all samples first, then one backward per micro-batch.
 
-    Args:
-        run: what stays the same.
-        batch: M samples.
-        statistics: the method's running means; updated.
-
-    Returns:
-        The health numbers, scalars.
-
-    Raises:
-        NonFiniteError: if the direction is not finite; no gradient has been touched then.
+    The method's running means (`statistics`) are updated. Returns the health numbers, scalars. Raises NonFiniteError if
+    the direction is not finite; no gradient has been touched then.
     """
     samples, copies = batch.samples, run.num_renoisings
     draws = [batch.visit * copies + copy for copy in range(copies)]
@@ -229,15 +190,12 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
 def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str, Tensor]:
     """Accumulates the fake score's gradients: its denoising loss on the same samples, at fresh times and noises.
 
-    Args:
-        repeat: which of the rollout's fake-score updates this is.
-
-    Raises:
-        NonFiniteError: if the loss is not finite.
+    `repeat` says which of the rollout's fake-score updates this is. Raises NonFiniteError if the loss is not finite.
     """
     samples, schedule = batch.samples, run.networks.schedule
-    uniform = run.draws.uniform(f"fake_time/{repeat}", batch.keys)
-    t = _training_times(uniform, schedule)
+    t = run.draws.uniform(f"fake_time/{repeat}", batch.keys) * schedule.num_train_timesteps
+    # Uniform over all training timesteps; for flow, never quite 0, where the output is undefined.
+    t = t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
     noise = run.draws.normal(f"fake_noise/{repeat}", batch.keys, run.latent_shape)
     x_t = schedule.add_noise(samples.x0, noise, t)
     weight = output_weight(run.networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
@@ -252,12 +210,6 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
         run.networks.backward(FAKE_SCORE, x0, direction)
         losses.append(loss)
     return fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
-
-
-def _training_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Uniform over all training timesteps; for flow, never quite 0, where the output is undefined."""
-    t = uniform * schedule.num_train_timesteps
-    return t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
 
 
 def _require_finite(term: str, values: Tensor, batch: Batch, offset: int = 0) -> None:

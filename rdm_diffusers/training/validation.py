@@ -18,7 +18,7 @@ from ..families import Conditioning, Teacher
 from ..networks import STUDENT
 from ..program import one_line
 from .checkpoints import TrainState
-from .placement import on_device
+from .devices import on_device
 from .prompts import Texts
 from .updates import Distillation
 
@@ -58,7 +58,7 @@ def validation_picture(run: Distillation, state: TrainState, teacher: Teacher, t
 
 
 def write_picture(picture: Image.Image, update: int, folder: Path, accelerator: Accelerator) -> None:
-    """Writes `step-<update>.png` into a folder, and hands it to the trackers; if that fails, the run goes on."""
+    """Writes `step-<update>.png` into a folder, and logs it to the trackers; an error becomes a warning."""
     try:
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"step-{update}.png")

@@ -1,0 +1,89 @@
+"""Where a run's networks are, and how they compute there; none of it changes a result beyond rounding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.training_utils import free_memory
+from torch import nn
+
+from ..config import MemoryConfig
+from ..networks import Networks
+from ..sharding import is_sharded_launch, shard
+
+RECOMPILE_LIMIT = 64  # a block is compiled anew for each role, with and without gradients, and each size of batch
+
+
+@contextmanager
+def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Moves the modules to the device, and afterwards back to where they were; frees the device's memory."""
+    homes = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
+        free_memory()
+
+
+def place(networks: Networks, accelerator: Accelerator) -> None:
+    """Puts the three roles on the device, or in shards on all devices where FSDP was asked for.
+
+    It comes before the optimisers. A quantised teacher beside full-weight roles stays whole.
+    """
+
+    def put(network: nn.Module) -> None:
+        if is_sharded_launch() and accelerator.num_processes > 1 and getattr(network, "hf_quantizer", None) is None:
+            shard(network, accelerator)
+        else:
+            network.to(accelerator.device)
+
+    networks.place(put)
+
+
+def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:
+    """Turns gradient checkpointing and a kind of attention on, before adapters are added; ValueError if it cannot."""
+    if memory.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if memory.enable_xformers_memory_efficient_attention:
+        try:
+            denoiser.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"--enable_xformers_memory_efficient_attention does not work here ({str(error).splitlines()[0]}); "
+                "leave it out, as torch's own attention is as good on most GPUs, or pip install "
+                "'rdm-diffusers[xformers]'."
+            ) from error
+    if memory.attention_backend:
+        _use_backend(denoiser, memory.attention_backend)
+
+
+def _use_backend(denoiser: ModelMixin, backend: str) -> None:
+    try:
+        denoiser.set_attention_backend(backend)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ValueError(f"--attention_backend {backend} does not work here: {str(error).splitlines()[0]}") from error
+    processors = [getattr(module, "processor", None) for module in denoiser.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        warnings.warn(
+            f"{type(denoiser).__name__} does not heed --attention_backend {backend} and goes on with torch's own.",
+            stacklevel=2,
+        )
+
+
+def compile_blocks(denoiser: ModelMixin, memory: MemoryConfig) -> None:
+    """Has torch compile the blocks that a network repeats, with `--torch_compile`; after adapters are added."""
+    if not memory.torch_compile:
+        return
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    repeated = denoiser._repeated_blocks or denoiser._no_split_modules
+    for module in denoiser.modules():
+        if type(module).__name__ in repeated:
+            module.compile(backend=memory.torch_compile_backend)
