@@ -2,15 +2,21 @@
 
 from .card import write_card
 from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
-from .export import copy_lora, export_full, export_lora, write_full
-from .placing import WritingError, finish_exports, writing
-from .push import PushError, check_push, known_tags, push_student, retry_command, unfinished
-from .student_files import check_base, check_complete, check_student, copy_files, is_hub_id, student_files
+from .export import WritingError, copy_lora, export_full, export_lora, finish_exports, write_full, writing
+from .push import PushError, check_push, existing_tags, push_student, retry_command, unfinished
+from .student_files import (
+    check_available_to_others,
+    check_complete,
+    check_student,
+    copy_files,
+    is_hub_id,
+    student_files,
+)
 
 __all__ = [
     "PushError",
     "WritingError",
-    "check_base",
+    "check_available_to_others",
     "check_comfyui",
     "check_complete",
     "check_push",
@@ -18,12 +24,12 @@ __all__ = [
     "comfyui_name",
     "copy_files",
     "copy_lora",
+    "existing_tags",
     "export_full",
     "export_lora",
     "finish_exports",
     "has_comfyui",
     "is_hub_id",
-    "known_tags",
     "push_student",
     "read_lora",
     "retry_command",

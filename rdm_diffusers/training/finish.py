@@ -1,4 +1,4 @@
-"""The end of a run: the student, loaded as anyone would load it, beside its teacher."""
+"""The end of a run: the exported student draws beside its teacher, and is measured."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch
 def draw_and_measure(output_dir: Path, shown: list[str], config: RunConfig, device: torch.device) -> None:
     """Writes `samples.png`, `metrics.json` and the model card, and prints the numbers.
 
-    The student is safe already. What fails here is said in a sentence, and the run goes on to its end.
+    The student is on the disk already. An error here becomes a warning, and the run goes on.
 
     Args:
-        output_dir: holds the student.
+        output_dir: the student's folder.
         shown: the prompts of the pictures.
         config: the run's.
-        device: where to draw; networks that are not at work wait in the machine's memory with `--offload`.
+        device: where to draw; with `--offload`, networks wait in the machine's memory while they are idle.
     """
     with extra(f"the student's pictures and numbers could not be made; {output_dir} holds it without them"):
         draw_samples(output_dir, shown, config, device)
@@ -45,7 +45,7 @@ def draw_and_measure(output_dir: Path, shown: list[str], config: RunConfig, devi
 
 @contextmanager
 def extra(what: str) -> Iterator[None]:
-    """Goes on after any error inside, with a warning; of one that nobody foresaw, the traceback is shown."""
+    """Turns any error inside into a warning; an unforeseen one also shows its traceback."""
     try:
         yield
     except Exception as error:
@@ -55,8 +55,8 @@ def extra(what: str) -> Iterator[None]:
 
 
 def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: torch.device) -> None:
-    """Draws with the student, loaded as anyone would load it, and with its teacher, and measures them."""
-    free_memory()  # the training's networks may have waited for it
+    """Draws with the student, loaded as any user would load it, and with its teacher, and measures both."""
+    free_memory()  # of the training's networks
     teacher = load(config, device)
     stock, student = teacher.pipeline, load_student(output_dir, teacher, config, device)
     for pipeline in (stock, student):
@@ -74,7 +74,7 @@ def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: 
 def load_student(
     output_dir: Path, teacher: Teacher, config: RunConfig, device: torch.device
 ) -> RdmDistillationPipeline:
-    """The student from its folder, sharing with its teacher what both have alike."""
+    """The student from its folder; it shares all networks but its own with its teacher."""
     dtype, name = DTYPES[config.memory.mixed_precision], teacher.family.denoiser_name
     parts = {key: part for key, part in teacher.pipeline.components.items() if isinstance(part, torch.nn.Module)}
     del parts[name]
