@@ -19,21 +19,10 @@ from ..config import RunConfig
 from ..evaluation.subjects import DTYPES
 from ..families import explain_hub_errors, family_of, pipeline_config, use_token
 from ..folders import aside, sync_tree
-from ..hub import (
-    WritingError,
-    check_comfyui,
-    check_complete,
-    comfyui_name,
-    copy_files,
-    copy_lora,
-    finish_exports,
-    read_lora,
-    student_files,
-    write_card,
-    write_comfyui,
-    write_full,
-    writing,
-)
+from ..hub import WritingError, finish_exports, write_card
+from ..hub.comfyui import check_comfyui, comfyui_name, read_lora, write_comfyui
+from ..hub.export import copy_lora, write_full, writing
+from ..hub.student_files import check_complete, copy_files, student_files
 from ..parsing import Parser
 from ..pipelines import StudentConfig, is_student
 from ..program import run_program

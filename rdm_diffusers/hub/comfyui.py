@@ -142,7 +142,7 @@ def as_comfyui(
 ) -> dict[str, Tensor]:
     """A LoRA's weights under the names that ComfyUI reads.
 
-    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, perhaps with Stability's path, and every module
+    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, for SDXL with Stability's path, and every module
     has an alpha. Transformers' names stay; their second matrices are multiplied by `alpha / rank`, because readers
     take a missing alpha to be the rank.
 
@@ -189,8 +189,7 @@ def stability_names(paths: Iterable[str], config: Mapping[str, Any]) -> dict[str
         config: the network's configuration.
 
     Raises:
-        ValueError: if a module has no such name, or not one that diffusers reads; its text gives the reason and
-            completes a sentence.
+        ValueError: if a module has no such name, or none that diffusers reads; the message completes a sentence.
     """
     _check_layout(config)
     parts = {**OUTSIDE_BLOCKS, **_block_names(config["layers_per_block"], len(config["down_block_types"]))}
@@ -238,7 +237,12 @@ def _block_names(layers: int, blocks: int) -> dict[str, str]:
 def _metadata(title: str, family: Family, student: StudentConfig, weights: Mapping[str, Tensor]) -> dict[str, str]:
     """The file's metadata, in the terms of ModelSpec and of kohya's tools."""
     widths = [tensor.shape[1] for name, tensor in weights.items() if name.endswith(f"attn2.to_k{DOWN}")]
-    prediction_type = student.scheduler["prediction_type"]
+    prediction_type, guidance = student.scheduler["prediction_type"], student.call_arguments.get("guidance_scale")
+    hints = (  # in ComfyUI's terms, where a CFG of 1 is off
+        f"{student.num_inference_steps} steps, CFG 1, sampler {comfyui_sampler(student)}",
+        (comfyui_node(student) or "").replace("*", ""),
+        f"embedded guidance {guidance}" if guidance else "",
+    )
     architecture = family.architecture(widths[0] if widths else None, prediction_type)
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -246,7 +250,7 @@ def _metadata(title: str, family: Family, student: StudentConfig, weights: Mappi
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.description": f"A few-step student of a {student.pipeline_class}, distilled with rdm_diffusers.",
-        "modelspec.usage_hint": _usage_hint(student),
+        "modelspec.usage_hint": ", ".join(filter(None, hints)),
         "ss_output_name": title,
         "ss_network_module": "networks.lora",
     }
@@ -254,14 +258,6 @@ def _metadata(title: str, family: Family, student: StudentConfig, weights: Mappi
         metadata["modelspec.prediction_type"] = prediction_type.removesuffix("_prediction")
         metadata["ss_v2"] = str("-v2-" in architecture)
     return metadata | ({"ss_base_model_version": family.kohya_base_version} if family.kohya_base_version else {})
-
-
-def _usage_hint(student: StudentConfig) -> str:
-    """How to sample the student, in ComfyUI's terms, where a CFG of 1 is off."""
-    guidance = student.call_arguments.get("guidance_scale")
-    hint = f"{student.num_inference_steps} steps, CFG 1, sampler {comfyui_sampler(student)}"
-    node = (comfyui_node(student) or "").replace("*", "")
-    return ", ".join(filter(None, (hint, node, f"embedded guidance {guidance}" if guidance else "")))
 
 
 def comfyui_node(student: StudentConfig) -> str | None:

@@ -161,11 +161,7 @@ def export_full(
 
 
 def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a LoRA student's files again, from one folder into another, with weights of another precision.
-
-    Raises:
-        WritingError: for example on a full disk.
-    """
+    """Copies a LoRA student into another folder, with weights in a dtype. Raises WritingError, as on a full disk."""
     weights, header = read_lora(source)
     with writing(folder):
         save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / LORA_FILE, header)
@@ -176,7 +172,7 @@ def copy_lora(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def write_full(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a student as a whole stock pipeline of a precision; a LoRA is added to its base's weights in float32.
+    """Writes a student as a whole stock pipeline in a dtype; a LoRA is added to its base's weights in float32.
 
     Raises:
         WritingError: for example on a full disk.

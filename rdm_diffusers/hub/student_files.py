@@ -51,16 +51,7 @@ def student_files(folder: Path) -> list[Path]:
 
 
 def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
-    """Copies those files of a student whose names match, and for links what they lead to.
-
-    Args:
-        source: the student's folder.
-        folder: another one.
-        patterns: as in `PATTERNS`.
-
-    Raises:
-        ValueError: as `student_files`.
-    """
+    """Copies those files of a student whose names match one of `patterns`, as in `PATTERNS`; links are followed."""
     for file in student_files(source):
         name = file.relative_to(source)
         if _matches(name, patterns):
@@ -73,23 +64,14 @@ def _matches(path: PurePath, patterns: Sequence[str]) -> bool:
 
 
 def is_student_file(name: str, components: Collection[str]) -> bool:
-    """Whether a file belongs to a student; a push uploads and replaces nothing else.
-
-    Args:
-        name: its path in the folder or repository.
-        components: the folders of a whole pipeline's components (`components_of`).
-    """
+    """Whether the file at this path, of a folder or a repository, is a student's; a push touches no other file."""
     path = PurePosixPath(name)
     inside = len(path.parts) == 2 and path.parts[0] in components and path.suffix in COMPONENT_SUFFIXES
     return (inside or _matches(path, PATTERNS)) and not path.name.startswith(".")
 
 
 def components_of(index: Path) -> list[str]:
-    """The folders of the components that a `model_index.json` names; none without that file, as in a LoRA's folder.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
+    """The folders of the components that a `model_index.json` names; none without that file, as in a LoRA's folder."""
     if not index.is_file():
         return []
     entries = read_object(index, REMEDY).items()
@@ -133,11 +115,7 @@ def check_complete(folder: Path) -> StudentConfig:
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
-    """The configuration of a student's stock scheduler.
-
-    Raises:
-        ValueError: if it is damaged, or names no scheduler of diffusers.
-    """
+    """The configuration of a student's stock scheduler; ValueError if it is damaged, or names no scheduler."""
     path = folder / SCHEDULER
     config = read_object(path, REMEDY, finite=False)
     try:
@@ -169,14 +147,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def check_available_to_others(*names: str | None) -> None:
-    """Refuses a LoRA student of a teacher, or with an autoencoder, that others do not have.
-
-    Args:
-        names: of both; everybody has the embedded teachers and the Hub's repositories.
-
-    Raises:
-        ValueError: saying what to do.
-    """
+    """Raises ValueError for a teacher or autoencoder that others do not have, unlike embedded ones and Hub ids."""
     for name in names:
         if name is not None and not is_tiny(name) and (Path(name).is_dir() or not is_hub_id(name)):
             raise ValueError(
@@ -186,10 +157,9 @@ def check_available_to_others(*names: str | None) -> None:
 
 
 def check_secrets(files: list[Path], token: str | None) -> None:
-    """Refuses files that contain the token, or anything that looks like one; of weights only the header is read.
+    """Raises ValueError for a file that contains the token, or anything that looks like one, without showing it.
 
-    Raises:
-        ValueError: naming the file, never the token.
+    Of weights only the header is searched.
     """
     for file in files:
         text = _text_of(file)

@@ -13,7 +13,6 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 
-from ..families import LORA_FILE, fetch
 from ..json_files import Kinds, described, parse_object
 from .student_config import REMEDY, TEXT, check_entries, warn_of_change
 
@@ -27,13 +26,6 @@ KINDS: dict[str, Kinds] = {  # the entries in which students' adapters differ
 }  # fmt: skip
 RANGES: dict[str, tuple[float, float]] = {"r": (1, 16_384), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 1)}
 ADAPTERS = "its adapter's "
-
-
-def check_lora_of(name: str, component: str, digest: str | None, **hub_options: Any) -> None:
-    """`check_lora_file` for the LoRA in a student's folder or Hub repository."""
-    folder = Path(name)
-    path = folder / LORA_FILE if folder.is_dir() else fetch("student", name, LORA_FILE, **hub_options)
-    check_lora_file(path, component, digest)
 
 
 def check_lora_file(path: Path, component: str, digest: str | None = None) -> None:

@@ -15,7 +15,7 @@ from ..config import RunConfig
 from ..config.record import shown_arguments
 from ..errors import explain, one_line
 from ..evaluation import as_table, put, save_samples, tiny_metrics, write_metrics
-from ..families import Teacher, load_denoiser
+from ..families import load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
 from ..tiny import is_tiny
@@ -57,8 +57,14 @@ def extra(what: str) -> Iterator[None]:
 def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: torch.device) -> None:
     """Draws with the student, loaded as any user would load it, and with its teacher, and measures both."""
     free_memory()  # of the training's networks
-    teacher = load(config, device)
-    stock, student = teacher.pipeline, load_student(output_dir, teacher, config, device)
+    teacher, source, dtype = load(config, device), config.teacher, DTYPES[config.memory.mixed_precision]
+    stock, name = teacher.pipeline, teacher.family.denoiser_name
+    # The student shares all networks but its own with its teacher.
+    parts = {key: part for key, part in stock.components.items() if isinstance(part, torch.nn.Module) and key != name}
+    if config.student.quantization and config.is_lora:
+        origin = (source.pretrained_model_name_or_path, dtype, source.revision, source.variant)
+        parts[name] = load_denoiser(*origin, config.student.quantization, device)
+    student = RdmDistillationPipeline.from_pretrained(output_dir, dtype=dtype, **parts)
     for pipeline in (stock, student):
         put(pipeline, device, config.memory.offload)
     at_once, scale = min(config.optimisation.train_batch_size, PICTURES_AT_ONCE), config.method.sample_guidance_scale
@@ -69,16 +75,3 @@ def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: 
         metrics = tiny_metrics(stock, student, scale, config.output.num_eval_images, teacher.name)
         write_metrics(output_dir / "metrics.json", metrics, arguments, shown)
     print(f"\n{as_table(metrics)}")
-
-
-def load_student(
-    output_dir: Path, teacher: Teacher, config: RunConfig, device: torch.device
-) -> RdmDistillationPipeline:
-    """The student from its folder; it shares all networks but its own with its teacher."""
-    dtype, name = DTYPES[config.memory.mixed_precision], teacher.family.denoiser_name
-    parts = {key: part for key, part in teacher.pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    del parts[name]
-    if config.student.quantization and config.is_lora:
-        source = (config.teacher.pretrained_model_name_or_path, dtype, config.teacher.revision, config.teacher.variant)
-        parts[name] = load_denoiser(*source, config.student.quantization, device)
-    return RdmDistillationPipeline.from_pretrained(output_dir, dtype=dtype, **parts)

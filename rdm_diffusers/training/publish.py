@@ -11,17 +11,9 @@ from accelerate import Accelerator
 
 from ..config import RunConfig
 from ..folders import aside
-from ..hub import (
-    check_available_to_others,
-    check_push,
-    check_student,
-    existing_tags,
-    is_hub_id,
-    push_student,
-    retry_command,
-    unfinished,
-    write_card,
-)
+from ..hub import check_push, check_student, push_student, write_card
+from ..hub.push import existing_tags, retry_command, unfinished
+from ..hub.student_files import check_available_to_others, is_hub_id
 from ..links import real_path
 from ..program import status_of
 from .checkpoint_files import list_checkpoints, name_of
