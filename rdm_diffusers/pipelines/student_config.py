@@ -1,4 +1,4 @@
-"""`rdm_config.json`, the one file of a student's folder that is not stock diffusers'; damaged ones are refused."""
+"""`rdm_config.json`: how a student is loaded and sampled; damaged or hostile files are refused before anything loads."""
 
 from __future__ import annotations
 
