@@ -1,4 +1,4 @@
-"""`rdm_config.json`: how a student is loaded and sampled; damaged or hostile files are refused before anything loads."""
+"""`rdm_config.json`: how a student is loaded and sampled; damaged or hostile files are refused before loading."""
 
 from __future__ import annotations
 
