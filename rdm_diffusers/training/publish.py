@@ -92,16 +92,19 @@ def _push_checkpoints(run: Path, repo_id: str, where: dict[str, Any]) -> None:
     if skipped:
         print(f"{repo_id} has tags of these names already, perhaps another run's; not pushed: {', '.join(skipped)}.")
     for checkpoint in checkpoints:
-        name = name_of(checkpoint)
-        if name in tags:
-            continue
-        with aside(run) as hidden:
-            student = hidden / run.resolve().name  # the file for ComfyUI is named after it
-            student.mkdir()
-            source = real_path(run, checkpoint)
-            export_checkpoint(source, read_run(source), student)
-            write_card(student, repo_id)
-            push_student(student, repo_id, commit_message=name, tag=name, **where)
+        if name_of(checkpoint) not in tags:
+            _push_checkpoint(checkpoint, repo_id, where)
+
+
+def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> None:
+    run, name = checkpoint.parent, name_of(checkpoint)
+    with aside(run) as hidden:
+        student = hidden / run.resolve().name  # the file for ComfyUI is named after it
+        student.mkdir()
+        source = real_path(run, checkpoint)
+        export_checkpoint(source, read_run(source), student)
+        write_card(student, repo_id)
+        push_student(student, repo_id, commit_message=name, tag=name, **where)
 
 
 def repository(config: RunConfig) -> str:
