@@ -15,8 +15,7 @@ from diffusers import DDIMScheduler
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.config.record import training_record
 from rdm_diffusers.families import FAMILIES
-from rdm_diffusers.hub.card import render
-from rdm_diffusers.hub.card_facts import CardFacts
+from rdm_diffusers.hub.card import CardFacts, render
 from rdm_diffusers.pipelines import StudentConfig
 
 FOLDER = Path(__file__).parent / "waiting"

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from rdm_diffusers.hub.card import render
-from rdm_diffusers.hub.card_facts import CardFacts, facts_of
-from rdm_diffusers.hub.card_metrics import results
-from rdm_diffusers.hub.markdown import code, escaped, fenced, plain, quoted
+from rdm_diffusers.hub.card import CardFacts, facts_of, render
+from rdm_diffusers.hub.card_text import code, escaped, fenced, plain, quoted, results
 
 CARD = Path(__file__).parents[1] / "model_cards" / "tiny-student"
 EVIL = (

@@ -22,10 +22,9 @@ import train_rdm_lora
 from rdm_diffusers.commands import card as command, export
 from rdm_diffusers.config.record import command_line
 from rdm_diffusers.evaluation import command as evaluate
-from rdm_diffusers.hub import licenses
-from rdm_diffusers.hub.card import TEMPLATE, hyperparameters, is_untouched, render
-from rdm_diffusers.hub.card_facts import CardFacts, facts_of
-from rdm_diffusers.hub.licenses import license_of
+from rdm_diffusers.hub import card_text
+from rdm_diffusers.hub.card import TEMPLATE, CardFacts, facts_of, hyperparameters, is_untouched, render
+from rdm_diffusers.hub.card_text import license_of
 from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.tiny import TINY_TEACHER
 
@@ -144,7 +143,7 @@ def test_the_licence_is_the_teachers(
     (tmp_path / "README.md").write_text(f"---\nlicense: other\nlicense_name: theirs\nlicense_link: {link}\n---\n")
     theirs = {"license": "other", "license_name": "theirs"}
     assert license_of(str(tmp_path)) == theirs | ({"license_link": link} if "://" in link else {})
-    monkeypatch.setattr(licenses, "fetch", lambda what, teacher, file, revision: tmp_path / file)
+    monkeypatch.setattr(card_text, "fetch", lambda what, teacher, file, revision: tmp_path / file)
     tags = license_of("owner/teacher", "main")
     assert tags == {**theirs, "license_link": expected}
     facts = facts_of(student, "me/student")

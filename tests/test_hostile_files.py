@@ -22,7 +22,7 @@ from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import card, export
 from rdm_diffusers.families import LORA_FILE, pipeline_config
 from rdm_diffusers.hub import check_complete, push, write_card
-from rdm_diffusers.hub.licenses import license_of
+from rdm_diffusers.hub.card_text import license_of
 from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.pipelines.lora_file import MAX_HEADER, check_lora_file
 from rdm_diffusers.training.exporting import read_run

@@ -10,7 +10,7 @@ import pytest
 from parts_kills import kills
 
 from rdm_diffusers.folders import HeldError, aside, clear_aside, locked
-from rdm_diffusers.hub.placing import WritingError, finish_exports, replacing
+from rdm_diffusers.hub.export import WritingError, finish_exports, replacing
 
 FILES = (
     "rdm_config.json",

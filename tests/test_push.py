@@ -358,5 +358,5 @@ def test_a_folders_name_that_no_repository_can_have_is_refused_before_a_run() ->
 
 
 def test_a_push_without_the_network_says_so(tiny_student: Path) -> None:
-    with pytest.raises(push.PushError, match=r"HF_HUB_OFFLINE forbids to reach the Hub; unset it.*rdm-push /.* me/x$"):
+    with pytest.raises(push.PushError, match=r"HF_HUB_OFFLINE forbids reaching the Hub; unset it.*rdm-push /.* me/x$"):
         push.push_student(tiny_student, "me/x", token=TOKEN)

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher
 from rdm_diffusers.hub import comfyui_name, export_lora, write_card, write_comfyui
-from rdm_diffusers.hub.comfyui import as_comfyui, comfyui_node
-from rdm_diffusers.hub.stability_names import stability_names
+from rdm_diffusers.hub.comfyui import as_comfyui, comfyui_node, stability_names
 from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.training.assembly import make_scheduler
 

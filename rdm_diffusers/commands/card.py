@@ -1,4 +1,4 @@
-"""`rdm-card`: writes a student's card anew, for example when it has been measured."""
+"""`rdm-card`: writes a student's card again, for example after an evaluation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="rdm-card", description=__doc__)
     parser.add_argument("folder", help="a student's folder")
-    parser.add_argument("--name", help="what its readers load it by, for example me/student; the folder by default")
-    parser.add_argument("--evaluation", help="a folder of rdm-evaluate, whose numbers go into the card")
-    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that was edited, too")
+    parser.add_argument("--name", help="the name that readers load it by, such as me/student; the folder by default")
+    parser.add_argument("--evaluation", help="a folder of rdm-evaluate, whose numbers the card will show")
+    parser.add_argument("--overwrite", action="store_true", help="replace even a README.md that was edited")
     return parser
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Writes `README.md`, and `evaluation.json` beside it if one is given; a card that was edited stays.
 
     Raises:
-        ValueError: if the folder holds no student, or the evaluation or another file of it cannot be read.
+        ValueError: if the folder holds no student, or if the evaluation or a file of the student cannot be read.
     """
     args = make_parser().parse_within(BOUNDS, argv)
     folder = Path(args.folder)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{folder} holds no student; give the output folder of a training or of rdm-export.")
     if args.evaluation:
         evaluation = for_others(read_json(Path(args.evaluation)))
-        student_files(folder)  # first, as links may lead to what is no student's
+        student_files(folder)  # first, because it refuses links out of the folder
         write_inside(folder, JSON_FILE, json.dumps(evaluation, indent=2) + "\n")
     card = write_card(folder, args.name, args.overwrite)
     edited = card.name != CARD

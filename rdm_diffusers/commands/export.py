@@ -1,7 +1,7 @@
 """`rdm-export`: any checkpoint or student in any format.
 
-A checkpoint becomes a student's folder first, and every format is made of such a folder. All is written aside and put
-in its place at the end, so that an export that fails leaves nothing behind.
+A checkpoint becomes a student's folder first, and every format is made from such a folder. The files are written aside
+and moved into place at the end, so that an export that fails leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -19,70 +19,40 @@ from ..config import RunConfig
 from ..evaluation.subjects import DTYPES
 from ..families import explain_hub_errors, family_of, pipeline_config, use_token
 from ..folders import aside, sync_tree
-from ..hub import (
-    WritingError,
-    check_comfyui,
-    check_complete,
-    comfyui_name,
-    copy_files,
-    copy_lora,
-    finish_exports,
-    read_lora,
-    student_files,
-    write_card,
-    write_comfyui,
-    write_full,
-    writing,
-)
+from ..hub import WritingError, finish_exports, write_card
+from ..hub.comfyui import check_comfyui, comfyui_name, read_lora, write_comfyui
+from ..hub.export import copy_lora, write_full, writing
+from ..hub.student_files import check_complete, copy_files, student_files
 from ..pipelines import StudentConfig, is_student
 from ..program import run_program
 from ..training.checkpoint_files import PREFIX, RECORD, list_checkpoints
 from ..training.exporting import chosen_weights, export_checkpoint, read_run
 
 FORMATS = ("lora", "full", "comfyui")
-FINDINGS = ("samples.png", "pictures/*.png", "metrics.json", "evaluation.json")  # what a student's card shows
+MEASURED = ("samples.png", "pictures/*.png", "metrics.json", "evaluation.json")  # what a student's card shows
 READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "samples.png", "pictures/*.png"]  # never pickles
-NOT_THE_STUDENT = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*"]
+NOT_READ = [f"{PREFIX}*", "comfyui/*", "logs/*", "validation/*"]
 BOUNDS: dict[str, Bound] = {
     "source": Text("a folder or a Hub id"), "output_dir": PATH, "revision": REVISION, "token": TOKEN,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Export:
-    """What is asked for: the command's flags, but for the token."""
-
-    source: str
-    format: str
-    output_dir: str
-    dtype: str
-    use_ema: bool | None
-    revision: str | None
-
-
-@dataclass(frozen=True)
 class Source:
-    """What is exported.
+    """What is exported."""
 
-    Args:
-        folder: a checkpoint's, or a student's.
-        pipeline_class: the stock pipeline's name.
-        is_lora: whether the student is a LoRA.
-        run: the configuration of the run, for a checkpoint.
-    """
-
-    folder: Path
-    pipeline_class: str
+    folder: Path  # a checkpoint's, or a student's
+    pipeline_class: str  # the stock pipeline's name
     is_lora: bool
-    run: RunConfig | None = None
+    run: RunConfig | None = None  # the run's configuration, for a checkpoint
 
 
 # fmt: off
 def make_parser() -> Parser:
-    """What an export takes."""
+    """The command line."""
     parser = Parser(
         "rdm-export", description="Exports a checkpoint or a student in any format.",
-        epilog="What comes from the Hub is cached where HF_HUB_CACHE or HF_HOME say.",
+        epilog="Downloads from the Hub are cached where HF_HUB_CACHE or HF_HOME say.",
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a checkpoint-N folder of a run, a student's folder, or its Hub id")
@@ -100,47 +70,50 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Exports.
-
-    Args:
-        argv: the command line; that of the program by default.
-
-    Returns:
-        The folder that was written.
+    """Exports; the folder that was written.
 
     Raises:
         ValueError, ImportError, OSError: one sentence on what is wrong and what to do.
     """
-    args = vars(make_parser().parse_within(BOUNDS, argv))
-    use_token(args.pop("token"))
-    wanted = Export(**args)
-    target = Path(wanted.output_dir).resolve()
+    args = make_parser().parse_within(BOUNDS, argv)
+    use_token(args.token)
+    target = Path(args.output_dir).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--output_dir {wanted.output_dir} is not empty; choose another.")
-    source = find_source(wanted)
+        raise ValueError(f"--output_dir {args.output_dir} is not empty; choose another.")
+    source, dtype = find_source(args.source, args.format, args.use_ema, args.revision), DTYPES[args.dtype]
     with in_place_of(target) as (folder, bench):
-        export(source, folder, bench, wanted)
-        if wanted.format != "comfyui":
-            add_card(source, folder, wanted)
-    print(f"Wrote {wanted.output_dir}.")
+        student = source.folder
+        if source.run is not None:
+            student = bench
+            export_checkpoint(source.folder, source.run, student, args.use_ema)
+        if args.format == "full":
+            write_full(student, folder, dtype)
+        elif args.format == "lora":
+            copy_lora(student, folder, dtype)
+        else:
+            with writing(folder):
+                write_comfyui(student, folder / comfyui_name(folder), source.pipeline_class, dtype)
+        if args.format != "comfyui":
+            if source.run is None and args.dtype == "float32":  # rounded weights were not measured
+                copy_files(source.folder, folder, MEASURED)
+            write_card(folder, args.output_dir)
+    print(f"Wrote {args.output_dir}.")
     return target
 
 
-def find_source(wanted: Export) -> Source:
-    """Tells what SOURCE is, and refuses what cannot be exported as asked, before anything large is read.
+def find_source(name: str, kind: str, use_ema: bool | None, revision: str | None) -> Source:
+    """Finds SOURCE and refuses, before anything large is read, what cannot be exported in this format.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
-    folder = Path(wanted.source)
-    found = _checkpoint(folder, wanted.use_ema) if (folder / RECORD).exists() else _student(wanted)
-    if wanted.format != "full" and not found.is_lora:
-        raise ValueError(
-            f"{wanted.source} holds a full student, which cannot become a LoRA; export it with --format full."
-        )
-    if wanted.format == "comfyui":
-        check_comfyui(found.pipeline_class)
-    return found
+    folder = Path(name)
+    source = _checkpoint(folder, use_ema) if (folder / RECORD).exists() else _student(name, use_ema, revision)
+    if kind != "full" and not source.is_lora:
+        raise ValueError(f"{name} holds a full student, which cannot become a LoRA; export it with --format full.")
+    if kind == "comfyui":
+        check_comfyui(source.pipeline_class)
+    return source
 
 
 def _checkpoint(folder: Path, use_ema: bool | None) -> Source:
@@ -150,61 +123,30 @@ def _checkpoint(folder: Path, use_ema: bool | None) -> Source:
     return Source(folder, index["_class_name"], run.is_lora, run)
 
 
-def _student(wanted: Export) -> Source:
-    folder, name, revision = Path(wanted.source), wanted.source, wanted.revision
+def _student(name: str, use_ema: bool | None, revision: str | None) -> Source:
+    folder = Path(name)
     if folder.is_dir():
         finish_exports(folder)
-    if not folder.is_dir() and folder.parent.is_dir() and folder.parent != Path():
-        there = [checkpoint.name for checkpoint in list_checkpoints(folder.parent)]
-        what = f"its checkpoints are {', '.join(there)}" if there else "check the name, or call from another folder"
+        if not is_student(folder):
+            inside = list_checkpoints(folder)
+            what = f"{inside[-1]} is a checkpoint, give that" if inside else "give a checkpoint-N folder or a student's"
+            raise ValueError(f"{name} holds neither a checkpoint ({RECORD}) nor a finished student; {what}.")
+    elif folder.parent.is_dir() and folder.parent != Path():
+        others = [checkpoint.name for checkpoint in list_checkpoints(folder.parent)]
+        what = f"its checkpoints are {', '.join(others)}" if others else "check the name, or call from another folder"
         raise ValueError(f"{folder.parent} holds no folder {folder.name}; {what}.")
-    if folder.is_dir() and not is_student(folder):
-        inside = list_checkpoints(folder)
-        what = f"{inside[-1]} is a checkpoint, give that" if inside else "give a checkpoint-N folder or a student's"
-        raise ValueError(f"{name} holds neither a checkpoint ({RECORD}) nor a finished student; {what}.")
-    if wanted.use_ema is not None:
+    if use_ema is not None:
         raise ValueError(f"{name} is a finished student with one set of weights; leave --use_ema and --no-use_ema out.")
     student = StudentConfig.load(name, revision=revision)
     family_of({"_class_name": student.pipeline_class})
     if not folder.is_dir():
         with explain_hub_errors("student", name, revision):
-            folder = Path(
-                snapshot_download(name, revision=revision, allow_patterns=READ, ignore_patterns=NOT_THE_STUDENT)
-            )
-    student_files(folder)  # first, as links may lead to what is no student's
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=READ, ignore_patterns=NOT_READ))
+    student_files(folder)  # first, because it refuses links out of the folder
     if student.is_lora:
         read_lora(folder)
     check_complete(folder)
     return Source(folder, student.pipeline_class, student.is_lora)
-
-
-def export(source: Source, folder: Path, bench: Path, wanted: Export) -> None:
-    """Writes a folder in the format that is asked for.
-
-    Args:
-        source: a checkpoint or a student.
-        folder: an empty one, which files are named after.
-        bench: an empty one to work in.
-        wanted: what the command asks for.
-    """
-    student, dtype = source.folder, DTYPES[wanted.dtype]
-    if source.run is not None:
-        student = bench
-        export_checkpoint(source.folder, source.run, student, wanted.use_ema)
-    if wanted.format == "full":
-        write_full(student, folder, dtype)
-    elif wanted.format == "lora":
-        copy_lora(student, folder, dtype)
-    else:
-        with writing(folder):
-            write_comfyui(student, folder / comfyui_name(folder), source.pipeline_class, dtype)
-
-
-def add_card(source: Source, folder: Path, wanted: Export) -> None:
-    """Writes the card, with what was found of a finished student, as long as its numbers stay what they were."""
-    if source.run is None and wanted.dtype == "float32":
-        copy_files(source.folder, folder, FINDINGS)
-    write_card(folder, wanted.output_dir)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`rdm-push`: a student, from its folder to the Hub."""
+"""`rdm-push`: uploads a student's folder to the Hub."""
 
 from __future__ import annotations
 
@@ -22,30 +22,24 @@ BOUNDS: dict[str, Bound] = {
 
 
 def make_parser() -> Parser:
-    """The parser of `rdm-push`."""
+    """The command line."""
     parser = Parser("rdm-push", description=__doc__)
     add = parser.add_argument
     add("folder", help="the student's folder, the --output_dir of its training")
-    add("repo_id", help="USER/NAME, or a name of your own")
-    add("--hub_token", "--token", dest="token", help="with write access; that of `hf auth login` or HF_TOKEN else")
+    add("repo_id", help="USER/NAME, or a name in your own account")
+    add("--hub_token", "--token", dest="token", help="with write access; default: that of `hf auth login` or HF_TOKEN")
     add("--private", "--hub_private_repo", action="store_true", default=None,
-        help="make a new repository one that only you can see")  # fmt: skip
+        help="make a new repository visible only to you")  # fmt: skip
     add("--revision", help="the branch to push to, made if it is missing; main by default")
     add("--commit_message", help="the first line of the commit")
     add("--tag", help="a name for the commit, for example v1")
     add("--tag_checkpoints", action="store_true",
-        help="before it, push the student of each checkpoint in the folder, under a tag of its name")  # fmt: skip
+        help="first push the student of each checkpoint in the folder, with a tag of its name")  # fmt: skip
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Pushes a student and says where it is.
-
-    Args:
-        argv: the command line; that of the program by default.
-
-    Returns:
-        The commit's address.
+    """Pushes a student and prints where it is; the commit's address.
 
     Raises:
         ValueError, OSError: one sentence on what is wrong and what to do.

@@ -1,36 +1,25 @@
 """Students as files that others load."""
 
 from .card import write_card
-from .comfyui import check_comfyui, comfyui_name, has_comfyui, read_lora, write_comfyui
-from .export import copy_lora, export_full, export_lora, write_full
-from .placing import WritingError, finish_exports, writing
-from .push import PushError, check_push, known_tags, push_student, retry_command, unfinished
-from .student_files import check_base, check_complete, check_student, copy_files, is_hub_id, student_files
+from .comfyui import check_comfyui, comfyui_name, has_comfyui, write_comfyui
+from .export import WritingError, export_full, export_lora, finish_exports
+from .push import PushError, check_push, push_student
+from .student_files import check_complete, check_student, student_files
 
 __all__ = [
     "PushError",
     "WritingError",
-    "check_base",
     "check_comfyui",
     "check_complete",
     "check_push",
     "check_student",
     "comfyui_name",
-    "copy_files",
-    "copy_lora",
     "export_full",
     "export_lora",
     "finish_exports",
     "has_comfyui",
-    "is_hub_id",
-    "known_tags",
     "push_student",
-    "read_lora",
-    "retry_command",
     "student_files",
-    "unfinished",
     "write_card",
     "write_comfyui",
-    "write_full",
-    "writing",
 ]

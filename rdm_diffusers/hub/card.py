@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -15,18 +17,34 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
+from safetensors import SafetensorError, safe_open
 
-from ..families import CARD
-from ..untrusted import write_inside
-from .card_facts import CardFacts, facts_of
-from .card_metrics import eval_results, results
+from ..families import CARD, FAMILIES, LORA_FILE, absent_components, family_of, pipeline_config
+from ..pipelines import StudentConfig
+from ..pipelines.student_config import REMEDY
+from ..tiny import is_tiny
+from ..untrusted import described, write_inside
+from .card_text import (
+    EVALUATION_FILE,
+    LICENSE_TAGS,
+    METRICS_FILE,
+    Markdown,
+    code,
+    escaped,
+    eval_results,
+    fenced,
+    plain,
+    quoted,
+    read_measurements,
+    results,
+)
 from .comfyui import comfyui_node, comfyui_sampler
-from .licenses import LICENSE_TAGS
-from .markdown import Markdown, code, escaped, fenced, plain, quoted
-from .student_files import student_files
+from .student_files import is_hub_id, read_scheduler, student_files
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 NEW_CARD = "README.new.md"
+PROMPT = "a photograph of an astronaut riding a horse"  # if no prompts are recorded
+TINY_PROMPT = "a red seven on a blue background"
 FLOAT32 = "dtype=torch.float32"  # otherwise text encoders load as they were stored, perhaps in half precision
 MARK = "\n<!-- written by rdm-diffusers; edited since, if this is not its digest: {} -->\n"
 # The table of the training. A row is left out if one of its values is unknown.
@@ -45,13 +63,86 @@ ROWS = {
 }
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card states."""
+
+    name: str  # the folder or Hub id that readers load the student by
+    student: StudentConfig
+    scheduler: Mapping[str, Any]  # the configuration of its stock scheduler
+    absent: Sequence[str] = ()  # components that the base model, or a full student, was saved without
+    vae_class: str | None = None  # the autoencoder's class, if it is not the base model's autoencoder
+    prompts: Sequence[str] = (PROMPT,)  # of the pictures; without pictures one example
+    pictures: Sequence[str] = ()  # their paths in the folder, one for each prompt
+    comfyui: str | None = None  # path of the file for ComfyUI, if there is one and ComfyUI can load the base model
+    weights_dtype: str | None = None  # of the student's weights in the folder, for example `float32`
+    samples: bool = False  # whether there is a `samples.png`
+    metrics: Mapping[str, Any] | None = None  # the contents of this file, if it exists
+    evaluation: Mapping[str, Any] | None = None  # likewise
+    trained: bool = True  # False for a card that is written before the training
+
+    @property
+    def teacher(self) -> str:
+        """The base model's name, never its local path."""
+        return Path(self.student.teacher or "an unknown teacher").name if self.is_local else str(self.student.teacher)
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether this package includes the base model."""
+        return is_tiny(self.student.teacher or "")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the base model is not on the Hub."""
+        return self.is_embedded or not is_hub_id(self.student.teacher or "")
+
+
+def facts_of(folder: Path, name: str) -> CardFacts:
+    """The facts about a student in a folder; some are read from its base model."""
+    student = StudentConfig.load(str(folder))
+    family_of({"_class_name": student.pipeline_class})
+    source = str(student.base_model_name_or_path) if student.is_lora else str(folder.resolve())
+    config, metrics = pipeline_config(source, revision=student.revision), read_measurements(folder / METRICS_FILE)
+    embedded = is_tiny(student.teacher or "")
+    return CardFacts(
+        name=name,
+        student=student,
+        scheduler=read_scheduler(folder),
+        absent=list(absent_components(config)),
+        vae_class=config["vae"][1] if student.vae else None,
+        prompts=(metrics or {}).get("prompts") or [TINY_PROMPT if embedded else PROMPT],
+        pictures=sorted(_paths(folder, "pictures/*.png"), key=lambda path: (len(path), path)),
+        comfyui=None if embedded else next(_paths(folder, "comfyui/*.safetensors"), None),
+        weights_dtype=_dtype_of(folder, student),
+        samples=(folder / "samples.png").exists(),
+        metrics=metrics,
+        evaluation=read_measurements(folder / EVALUATION_FILE),
+    )
+
+
+def _paths(folder: Path, pattern: str) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+
+
+def _dtype_of(folder: Path, student: StudentConfig) -> str | None:
+    """The dtype of a student's weights; None without weights."""
+    pattern = LORA_FILE if student.is_lora else f"{FAMILIES[student.pipeline_class].denoiser_name}/*.safetensors"
+    for path in folder.glob(pattern):
+        try:
+            with safe_open(path, "pt") as file:
+                return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")
+        except (OSError, SafetensorError, StopIteration) as error:
+            raise ValueError(f"{path} is damaged ({described(error)}); {REMEDY}.") from error
+    return None
+
+
 def write_card(folder: Path, name: str | None = None, overwrite: bool = False) -> Path:
     """Writes a student's card.
 
     Args:
         folder: the student's.
         name: the name that readers load the student by; the folder's path by default.
-        overwrite: whether to replace a card that somebody has edited, too.
+        overwrite: whether to replace even a card that somebody has edited.
 
     Returns:
         The file: `README.md`, or `README.new.md` beside a card that somebody has edited.

@@ -4,6 +4,11 @@ U-Nets' files have kohya's names, `lora_unet_<path with _>.lora_down.weight`, `.
 is diffusers' for Stable Diffusion 1 and 2, and Stability's for SDXL, because kohya's tools and the web UI expect these.
 Transformers' files have diffusers' names, with the alpha multiplied into the second matrix. diffusers itself loads all
 three kinds.
+
+Stability's names are those of SDXL's original checkpoint. diffusers counts blocks, and layers inside them. Stability
+counts in the order of execution: `input_blocks` are the first convolution, each layer on the way down, and each
+downsampling; `output_blocks` are the layers on the way up. In each of these the residual block is 0 and the attention
+1; an upsampling is 2 in the output block that it ends.
 """
 
 from __future__ import annotations
@@ -25,12 +30,31 @@ from ..pipelines import StudentConfig
 from ..pipelines.student_config import REMEDY
 from ..tiny import resolve_teacher
 from ..untrusted import read_object
-from .stability_names import stability_names
 
 logger = logging.get_logger(__name__)
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 DISCRETE = {"v_prediction": "v_prediction", "sample": "x0"}  # ComfyUI's names of predictions, if not epsilon
+OUTSIDE_BLOCKS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+IN_RESIDUAL_BLOCKS = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+DOWN_BLOCKS, UP_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D"}, {"UpBlock2D", "CrossAttnUpBlock2D"}
+MIDDLE_BLOCKS = {"UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None}
+MAX_BLOCKS = 10  # diffusers' own loader confuses `input_blocks_10` with a part of `input_blocks_1`
 
 
 def has_comfyui(pipeline_class: str) -> bool:
@@ -118,7 +142,7 @@ def as_comfyui(
 ) -> dict[str, Tensor]:
     """A LoRA's weights under the names that ComfyUI reads.
 
-    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, perhaps with Stability's path, and every module
+    `unet.a.b.lora_A.weight` becomes `lora_unet_a_b.lora_down.weight`, for SDXL with Stability's path, and every module
     has an alpha. Transformers' names stay; their second matrices are multiplied by `alpha / rank`, because readers
     take a missing alpha to be the rank.
 
@@ -157,10 +181,68 @@ def _paths(modules: Iterable[str], family: Family, config: Mapping[str, Any]) ->
     return {path: path for path in modules}
 
 
+def stability_names(paths: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Stability's path of each module: `input_blocks.4.1.proj_in` for `down_blocks.1.attentions.0.proj_in`.
+
+    Args:
+        paths: of the modules in diffusers' network.
+        config: the network's configuration.
+
+    Raises:
+        ValueError: if a module has no such name, or none that diffusers reads; the message completes a sentence.
+    """
+    _check_layout(config)
+    parts = {**OUTSIDE_BLOCKS, **_block_names(config["layers_per_block"], len(config["down_block_types"]))}
+    names = {}
+    for path in paths:
+        part = next((part for part in parts if f"{path}.".startswith(f"{part}.")), None)
+        if part is None:
+            raise ValueError(f"its {path} has no such name")
+        inside = path.removeprefix(part).removeprefix(".")
+        names[path] = f"{parts[part]}.{IN_RESIDUAL_BLOCKS.get(inside, inside)}".removesuffix(".")
+    return names
+
+
+def _check_layout(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a layout other than SDXL's."""
+    layers, down, up = (config.get(name) for name in ("layers_per_block", "down_block_types", "up_block_types"))
+    if not (isinstance(down, list | tuple) and isinstance(up, list | tuple)):
+        raise ValueError("its configuration names no blocks")
+    if not isinstance(layers, int):
+        raise ValueError(f"its layers_per_block are {layers}, not one number")
+    kinds = [*sorted(set(down) - DOWN_BLOCKS), *sorted(set(up) - UP_BLOCKS)]
+    if kinds or config.get("mid_block_type", "UNetMidBlock2DCrossAttn") not in MIDDLE_BLOCKS:
+        raise ValueError(f"it has blocks of another kind, {', '.join(kinds) or config['mid_block_type']}")
+    if "UpBlock2D" in up[:-1]:
+        raise ValueError("it has an upsampling after a block without attention")
+    if len(down) * (layers + 1) > MAX_BLOCKS:
+        raise ValueError(f"it has {len(down)} blocks of {layers} layers, more than such names can distinguish")
+
+
+def _block_names(layers: int, blocks: int) -> dict[str, str]:
+    """Stability's paths of all residual blocks, attentions and samplings on the way down and up."""
+    names = {}
+    for block in range(blocks):
+        first = block * (layers + 1)
+        for kind, index in {"resnets": 0, "attentions": 1}.items():
+            for layer in range(layers):
+                names[f"down_blocks.{block}.{kind}.{layer}"] = f"input_blocks.{first + layer + 1}.{index}"
+            for layer in range(layers + 1):
+                names[f"up_blocks.{block}.{kind}.{layer}"] = f"output_blocks.{first + layer}.{index}"
+        names[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{first + layers + 1}.0.op"
+        names[f"up_blocks.{block}.upsamplers.0"] = f"output_blocks.{first + layers}.2"
+    return names
+
+
 def _metadata(title: str, family: Family, student: StudentConfig, weights: Mapping[str, Tensor]) -> dict[str, str]:
     """The file's metadata, in the terms of ModelSpec and of kohya's tools."""
     widths = [tensor.shape[1] for name, tensor in weights.items() if name.endswith(f"attn2.to_k{DOWN}")]
-    prediction_type = student.scheduler["prediction_type"]
+    prediction_type, guidance = student.scheduler["prediction_type"], student.call_arguments.get("guidance_scale")
+    hints = (  # in ComfyUI's terms, where a CFG of 1 is off
+        f"{student.num_inference_steps} steps, CFG 1, sampler {comfyui_sampler(student)}",
+        (comfyui_node(student) or "").replace("*", ""),
+        f"embedded guidance {guidance}" if guidance else "",
+    )
     architecture = family.architecture(widths[0] if widths else None, prediction_type)
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -168,7 +250,7 @@ def _metadata(title: str, family: Family, student: StudentConfig, weights: Mappi
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.description": f"A few-step student of a {student.pipeline_class}, distilled with rdm_diffusers.",
-        "modelspec.usage_hint": _usage_hint(student),
+        "modelspec.usage_hint": ", ".join(filter(None, hints)),
         "ss_output_name": title,
         "ss_network_module": "networks.lora",
     }
@@ -176,14 +258,6 @@ def _metadata(title: str, family: Family, student: StudentConfig, weights: Mappi
         metadata["modelspec.prediction_type"] = prediction_type.removesuffix("_prediction")
         metadata["ss_v2"] = str("-v2-" in architecture)
     return metadata | ({"ss_base_model_version": family.kohya_base_version} if family.kohya_base_version else {})
-
-
-def _usage_hint(student: StudentConfig) -> str:
-    """How to sample the student, in ComfyUI's terms, where a CFG of 1 is off."""
-    guidance = student.call_arguments.get("guidance_scale")
-    hint = f"{student.num_inference_steps} steps, CFG 1, sampler {comfyui_sampler(student)}"
-    node = (comfyui_node(student) or "").replace("*", "")
-    return ", ".join(filter(None, (hint, node, f"embedded guidance {guidance}" if guidance else "")))
 
 
 def comfyui_node(student: StudentConfig) -> str | None:

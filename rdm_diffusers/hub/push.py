@@ -1,4 +1,4 @@
-"""Pushes students to the Hub: one commit of what is for others, and one command to try again."""
+"""Pushes students to the Hub: one commit of a student's files; after an error, one command tries again."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
 from ..families import CARD, INDEX
+from ..program import causes
 from ..untrusted import real_path, without_secrets
-from .student_files import check_secrets, check_student, components_of, is_hub_id, is_students, student_files
+from .student_files import check_secrets, check_student, components_of, is_hub_id, is_student_file, student_files
 
 COMMIT_MESSAGE = "Student of rdm_diffusers"
 PATIENCE = 120.0  # seconds to wait for an answer of the Hub; huggingface_hub itself waits forever during uploads
@@ -42,83 +43,74 @@ def push_student(
     tag: str | None = None,
     retry: str | None = None,
 ) -> str:
-    """Uploads a student's files in one commit; what arrived in an attempt that failed is not sent again.
+    """Uploads a student's files in one commit; files that a failed attempt uploaded are not sent again.
 
-    The card that goes up names the repository where the local one names the folder. Local files are only read. Of the
-    student that was there before nothing stays; what else is in the repository does.
+    The uploaded card names the repository where the local one names the folder. Local files are only read. All files
+    of an earlier student are removed from the repository; other files in it stay.
 
     Args:
         folder: the student's.
-        repo_id: `USER/NAME`, or a name of the user's own; made if it is missing.
+        repo_id: `USER/NAME`, or a name in your own account; the repository is made if it is missing.
         token: with write access; by default that of `hf auth login` or HF_TOKEN.
         private: whether only you may see a new repository; the Hub's default if None.
         revision: a branch, made if it is missing; `main` by default.
         commit_message: the commit's first line.
-        tag: a name for the commit, which may not mean another commit already.
-        retry: the command that an error names; by default that which pushes this folder.
+        tag: a name for the commit; it may not name another commit already.
+        retry: the command that an error names; by default the one that pushes this folder.
 
     Returns:
         The commit's address.
 
     Raises:
-        ValueError: if the name is none, or the folder holds no student, one that others could not load, or a token.
-        PushError: if the Hub did not take it.
+        ValueError: if no repository can have the name, or the folder holds no student, one that others could not
+            load, or a token.
+        PushError: if the Hub refused it.
     """
-    folder, token = Path(folder), token or get_token()
+    folder = Path(folder)
     check_repo_id(repo_id)
     check_student(folder)
     files = student_files(folder)
-    check_secrets(files, token)
+    check_secrets(files, token or get_token())
     retry = retry or retry_command(folder, repo_id, private, revision, commit_message, tag)
-    with _push_errors(*unfinished(repo_id, retry), token):
-        api = HfApi(token=token)
-        repo_id = _open(api, repo_id, private, revision)
+    with _opened(repo_id, *unfinished(repo_id, retry), token, private, revision) as (api, repo_id):
         commit = api.create_commit(
             repo_id,
-            [*_operations(folder, files, repo_id), *_removals(api, repo_id, revision, folder, files)],
+            [*_uploads(folder, files, repo_id), *_removals(api, repo_id, revision, folder, files)],
             commit_message=without_secrets(commit_message or COMMIT_MESSAGE),
             revision=revision,
         )
         if tag is not None:
-            _tag(api, repo_id, tag, commit.oid)
+            api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)  # an existing tag stays as it is
+            if api.model_info(repo_id, revision=tag, timeout=PATIENCE).sha != commit.oid:
+                raise ValueError(f"the commit is there, but the tag {tag} means another one; choose another --tag")
     return str(commit.commit_url)
 
 
 def check_push(
     repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
 ) -> str:
-    """Makes sure, before any long work, that a student can be pushed; makes repository and branch if they are missing.
+    """Checks, before any long work, that a student can be pushed; makes repository and branch if they are missing.
 
     Args:
-        repo_id, token, private, revision: as `push_student`.
+        repo_id, token, private, revision: as in `push_student`.
 
     Returns:
         The repository's full name.
 
     Raises:
-        ValueError: if the name is none.
-        PushError: if there is no token, the Hub cannot be reached, or it would not take a student.
+        ValueError: if no repository can have the name.
+        PushError: if there is no token, the Hub cannot be reached, or it would refuse a student.
     """
-    token = token or get_token()
     check_repo_id(repo_id)
-    with _push_errors(f"Nothing can be pushed to {repo_id}", ".", token):
-        return _open(HfApi(token=token), repo_id, private, revision)
+    with _opened(repo_id, f"Nothing can be pushed to {repo_id}", ".", token, private, revision) as (_, full_name):
+        return full_name
 
 
-def known_tags(repo_id: str, *, private: bool | None, revision: str | None, retry: str) -> set[str]:
-    """The tags of a repository, which is made if it is missing.
-
-    Args:
-        repo_id, private, revision, retry: as in `push_student`.
-
-    Raises:
-        ValueError, PushError: as `push_student`.
-    """
-    token = get_token()
+def existing_tags(repo_id: str, *, private: bool | None, revision: str | None, retry: str) -> set[str]:
+    """The tags of a repository, which is made if it is missing; arguments and errors as in `push_student`."""
     check_repo_id(repo_id)
-    with _push_errors(*unfinished(repo_id, retry), token):
-        api = HfApi(token=token)
-        return {tag.name for tag in api.list_repo_refs(_open(api, repo_id, private, revision)).tags}
+    with _opened(repo_id, *unfinished(repo_id, retry), None, private, revision) as (api, full_name):
+        return {tag.name for tag in api.list_repo_refs(full_name).tags}
 
 
 def unfinished(repo_id: str, retry: str) -> tuple[str, str]:
@@ -127,11 +119,7 @@ def unfinished(repo_id: str, retry: str) -> tuple[str, str]:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuses a name that no repository can have.
-
-    Raises:
-        ValueError: saying what it may hold.
-    """
+    """Raises ValueError for a name that no repository can have."""
     if not is_hub_id(repo_id):
         raise ValueError(
             f"{repo_id!r} is no name of a repository; give NAME or USER/NAME of letters, digits, '-', '_' and '.', at "
@@ -155,8 +143,27 @@ def retry_command(
     return shlex.join([*words, *(word for flag, value in options.items() if value for word in (flag, value))])
 
 
+@contextmanager
+def _opened(
+    repo_id: str, what: str, what_next: str, token: str | None, private: bool | None, revision: str | None
+) -> Iterator[tuple[HfApi, str]]:
+    """The Hub, and the full name of a repository that can be written; both it and the branch are made if missing.
+
+    Meanwhile the Hub has `PATIENCE` to answer, and every error becomes a PushError: what failed, why, and what to do.
+    """
+    session, token = get_session(), token or get_token()
+    before, session.timeout = session.timeout, PATIENCE
+    try:
+        api = HfApi(token=token)
+        yield api, _open(api, repo_id, private, revision)
+    except Exception as error:
+        reason = _reason_of(error).replace(token, "...") if token else _reason_of(error)
+        raise PushError(f"{what} ({reason}){what_next}") from error
+    finally:
+        session.timeout = before
+
+
 def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """The full name of a repository that was made, if need be, and can be written, with the branch."""
     if api.token is None:
         raise ValueError("there is no token; log in with `hf auth login` or set HF_TOKEN")
     if "/" not in repo_id:
@@ -166,12 +173,12 @@ def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) 
         raise ValueError("the repository is public; make it private in its settings, or choose another name")
     if revision not in (None, "main"):
         api.create_branch(repo_id, branch=str(revision), exist_ok=True)
-    # Asks how a file would be taken and sends none: who may only read is refused.
+    # Asks how a file would be stored and sends none; a token that may only read is refused.
     api.preupload_lfs_files(repo_id, [CommitOperationAdd(CARD, b"# Student")], revision=revision)
     return repo_id
 
 
-def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOperationAdd]:
+def _uploads(folder: Path, files: list[Path], repo_id: str) -> list[CommitOperationAdd]:
     """The files to upload, links resolved, and the card with the repository's name.
 
     `upload_folder` would make the same commit, but it cannot change the card, and `*` in its patterns also matches `/`,
@@ -180,7 +187,8 @@ def _operations(folder: Path, files: list[Path], repo_id: str) -> list[CommitOpe
     sources: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): real_path(folder, file) for file in files}
     if CARD in sources:
         card = (folder / CARD).read_text("utf-8", "surrogateescape")
-        sources[CARD] = card_for(card, repo_id).encode("utf-8", "surrogateescape")
+        card = re.sub(r"^student = .*$", f'student = "{repo_id}"', card, flags=re.MULTILINE)
+        sources[CARD] = card.encode("utf-8", "surrogateescape")
     return [CommitOperationAdd(path, source) for path, source in sources.items()]
 
 
@@ -188,61 +196,29 @@ def _removals(
     api: HfApi, repo_id: str, revision: str | None, folder: Path, files: list[Path]
 ) -> list[CommitOperationDelete]:
     """The files of an earlier student, which would be loaded together with this one's; never a card."""
-    known = api.model_info(repo_id, revision=revision, timeout=PATIENCE)
-    names = {file.rfilename for file in known.siblings or []}
-    index = api.hf_hub_download(repo_id, INDEX, revision=known.sha) if INDEX in names else None
+    info = api.model_info(repo_id, revision=revision, timeout=PATIENCE)
+    names = {file.rfilename for file in info.siblings or []}
+    index = api.hf_hub_download(repo_id, INDEX, revision=info.sha) if INDEX in names else None
     components = components_of(Path(index)) if index else []
     stale = names - {CARD, *(file.relative_to(folder).as_posix() for file in files)}
-    return [CommitOperationDelete(name) for name in sorted(stale) if is_students(name, components)]
-
-
-def card_for(card: str, repo_id: str) -> str:
-    """A card whose examples load the student from the Hub."""
-    return re.sub(r"^student = .*$", f'student = "{repo_id}"', card, flags=re.MULTILINE)
-
-
-def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
-    """Names a commit; what has the name already stays, because others may rely on it."""
-    api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
-    if api.model_info(repo_id, revision=tag, timeout=PATIENCE).sha != commit:
-        raise ValueError(f"the commit is there, but the tag {tag} means another one; choose another --tag")
-
-
-@contextmanager
-def _push_errors(what: str, what_next: str, token: str | None) -> Iterator[None]:
-    """Turns errors into one sentence: what failed, why, and what to do; stops waiting for the Hub after `PATIENCE`.
-
-    Raises:
-        PushError: for any error; connection errors are those of the HTTP library, which was httpx and is httpx2.
-    """
-    session = get_session()
-    before, session.timeout = session.timeout, PATIENCE
-    try:
-        yield
-    except Exception as error:
-        reason = _reason_of(error).replace(token, "...") if token else _reason_of(error)
-        raise PushError(f"{what} ({reason}){what_next}") from error
-    finally:
-        session.timeout = before
+    return [CommitOperationDelete(name) for name in sorted(stale) if is_student_file(name, components)]
 
 
 def _reason_of(error: BaseException) -> str:
     """Why a request failed, without a line break or a full stop."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    responses = [found for each in causes if (found := getattr(each, "response", None)) is not None]
+    chain = list(causes(error))
+    responses = [response for each in chain if (response := getattr(each, "response", None)) is not None]
     if responses:
         response = responses[0]
         said, advice = response.headers.get("X-Error-Message"), ADVICE.get(response.status_code)
         answer = f"the Hub answered {response.status_code}" + (f' "{_one_line(said)}"' if said else "")
         return f"{answer}: {advice}" if advice else answer
-    if any(isinstance(each, OfflineModeIsEnabled) for each in causes):
-        return "HF_HUB_OFFLINE forbids to reach the Hub; unset it"
-    if any("Timeout" in type(each).__name__ for each in causes):
+    if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
+        return "HF_HUB_OFFLINE forbids reaching the Hub; unset it"
+    if any("Timeout" in type(each).__name__ for each in chain):
         return "the Hub did not answer in time"
-    said = _one_line(str(causes[-1])) or type(causes[-1]).__name__
-    is_transport = any(base.__name__ == TRANSPORT for each in causes for base in type(each).__mro__)
+    said = _one_line(str(chain[-1])) or type(chain[-1]).__name__
+    is_transport = any(base.__name__ == TRANSPORT for each in chain for base in type(each).__mro__)
     return f"the connection to the Hub failed: {said}" if is_transport else said
 
 

@@ -1,11 +1,11 @@
-"""What of a student's folder is for others: an allow-list, and a look for tokens in it."""
+"""The files of a student that others get: an allow-list, whether they are whole, and whether a token is in them."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from collections.abc import Collection, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import diffusers
@@ -27,64 +27,49 @@ PATTERNS = (
 )  # fmt: skip
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 TOKEN = re.compile(HUB_TOKEN.pattern.encode())
-OWN_TEXTS = (CARD, STUDENT_CONFIG, "metrics.json", "evaluation.json")  # tokenizers know of all kinds of addresses
+OWN_TEXTS = (CARD, STUDENT_CONFIG, "metrics.json", "evaluation.json")  # tokenizers contain all kinds of addresses
 
 
 def student_files(folder: Path) -> list[Path]:
-    """The files of a student that are for others, sorted; all else in its folder stays at home.
+    """The files of a student that others get, sorted; all other files in its folder stay private.
 
     Args:
-        folder: the student's: a LoRA, or a whole pipeline with the components that its `model_index.json` names.
+        folder: a LoRA's, or a whole pipeline's with the components that its `model_index.json` names.
 
     Raises:
-        ValueError: if one of them is a link out of the folder, whether it leads to anything or not.
+        ValueError: if one of them is a link out of the folder, even a broken one.
     """
     real_path(folder, folder / INDEX)
     components = components_of(folder / INDEX)
-    found = [path for depth in ("*", "*/*") for path in folder.glob(depth)]
-    named = [path for path in found if is_students(path.relative_to(folder).as_posix(), components)]
-    for path in named:
+    paths = [path for depth in ("*", "*/*") for path in folder.glob(depth)]
+    listed = [path for path in paths if is_student_file(path.relative_to(folder).as_posix(), components)]
+    for path in listed:
         real_path(folder, path)
-    return sorted(path for path in named if path.is_file())
+    return sorted(path for path in listed if path.is_file())
 
 
 def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
-    """Copies a student's files, what links stand for included.
-
-    Args:
-        source: the student's folder.
-        folder: another one.
-        patterns: of the names that are copied, as in `PATTERNS`.
-
-    Raises:
-        ValueError: as `student_files`.
-    """
+    """Copies those files of a student whose names match one of `patterns`, as in `PATTERNS`; links are followed."""
     for file in student_files(source):
         name = file.relative_to(source)
-        if any(len(name.parts) == pattern.count("/") + 1 and name.match(pattern) for pattern in patterns):
+        if _matches(name, patterns):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(real_path(source, file), folder / name)
 
 
-def is_students(name: str, components: Collection[str]) -> bool:
-    """Whether a file of this name, in a folder or a repository, is a student's; nothing else is pushed or replaced.
+def _matches(path: PurePath, patterns: Sequence[str]) -> bool:
+    return any(len(path.parts) == pattern.count("/") + 1 and path.match(pattern) for pattern in patterns)
 
-    Args:
-        name: its path there.
-        components: the folders of a whole pipeline's components (`components_of`).
-    """
+
+def is_student_file(name: str, components: Collection[str]) -> bool:
+    """Whether the file at this path, of a folder or a repository, is a student's; a push touches no other file."""
     path = PurePosixPath(name)
-    listed = any(len(path.parts) == pattern.count("/") + 1 and path.match(pattern) for pattern in PATTERNS)
     inside = len(path.parts) == 2 and path.parts[0] in components and path.suffix in COMPONENT_SUFFIXES
-    return (listed or inside) and not path.name.startswith(".")
+    return (inside or _matches(path, PATTERNS)) and not path.name.startswith(".")
 
 
 def components_of(index: Path) -> list[str]:
-    """The folders of the components that a `model_index.json` names; none without that file, as in a LoRA's folder.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
+    """The folders of the components that a `model_index.json` names; none without that file, as in a LoRA's folder."""
     if not index.is_file():
         return []
     entries = read_object(index, REMEDY).items()
@@ -99,64 +84,59 @@ def check_student(folder: Path) -> StudentConfig:
     """
     if not is_student(folder) or not any((folder / name).is_file() for name in (LORA_FILE, INDEX)):
         raise ValueError(f"{folder} holds no student; give the --output_dir of a finished training run.")
-    student_files(folder)  # first, as links may lead to what is no student's
-    student = StudentConfig.load(str(folder))
-    check_base(student.base_model_name_or_path, student.vae)
-    check_complete(folder)
+    student = check_complete(folder)
+    check_available_to_others(student.base_model_name_or_path, student.vae)
     return student
 
 
-def check_complete(folder: Path) -> None:
-    """Refuses a student of which a file or a component is missing, cut off, or not what a student's is.
+def check_complete(folder: Path) -> StudentConfig:
+    """Refuses a student of which a file or a component is missing, cut off, or not a student's; its configuration.
 
     Raises:
         ValueError, ImportError: naming it; as `student_files` and `check_lora_file`.
     """
-    files = student_files(folder)
-    there = {*files, *(file.parent for file in files)}
+    files = student_files(folder)  # first, because it refuses links out of the folder
+    existing = {*files, *(file.parent for file in files)}
     for name in (SCHEDULER, *components_of(folder / INDEX)):
-        if folder / name not in there:
-            raise ValueError(f"{folder / name} is missing; download or export the student again.")
+        if folder / name not in existing:
+            raise ValueError(f"{folder / name} is missing; {REMEDY}.")
     for file in files:
         if file.suffix == ".safetensors":
-            _check_opens(file)
+            _check_header(file)
     student, scheduler = StudentConfig.load(str(folder)), read_scheduler(folder)
     if student.scheduler_sha256 not in (None, digest_of(scheduler)):
         warn_of_change(folder / SCHEDULER, "scheduler_sha256")
     if student.is_lora:
         component = family_of({"_class_name": student.pipeline_class}).denoiser_name
         check_lora_file(folder / LORA_FILE, component, student.weights_sha256)
+    return student
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
-    """The configuration of a student's stock scheduler.
-
-    Raises:
-        ValueError: if it is damaged, or names no scheduler of diffusers.
-    """
+    """The configuration of a student's stock scheduler; ValueError if it is damaged, or names no scheduler."""
     path = folder / SCHEDULER
     config = read_object(path, REMEDY, finite=False)
     try:
         check_scheduler(config)
-        found = getattr(diffusers, config.get("_class_name", ""), None)
-        if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+        scheduler_class = getattr(diffusers, config.get("_class_name", ""), None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
             raise ValueError("it names no scheduler of diffusers")
     except (ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({described(error)}); {REMEDY}.") from error
     return config
 
 
-def _check_opens(weights: Path) -> None:
-    """Only the header is read, whose sizes are compared with the file's."""
+def _check_header(weights: Path) -> None:
+    """Refuses a file whose size is not what its header says; no tensor is read."""
     try:
         with safe_open(weights, "pt"):
             pass
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{weights} is damaged ({error}); download or export the student again.") from error
+        raise ValueError(f"{weights} is damaged ({error}); {REMEDY}.") from error
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a repository could have this name; a local folder's full path is none."""
+    """Whether a repository could have this name; the full path of a local folder is none."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -164,15 +144,8 @@ def is_hub_id(name: str) -> bool:
     return True
 
 
-def check_base(*names: str | None) -> None:
-    """Refuses a LoRA student of a teacher, or with an autoencoder, that others do not have.
-
-    Args:
-        names: what it is loaded with; embedded teachers and Hub ids can be had by all.
-
-    Raises:
-        ValueError: saying what to do.
-    """
+def check_available_to_others(*names: str | None) -> None:
+    """Raises ValueError for a teacher or autoencoder that others do not have, unlike embedded ones and Hub ids."""
     for name in names:
         if name is not None and not is_tiny(name) and (Path(name).is_dir() or not is_hub_id(name)):
             raise ValueError(
@@ -182,12 +155,9 @@ def check_base(*names: str | None) -> None:
 
 
 def check_secrets(files: list[Path], token: str | None) -> None:
-    """Refuses files in which the token stands, or anything that looks like one.
+    """Raises ValueError for a file that contains the token, or anything that looks like one, without showing it.
 
-    Of weights only the part that is text is read.
-
-    Raises:
-        ValueError: naming the file, never the token.
+    Of weights only the header is searched.
     """
     for file in files:
         text = _text_of(file)

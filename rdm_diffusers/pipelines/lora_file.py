@@ -13,9 +13,8 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 
-from ..families import LORA_FILE, fetch
-from ..untrusted import Kinds, check_kinds, described, parse_object
-from .student_config import REMEDY, TEXT, check_ranges, warn_of_change
+from ..untrusted import Kinds, described, parse_object
+from .student_config import REMEDY, TEXT, check_entries, warn_of_change
 
 MAX_HEADER = 2**20  # bytes of the adapter's description
 # peft and diffusers read names as regular expressions; one of this kind matches little, and quickly.
@@ -29,26 +28,15 @@ RANGES: dict[str, tuple[float, float]] = {"r": (1, 16_384), "lora_alpha": (1e-6,
 ADAPTERS = "its adapter's "
 
 
-def check_lora_of(name: str, component: str, digest: str | None, **hub_options: Any) -> None:
-    """`check_lora_file` for the LoRA of a student's folder or Hub repository.
-
-    Raises:
-        ValueError, ImportError: as `check_lora_file`, or if the Hub does not give it.
-    """
-    folder = Path(name)
-    path = folder / LORA_FILE if folder.is_dir() else fetch("student", name, LORA_FILE, **hub_options)
-    check_lora_file(path, component, digest)
-
-
 def check_lora_file(path: Path, component: str, digest: str | None = None) -> None:
     """Refuses a file that is no LoRA student's, or with which peft would do more than add such a LoRA.
 
-    Only the header is checked. A file that changed after its export is warned of.
+    Only the header is checked. A warning names a file that changed after its export.
 
     Args:
         path: of `pytorch_lora_weights.safetensors`.
         component: the pipeline's component that the LoRA belongs to, `unet` or `transformer`.
-        digest: of its contents (`StudentConfig.weights_sha256`); None for those of version 0.1.0, which recorded none.
+        digest: of its contents (`StudentConfig.weights_sha256`); None for version 0.1.0, which recorded none.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
@@ -103,8 +91,7 @@ def _check_adapter(adapter: Mapping[str, Any]) -> None:
         raise ImportError(
             f"The LoRA names {name[:80]!r}, which this peft does not know; upgrade with `pip install --upgrade peft`."
         )
-    check_kinds(adapter, KINDS, ADAPTERS)
-    check_ranges(adapter, RANGES, ADAPTERS)
+    check_entries(adapter, KINDS, RANGES, ADAPTERS)
     for module in adapter.get("target_modules", []):
         if not isinstance(module, str) or not NAME.fullmatch(module):
             raise ValueError(f"{ADAPTERS}target_modules hold {str(module)[:80]!r}, which is no module's name")

@@ -1,4 +1,4 @@
-"""`RdmDistillationPipeline`: loads any student and samples it. Imports nothing of training."""
+"""`RdmDistillationPipeline`: loads any student and samples it, without imports from `training/`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..families import (
     LORA_FILE,
     check_pipeline,
     explain_hub_errors,
+    fetch,
     load_options,
     load_scheduler,
     load_vae,
@@ -34,8 +35,8 @@ from ..families import (
 )
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
-from .lora_file import check_lora_of
-from .saving import remove_origins, stock_parts
+from .lora_file import check_lora_file
+from .saving import remove_origins, stock_scheduler, without_adapters
 from .student_config import StudentConfig, is_student
 
 logger = logging.get_logger(__name__)
@@ -50,8 +51,8 @@ TOLERANCE = 1e-5  # of squared alphas; zero terminal SNR is 0 in some stock sche
 class RdmDistillationPipeline(DiffusionPipeline):
     """A few-step student: its stock pipeline, but with the trained number of steps and with guidance off by default.
 
-    This class dispatches: `from_pretrained` returns `RdmStableDiffusionPipeline` and the like, each also an instance
-    of its stock pipeline. Saved folders name stock classes only, so stock diffusers loads them too.
+    `from_pretrained` of this class returns one of its subclasses, such as `RdmStableDiffusionPipeline`, each also an
+    instance of its stock pipeline. Saved folders name stock classes only, so stock diffusers loads them too.
 
     A student is trained without guidance; a call may still ask for it (`guidance_scale` above 1), at twice the cost.
     Without guidance a negative prompt has no effect, and a warning says so.
@@ -90,8 +91,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
             kwargs: as in diffusers; `dtype` or `torch_dtype` (float32 by default), `revision`, `token`, and so on.
 
         Raises:
-            ValueError: if it is no student, of an unsupported family, or made by a newer release, or if the Hub does
-                not give it or its teacher.
+            ValueError: if it is no student, of an unsupported family, or made by a newer release, or if it or its
+                teacher cannot be downloaded.
         """
         name = str(pretrained_model_name_or_path)
         if cls is not RdmDistillationPipeline and (Path(name) / INDEX).exists() and not is_student(name):
@@ -152,9 +153,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
             raise ValueError(f"{student} is a student of a {config.pipeline_class}, and the pipeline is a {kind}.")
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
-            check_lora_of(str(student), FAMILIES[config.pipeline_class].denoiser_name, config.weights_sha256, **hub)
             check_noise_schedule(config, "the pipeline", shared.scheduler)
-            shared.load_lora_weights(str(student), weight_name=LORA_FILE, use_safetensors=True, **hub)
+            shared._add_lora(str(student), config, hub)
         return shared._as(config)
 
     def _as(self, student: StudentConfig) -> RdmDistillationPipeline:
@@ -178,10 +178,16 @@ class RdmDistillationPipeline(DiffusionPipeline):
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         pipeline = cls._load_stock("teacher", base, base_hub, options)
-        check_lora_of(name, FAMILIES[student.pipeline_class].denoiser_name, student.weights_sha256, **hub)
-        with explain_hub_errors("student", name, hub.get("revision")):
-            pipeline.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
+        pipeline._add_lora(name, student, hub)
         return pipeline
+
+    def _add_lora(self, name: str, student: StudentConfig, hub: dict[str, Any]) -> None:
+        """Checks the LoRA in a student's folder or Hub repository, then loads it."""
+        folder = Path(name)
+        path = folder / LORA_FILE if folder.is_dir() else fetch("student", name, LORA_FILE, **hub)
+        check_lora_file(path, FAMILIES[student.pipeline_class].denoiser_name, student.weights_sha256)
+        with explain_hub_errors("student", name, hub.get("revision")):
+            self.load_lora_weights(name, weight_name=LORA_FILE, use_safetensors=True, **hub)
 
     @classmethod
     def _load_stock(cls, what: str, name: str, hub: dict[str, Any], options: dict[str, Any]) -> RdmDistillationPipeline:
@@ -199,15 +205,14 @@ class RdmDistillationPipeline(DiffusionPipeline):
         `kwargs` are those of diffusers, `push_to_hub` and `repo_id` included.
         """
         family, student = FAMILIES[type(self).__bases__[1].__name__], self.student
-        parts = stock_parts(self, family)
-        if student is not None:
-            parts["scheduler"] = family.stock_scheduler(
-                self.scheduler, student.num_inference_steps, student.scheduler["eta"]
-            )
-        stock = rebuilt(family.pipeline_class, self, **parts)
+        parts = without_adapters(self)
         if student is None:
-            stock.save_pretrained(save_directory, **kwargs)
+            parts["scheduler"] = stock_scheduler(self.scheduler, family)
+            rebuilt(family.pipeline_class, self, **parts).save_pretrained(save_directory, **kwargs)
             return
+        steps, eta = student.num_inference_steps, student.scheduler["eta"]
+        parts["scheduler"] = family.stock_scheduler(self.scheduler, steps, eta)
+        stock = rebuilt(family.pipeline_class, self, **parts)
         folder, push = Path(save_directory), kwargs.pop("push_to_hub", False)
         hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if key in kwargs}
         stock.save_pretrained(folder, **kwargs)
@@ -257,10 +262,7 @@ def _few_step_call(stock: type[DiffusionPipeline]) -> Callable:
 
 
 def _register_for_auto_pipelines(pipeline_class: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:
-    """Lets `from_pipe` of diffusers' AutoPipelines accept a few-step pipeline.
-
-    For text to image it stays a few-step pipeline; for the other tasks it becomes the stock one of its family.
-    """
+    """Lets diffusers' AutoPipelines accept a few-step pipeline; for other tasks than text to image it becomes stock."""
     key = next((key for key, each in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if each is stock), None)
     if key is not None:
         AUTO_TEXT2IMAGE_PIPELINES_MAPPING[f"rdm-{key}"] = pipeline_class
@@ -270,7 +272,7 @@ def _register_for_auto_pipelines(pipeline_class: type[DiffusionPipeline], stock:
 
 
 def check_noise_schedule(student: StudentConfig, name: str, scheduler: SchedulerMixin) -> None:
-    """Refuses a base model whose outputs mean something else than the teacher's, on which a student would draw noise.
+    """Refuses a base model on which a student would draw noise, because its outputs mean something else.
 
     Args:
         student: its configuration.
@@ -278,7 +280,7 @@ def check_noise_schedule(student: StudentConfig, name: str, scheduler: Scheduler
         scheduler: the base model's, of any solver.
 
     Raises:
-        ValueError: if the prediction type or the noise schedule is another.
+        ValueError: if the prediction type or the noise schedule is not the teacher's.
     """
     family, own = FAMILIES[student.pipeline_class], RdmScheduler.from_config(student.scheduler)
     prediction_type = family.prediction_type(scheduler)

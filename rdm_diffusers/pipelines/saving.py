@@ -19,11 +19,10 @@ STEPS = 50  # of a stochastic stock scheduler without a student's grid
 FLOW = ("num_train_timesteps", "shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
 
 
-def stock_parts(pipeline: DiffusionPipeline, family: Family) -> dict[str, Any]:
-    """Replacements for the components of a pipeline that stock diffusers would not load as they are."""
+def without_adapters(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Copies, without adapters, of the components that have some."""
     components = pipeline.components.items()
-    parts = {name: _merge_adapters(part) for name, part in components if getattr(part, "peft_config", None)}
-    return {**parts, "scheduler": stock_scheduler(pipeline.scheduler, family)}
+    return {name: _merge_adapters(part) for name, part in components if getattr(part, "peft_config", None)}
 
 
 def _merge_adapters(network: Any) -> Any:

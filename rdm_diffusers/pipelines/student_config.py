@@ -1,7 +1,4 @@
-"""`rdm_config.json`: what a student's folder holds besides its stock diffusers files.
-
-A damaged or hostile file is refused in one sentence, before anything is loaded.
-"""
+"""`rdm_config.json`: how a student is loaded and sampled; damaged or hostile files are refused before loading."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ STUDENT_KINDS: dict[str, Kinds] = {
 TRAINING_KINDS: dict[str, Kinds] = {
     "command": TEXT, "arguments": dict, "updates": (int, type(None)), "averaged": (bool, type(None)),
 }  # fmt: skip
-ARGUMENT_KINDS: dict[str, Kinds] = {  # those that code reads
+ARGUMENT_KINDS: dict[str, Kinds] = {  # of the arguments that code reads
     "pretrained_model_name_or_path": TEXT, "student": TEXT, "algorithm": TEXT, "reward": (list, type(None)),
     "resolution": (int, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
     "gradient_accumulation_steps": (int, type(None)),
@@ -168,9 +165,9 @@ def warn_of_change(path: Path, entry: str) -> None:
 
 
 def _check_release(name: str, entries: Mapping[str, Any]) -> None:
-    """Refuses a newer release's file before any other entry is checked, because those may have changed."""
-    made = entries.get("format_version")
-    if type(made) is int and made > FORMAT_VERSION:
+    """Refuses a newer release's file before the other entries are checked, because their kinds may have changed."""
+    format_version = entries.get("format_version")
+    if type(format_version) is int and format_version > FORMAT_VERSION:
         raise ValueError(
             f"{name} was made by rdm-diffusers {entries.get('version')}, which is newer than this "
             f"{package_version()}; upgrade with `pip install --upgrade rdm-diffusers`."
@@ -178,16 +175,14 @@ def _check_release(name: str, entries: Mapping[str, Any]) -> None:
 
 
 def _check_entries(entries: Mapping[str, Any]) -> None:
-    """Raises ValueError with the first wrong entry; the dataclass itself refuses missing ones."""
-    check_kinds(entries, STUDENT_KINDS)
-    check_ranges(entries, RANGES)
+    """Raises ValueError for the first wrong entry; the dataclass itself refuses missing ones."""
+    check_entries(entries, STUDENT_KINDS, RANGES)
     check_scheduler(entries.get("scheduler", {}), "scheduler's ")
     call = entries.get("call_arguments", {})
     unknown = [name for name in call if name not in CALL_KINDS]
     if unknown:
         raise ValueError(f"call_arguments has {unknown[0][:40]!r}, with which no student is called")
-    check_kinds(call, CALL_KINDS, "call_arguments' ")
-    check_ranges(call, RANGES, "call_arguments' ")
+    check_entries(call, CALL_KINDS, RANGES, "call_arguments' ")
     license_tags, training = entries.get("license", {}), entries.get("training", {})
     check_kinds(license_tags, dict.fromkeys(license_tags, str), "license's ")
     check_kinds(training, TRAINING_KINDS, "training's ")
@@ -198,17 +193,13 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
 
 
 def check_scheduler(config: Mapping[str, Any], inside: str = "") -> None:
-    """Refuses numbers that no scheduler has, or that would fill the memory.
+    """Raises ValueError for the first number that no scheduler has, or that would fill the memory.
 
     Args:
         config: of our scheduler or a stock one; entries that ours does not have are not checked.
         inside: its name in the error.
-
-    Raises:
-        ValueError: naming the first wrong entry, and what it should be.
     """
-    check_kinds(config, SCHEDULER_KINDS, inside)
-    check_ranges(config, RANGES, inside)
+    check_entries(config, SCHEDULER_KINDS, RANGES, inside)
     last = config.get("num_train_timesteps", 1000)
     for name, highest in (("trained_betas", 1), ("student_timesteps", last), ("student_sigmas", 1)):
         values = config.get(name) or []
@@ -218,8 +209,11 @@ def check_scheduler(config: Mapping[str, Any], inside: str = "") -> None:
             raise ValueError(f"{inside}{name} should hold numbers from 0 to {highest}")
 
 
-def check_ranges(entries: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], inside: str = "") -> None:
-    """Raises ValueError with the first entry outside its range."""
+def check_entries(
+    entries: Mapping[str, Any], kinds: Mapping[str, Kinds], ranges: Mapping[str, tuple[float, float]], inside: str = ""
+) -> None:
+    """Raises ValueError for the first entry of another kind, or outside its range; `inside` is its owner's name."""
+    check_kinds(entries, kinds, inside)
     for name, (low, high) in ranges.items():
         if name in entries and not low <= entries[name] <= high:
             raise ValueError(f"{inside}{name} is {entries[name]}, and should be from {low:g} to {high:g}")

@@ -1,4 +1,4 @@
-"""The student out of a checkpoint: its folder, as the run itself would have written it then."""
+"""The student of a checkpoint: its folder, as the run itself would have written it then."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 from ..config import RunConfig
 from ..config.record import training_record
 from ..config.retired import RetiredError
-from ..families import Conditioning, Teacher
+from ..families import Conditioning
 from ..hub import export_full, export_lora
-from ..networks import STUDENT, Networks
+from ..networks import STUDENT
 from ..untrusted import check_kinds, read_object, real_path
 from .assembly import load, load_trained, make_networks, make_scheduler
 from .checkpoint_files import RECORD, damage, read_record
@@ -25,23 +25,13 @@ REMEDY = "export an earlier checkpoint"
 
 
 def read_run(checkpoint: Path) -> RunConfig:
-    """The configuration of the run that wrote a checkpoint; the defaults for what is younger than it.
+    """The configuration of the run that wrote a checkpoint; defaults for settings that are newer than the checkpoint.
+
+    Its record may be anybody's, so it is checked before networks are built after it.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or was made with what this release does not have.
-    """
-    check_saved(checkpoint)
-    problem = damage(checkpoint)
-    if problem:
-        raise ValueError(f"{checkpoint} is damaged ({problem}); {REMEDY}.")
-    return RunConfig.from_record(read_record(checkpoint)["arguments"])
-
-
-def check_saved(checkpoint: Path) -> None:
-    """Refuses a checkpoint that somebody else may have made, before networks are built after it.
-
-    Raises:
-        ValueError: if it has links out of its folder, or its record is none of a run.
+        ValueError: if the checkpoint is damaged, has links out of its folder, or needs an option that this release does
+            not have.
     """
     for file in checkpoint.iterdir():
         real_path(checkpoint, file)
@@ -49,11 +39,15 @@ def check_saved(checkpoint: Path) -> None:
     record = read_object(path, REMEDY)
     try:
         check_kinds(record, {"arguments": dict, "digests": dict, "update": int})
-        RunConfig.from_record(record.get("arguments", {}))
+        config = RunConfig.from_record(record.get("arguments", {}))
     except RetiredError as error:
         raise RetiredError(f"{checkpoint}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({str(error).rstrip('.')}); {REMEDY}.") from error
+    problem = damage(checkpoint)
+    if problem:
+        raise ValueError(f"{checkpoint} is damaged ({problem}); {REMEDY}.")
+    return config
 
 
 def chosen_weights(checkpoint: Path, use_ema: bool | None) -> str:
@@ -61,15 +55,15 @@ def chosen_weights(checkpoint: Path, use_ema: bool | None) -> str:
 
     Args:
         checkpoint: its folder.
-        use_ema: whether they are to be the moving average; None takes it if there is one.
+        use_ema: whether to take the moving average; None takes it if there is one.
 
     Raises:
         ValueError: if it is asked for and there is none.
     """
-    found = (checkpoint / f"{AVERAGED}.safetensors").exists()
-    if use_ema and not found:
+    has_average = (checkpoint / f"{AVERAGED}.safetensors").exists()
+    if use_ema and not has_average:
         raise ValueError(f"{checkpoint} has no moving average (its run had --no-use_ema); leave --use_ema out.")
-    return AVERAGED if found and use_ema is not False else STUDENT
+    return AVERAGED if has_average and use_ema is not False else STUDENT
 
 
 def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema: bool | None = None) -> None:
@@ -87,47 +81,35 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
     """
     file = checkpoint / f"{chosen_weights(checkpoint, use_ema)}.safetensors"
     config = config.changed("student", quantization=None)
+    source, method = config.teacher, config.method
     teacher = load(config, torch.device("cpu"))
-    networks = _make_networks(teacher, config)
-    try:
-        _fill(networks.parameters(STUDENT), file)
-    except (SafetensorError, RuntimeError) as error:
-        name = config.teacher.pretrained_model_name_or_path
-        raise ValueError(f"{file} does not fit {name} ({error}); is that still the teacher of the run?") from error
-    averaged = file.stem == AVERAGED
-    record = read_record(checkpoint)
-    training = training_record(record["arguments"], record["update"], averaged)
-    weights, scheduler = (
-        networks.student_weights(),
-        make_scheduler(teacher, config.method.num_student_steps, config.method.eta),
-    )
-    if config.is_lora:
-        origin = {"revision": config.teacher.revision, "variant": config.teacher.variant, "training": training}
-        export_lora(folder, teacher, weights, scheduler, **origin)
-    else:
-        export_full(folder, teacher, weights, teacher.denoiser.config, scheduler, training)
-
-
-def _make_networks(teacher: Teacher, config: RunConfig) -> Networks:
-    """The student's parameters in the order of the run; nothing is sampled with these, so one network will do."""
-    return make_networks(
+    networks = make_networks(  # with the student's parameters in the order of the run; nothing is sampled with these
         config.changed("memory", gradient_checkpointing=False),
         teacher.family,
         teacher.denoiser,
-        lru_cache(partial(load_trained, config)),
+        lru_cache(partial(load_trained, config)),  # so one network serves as every role
         schedule=teacher.schedule,
         prediction_type=teacher.prediction_type,
         null_conditioning=Conditioning({}),
         guidance_scale=1.0,
     )
+    try:
+        _fill(networks.parameters(STUDENT), file)
+    except (SafetensorError, RuntimeError) as error:
+        name = source.pretrained_model_name_or_path
+        raise ValueError(f"{file} does not fit {name} ({error}); is that still the teacher of the run?") from error
+    record = read_record(checkpoint)
+    training = training_record(record["arguments"], record["update"], file.stem == AVERAGED)
+    weights, scheduler = networks.student_weights(), make_scheduler(teacher, method.num_student_steps, method.eta)
+    if config.is_lora:
+        origin = {"revision": source.revision, "variant": source.variant, "training": training}
+        export_lora(folder, teacher, weights, scheduler, **origin)
+    else:
+        export_full(folder, teacher, weights, teacher.denoiser.config, scheduler, training)
 
 
 def _fill(parameters: list[nn.Parameter], file: Path) -> None:
-    """Copies the numbers of a checkpoint's file into the parameters, in place.
-
-    Raises:
-        SafetensorError, RuntimeError: if they are not as many or not of the same shapes.
-    """
+    """Copies a checkpoint's tensors into the parameters; RuntimeError if their number or shapes differ."""
     prefix = "" if file.stem == AVERAGED else "parameter/"
     with safe_open(file, "pt") as tensors:
         names = {name for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118 - no mapping

@@ -1,4 +1,4 @@
-"""The end of a run: the student, loaded as anyone would load it, beside its teacher."""
+"""The end of a run: the exported student draws beside its teacher, and is measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers.training_utils import free_memory
 from ..config import RunConfig
 from ..config.record import shown_arguments
 from ..evaluation import as_table, put, save_samples, tiny_metrics, write_metrics
-from ..families import Teacher, load_denoiser
+from ..families import load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
 from ..program import explain, one_line
@@ -27,13 +27,13 @@ PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch
 def draw_and_measure(output_dir: Path, shown: list[str], config: RunConfig, device: torch.device) -> None:
     """Writes `samples.png`, `metrics.json` and the model card, and prints the numbers.
 
-    The student is safe already. What fails here is said in a sentence, and the run goes on to its end.
+    The student is on the disk already. An error here becomes a warning, and the run goes on.
 
     Args:
-        output_dir: holds the student.
+        output_dir: the student's folder.
         shown: the prompts of the pictures.
         config: the run's.
-        device: where to draw; networks that are not at work wait in the machine's memory with `--offload`.
+        device: where to draw; with `--offload`, networks wait in the machine's memory while they are idle.
     """
     with extra(f"the student's pictures and numbers could not be made; {output_dir} holds it without them"):
         draw_samples(output_dir, shown, config, device)
@@ -45,7 +45,7 @@ def draw_and_measure(output_dir: Path, shown: list[str], config: RunConfig, devi
 
 @contextmanager
 def extra(what: str) -> Iterator[None]:
-    """Goes on after any error inside, with a warning; of one that nobody foresaw, the traceback is shown."""
+    """Turns any error inside into a warning; an unforeseen one also shows its traceback."""
     try:
         yield
     except Exception as error:
@@ -55,10 +55,16 @@ def extra(what: str) -> Iterator[None]:
 
 
 def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: torch.device) -> None:
-    """Draws with the student, loaded as anyone would load it, and with its teacher, and measures them."""
-    free_memory()  # the training's networks may have waited for it
-    teacher = load(config, device)
-    stock, student = teacher.pipeline, load_student(output_dir, teacher, config, device)
+    """Draws with the student, loaded as any user would load it, and with its teacher, and measures both."""
+    free_memory()  # of the training's networks
+    teacher, source, dtype = load(config, device), config.teacher, DTYPES[config.memory.mixed_precision]
+    stock, name = teacher.pipeline, teacher.family.denoiser_name
+    # The student shares all networks but its own with its teacher.
+    parts = {key: part for key, part in stock.components.items() if isinstance(part, torch.nn.Module) and key != name}
+    if config.student.quantization and config.is_lora:
+        origin = (source.pretrained_model_name_or_path, dtype, source.revision, source.variant)
+        parts[name] = load_denoiser(*origin, config.student.quantization, device)
+    student = RdmDistillationPipeline.from_pretrained(output_dir, dtype=dtype, **parts)
     for pipeline in (stock, student):
         put(pipeline, device, config.memory.offload)
     at_once, scale = min(config.optimisation.train_batch_size, PICTURES_AT_ONCE), config.method.sample_guidance_scale
@@ -69,16 +75,3 @@ def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: 
         metrics = tiny_metrics(stock, student, scale, config.output.num_eval_images, teacher.name)
         write_metrics(output_dir / "metrics.json", metrics, arguments, shown)
     print(f"\n{as_table(metrics)}")
-
-
-def load_student(
-    output_dir: Path, teacher: Teacher, config: RunConfig, device: torch.device
-) -> RdmDistillationPipeline:
-    """The student from its folder, sharing with its teacher what both have alike."""
-    dtype, name = DTYPES[config.memory.mixed_precision], teacher.family.denoiser_name
-    parts = {key: part for key, part in teacher.pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    del parts[name]
-    if config.student.quantization and config.is_lora:
-        source = (config.teacher.pretrained_model_name_or_path, dtype, config.teacher.revision, config.teacher.variant)
-        parts[name] = load_denoiser(*source, config.student.quantization, device)
-    return RdmDistillationPipeline.from_pretrained(output_dir, dtype=dtype, **parts)

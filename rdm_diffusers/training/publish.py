@@ -1,11 +1,9 @@
-"""From a run's folder to the Hub: what is made sure of before a run, and the pushes after it."""
+"""From a run's folder to the Hub: the checks before a run, and the pushes after it."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,9 @@ from accelerate import Accelerator
 
 from ..config import RunConfig
 from ..folders import aside
-from ..hub import (
-    check_base,
-    check_push,
-    check_student,
-    is_hub_id,
-    known_tags,
-    push_student,
-    retry_command,
-    unfinished,
-    write_card,
-)
+from ..hub import check_push, check_student, push_student, write_card
+from ..hub.push import existing_tags, retry_command, unfinished
+from ..hub.student_files import check_available_to_others, is_hub_id
 from ..program import status_of
 from ..untrusted import real_path
 from .checkpoint_files import list_checkpoints, name_of
@@ -31,26 +21,22 @@ from .exporting import export_checkpoint, read_run
 
 
 def check_hub(config: RunConfig, accelerator: Accelerator) -> None:
-    """Makes sure that the student can be pushed when it is done, and makes its repository; a dry run makes none.
+    """Checks that the finished student can be pushed, and makes its repository; a dry run makes none.
 
     Raises:
         ValueError: if others could not load the student, or the repository cannot have its name.
-        OSError: if the Hub would not take it.
+        OSError: if the Hub would refuse it.
     """
     hub, teacher = config.hub, config.teacher
     if not hub.push_to_hub or config.output.dry_run or not accelerator.is_main_process:
         return
     if config.is_lora:
-        check_base(teacher.pretrained_model_name_or_path, teacher.pretrained_vae_model_name_or_path)
+        check_available_to_others(teacher.pretrained_model_name_or_path, teacher.pretrained_vae_model_name_or_path)
     check_push(repository(config), private=hub.hub_private_repo, revision=hub.hub_revision)
 
 
 def publish(config: RunConfig) -> str:
-    """Pushes a run's finished student; the commit's address.
-
-    Raises:
-        OSError: if the Hub did not take it, with the command that tries again.
-    """
+    """Pushes a run's finished student; the commit's address. Errors as in `push_run`."""
     hub = config.hub
     return push_run(
         Path(config.output.output_dir),
@@ -72,55 +58,48 @@ def push_run(
     tag: str | None = None,
     tag_checkpoints: bool = False,
 ) -> str:
-    """Pushes a run's student, if asked after those of its checkpoints.
+    """Pushes a run's student, and if asked those of its checkpoints before it.
 
     Args:
         folder: the run's.
         repo_id, private, revision, commit_message, tag: as in `push_student`.
         tag_checkpoints: whether the student of every `checkpoint-N` in the folder becomes a commit with a tag of that
-            name; those whose tag is on the Hub are left as they are.
+            name, unless the repository has that tag.
 
     Returns:
         The address of the last commit.
 
     Raises:
         ValueError, OSError: as `push_student`.
-        SystemExit: on Ctrl-C, after a sentence with the command that tries again.
+        SystemExit: on Ctrl-C, after a sentence with the command that tries again, and with the status that shells know.
     """
     retry = retry_command(folder, repo_id, private, revision, commit_message, tag, tag_checkpoints)
     where: dict[str, Any] = {"private": private, "revision": revision, "retry": retry}
-    with retryable(repo_id, retry):
+    try:
         if tag_checkpoints:
             check_student(folder)
             _push_checkpoints(folder, repo_id, where)
         return push_student(folder, repo_id, commit_message=commit_message, tag=tag, **where)
-
-
-@contextmanager
-def retryable(repo_id: str, retry: str) -> Iterator[None]:
-    """Lets Ctrl-C end the program with the command that tries again, and with the status that shells know it by."""
-    try:
-        yield
     except KeyboardInterrupt:
         begin, end = unfinished(repo_id, retry)
         print(f"\n{begin} (interrupted){end}", file=sys.stderr)
         raise SystemExit(status_of(signal.SIGINT)) from None
 
 
-def _push_checkpoints(folder: Path, repo_id: str, where: dict[str, Any]) -> None:
-    checkpoints, known = list_checkpoints(folder), known_tags(repo_id, **where)
-    left = [name for name in map(name_of, checkpoints) if name in known]
-    if left:
-        print(f"{repo_id} has tags of these names already, perhaps another run's; not pushed: {', '.join(left)}.")
+def _push_checkpoints(run: Path, repo_id: str, where: dict[str, Any]) -> None:
+    checkpoints, tags = list_checkpoints(run), existing_tags(repo_id, **where)
+    skipped = [name for name in map(name_of, checkpoints) if name in tags]
+    if skipped:
+        print(f"{repo_id} has tags of these names already, perhaps another run's; not pushed: {', '.join(skipped)}.")
     for checkpoint in checkpoints:
-        if name_of(checkpoint) not in known:
+        if name_of(checkpoint) not in tags:
             _push_checkpoint(checkpoint, repo_id, where)
 
 
 def _push_checkpoint(checkpoint: Path, repo_id: str, where: dict[str, Any]) -> None:
     run, name = checkpoint.parent, name_of(checkpoint)
     with aside(run) as hidden:
-        student = hidden / run.resolve().name  # which the file for ComfyUI is named after
+        student = hidden / run.resolve().name  # the file for ComfyUI is named after it
         student.mkdir()
         source = real_path(run, checkpoint)
         export_checkpoint(source, read_run(source), student)
