@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from parts_processes import QUIET, in_two_processes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +24,6 @@ from rdm_diffusers.families import LORA_FILE
 from rdm_diffusers.tiny.captions import CAPTIONS
 
 IMAGES, BATCH = 72, 8
-QUIET = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
 def words(folder: Path, **options) -> list[str]:
@@ -115,7 +116,7 @@ def test_the_batch_size_does_not_move_the_numbers(batch_size: int, evaluated, ti
 
 
 def launch(line: list[str]) -> subprocess.CompletedProcess:
-    """An evaluation in two processes."""
+    """An evaluation in two processes of torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
         [*torchrun, "-m", "rdm_diffusers.evaluation", *line],
@@ -125,8 +126,7 @@ def launch(line: list[str]) -> subprocess.CompletedProcess:
 
 
 def test_two_processes_draw_the_very_pictures_of_one(evaluated, tiny_student: Path, tmp_path: Path) -> None:
-    done = launch(words(tmp_path, student=tiny_student))
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(partial(command.main, words(tmp_path, student=tiny_student)))
     assert pictures(tmp_path) == pictures(evaluated[0])
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert numbers(record) == numbers(evaluated[1]) and record["settings"] == evaluated[1]["settings"]
