@@ -266,9 +266,7 @@ def _make_record(
     drawing_versions = drawn.get("versions", {} if options.images else installed_versions(DRAWING_PACKAGES))
     rewards = {weighted.reward.name: digest_of_reward(spec, weighted) for spec, weighted in measures.rewards.items()}
     warnings = [metric["warning"] for name, metric in metrics.items() if name.startswith("fd_") and metric["warning"]]
-    arguments = {
-        key: without_secrets(value) if isinstance(value, str) else value for key, value in asdict(options).items()
-    }
+    arguments = {k: without_secrets(v) if isinstance(v, str) else v for k, v in asdict(options).items()}
     return {
         "subject": {key: value for key, value in subject.items() if key not in ("versions", "dtype", "first_seed")},
         "settings": {
