@@ -168,8 +168,8 @@ def compare(folder: Path, prompts_file: Path, output: Path, student: str = "lora
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-CASES = [*itertools.product(["unet", "transformer"], ["lora", "full"], [None, True], [4])]
-CASES += [("unet", "lora", None, 8), ("unet", "full", True, 8)]
+CASES = [*itertools.product(["unet", "transformer"], ["lora"], [None, True], [4]), ("unet", "lora", None, 8)]
+CASES += [("unet", "full", True, 8), ("transformer", "full", None, 4)]
 
 
 @pytest.mark.parametrize("denoiser, student, checkpointing, batch", CASES)

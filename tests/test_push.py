@@ -85,7 +85,7 @@ def visited(tiny_student: Path, prompts_file: Path, tmp_path_factory: pytest.Tem
     student = fill(folder / "the student", tiny_student)
     before = digests(student)
     words = [sys.executable, "-c", VISIT, str(student), str(prompts_file), str(folder)]
-    environment = visitor_environment(folder / "home", HF_HUB_DOWNLOAD_TIMEOUT="2", HF_HUB_ETAG_TIMEOUT="2")
+    environment = visitor_environment(folder / "home", HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")
     done = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return Visit(folder, done.stdout + done.stderr, json.loads((folder / "record.json").read_text()), before)

@@ -20,7 +20,7 @@ from recipes import GIB, PAGE, RESERVE, RESULT, cells, commands
 
 RECORD = json.loads(RESULT.read_text())["recipes"]
 PLANNED_AGAIN = [
-    ("Stable Diffusion XL", "LEAN"),
+    ("Stable Diffusion 1.5", "CKPT"),
     ("Stable Diffusion 3.5 medium", "MICRO"),
     ("FLUX.1-dev", "NF4"),
     ("PixArt-Sigma, all weights", "CKPT"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import PROMPTS, make_run, read_state, relative_error, run_arguments, train_run
+from parts import PROMPTS, make_run, read_state, relative_error, run_arguments, train_only, train_run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def test_accumulation_over_one_two_and_four_batches_trains_the_same_student(argv
     exported, records = [], []
     for accumulation in (1, 2, 4):
         folder = tmp_path / str(accumulation)
-        train_rdm_lora.main(
+        train_only(
             argv(
                 output_dir=folder, train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
                 fake_updates_per_step=3, checkpointing_steps=2, learning_rate=1e-3,
