@@ -1,4 +1,4 @@
-"""The three roles of a distillation, *student*, *fake score* and *teacher*, behind one call that returns x0.
+"""The roles of a distillation, *student*, *fake score*, *teacher* and *target*, behind one call that returns x0.
 
 `SharedBase` keeps one frozen base and two LoRAs, so that a student costs little more memory than its teacher. It has a
 trap: with another adapter in the backward than in the forward, gradients are missing or wrong, without an error.
@@ -22,18 +22,19 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .adapters import adapter_parameters, add_adapters, lora_layers
+from .adapters import AdapterSwitch, adapter_parameters, add_adapters, folded_weights
 from .families import Conditioning, Family
 from .prediction import NoiseSchedule, to_x0
 from .sharding import gather
 
 STUDENT, FAKE_SCORE, TEACHER = ROLES = ("student", "fake_score", "teacher")
-ADAPTERS = {STUDENT: "default", FAKE_SCORE: "fake_score"}  # `default` is the name that diffusers exports
+TARGET = "target"  # the teacher with a LoRA that learns from images
+ADAPTERS = {STUDENT: "default", FAKE_SCORE: "fake_score", TARGET: "target"}  # `default` is the name of what is exported
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Networks(ABC):
-    """Three roles behind `predict`.
+    """Three roles behind `predict`, and a fourth, the target, if `target_config` is given.
 
     Args:
         family: how the denoiser is called.
@@ -42,6 +43,7 @@ class Networks(ABC):
         null_conditioning: the empty prompt, of length 1, for the teacher's guidance.
         guidance_scale: w in u + w (c - u), for the teacher alone; 1 is off.
         compute_dtype: what trained full networks compute in (`acting_as`); their own dtype by default.
+        target_config: the shape of the target's LoRA, which is added to the teacher's network; None for no target.
 
     Attributes:
         calls: samples that went through each role, as `{"student forward": ..., ...}`; a guided one counts twice.
@@ -54,6 +56,7 @@ class Networks(ABC):
     null_conditioning: Conditioning
     guidance_scale: float
     compute_dtype: torch.dtype | None = None
+    target_config: LoraConfig | None = None
     calls: Counter[str] = field(default_factory=Counter, init=False)
     step_embedding: nn.Parameter | None = field(default=None, init=False)
     autocast_roles: ClassVar[tuple[str, ...]] = ()
@@ -77,13 +80,18 @@ class Networks(ABC):
 
         time_embedding.register_forward_hook(add_step)
 
+    @property
+    def real_score(self) -> str:
+        """The role towards whose distribution R_dm moves the student: the target if there is one, else the teacher."""
+        return TEACHER if self.target_config is None else TARGET
+
     def predict(
         self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None = None
     ) -> Tensor:
         """The role's x0 for noisy samples.
 
         Args:
-            role: `student`, `fake_score` or `teacher`; only the teacher is guided.
+            role: `student`, `fake_score`, `teacher` or `target`; only the teacher is guided.
             x_t: `[B, C, H, W]`.
             t: times `[B]`.
             conditioning: of length B.
@@ -190,10 +198,18 @@ class SeparateNetworks(Networks):
     autocast_roles = (STUDENT, FAKE_SCORE)
 
     def __post_init__(self) -> None:
-        self.denoisers[TEACHER].requires_grad_(False)
+        teacher: Any = self.denoisers[TEACHER].requires_grad_(False)
+        if self.target_config is not None:
+            add_adapters(teacher, {ADAPTERS[TARGET]: self.target_config})
+        self._switch = AdapterSwitch(teacher)
 
     def _own_parameters(self, role: str) -> list[nn.Parameter]:
+        if role in (TEACHER, TARGET):
+            return adapter_parameters(self.denoisers[TEACHER], ADAPTERS[TARGET]) if role == TARGET else []
         return [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
+
+    def _switched_to(self, role: str) -> AbstractContextManager[None]:
+        return self._switch.on(ADAPTERS[TARGET] if role == TARGET else None)
 
     def student_weights(self) -> dict[str, Tensor]:
         return _float32_copies(self.denoisers[STUDENT].state_dict())
@@ -203,7 +219,7 @@ class SeparateNetworks(Networks):
         return [self.denoisers[role] for role in ROLES]
 
     def _network(self, role: str) -> nn.Module:
-        return self.denoisers[role]
+        return self.denoisers[TEACHER if role == TARGET else role]
 
 
 @dataclass(eq=False, repr=False)
@@ -231,11 +247,13 @@ class SharedBase(Networks):
             raise ValueError("--fold_adapters and --gradient_checkpointing exclude each other; drop one of them.")
         if self.fold_adapters and torch.finfo(self.denoiser.dtype).bits < 32:
             raise ValueError("--fold_adapters needs a float32 base: a coarser one rounds the adapters away.")
-        add_adapters(self.denoiser.requires_grad_(False), self.lora_config, ADAPTERS.values())
-        self.layers = lora_layers(self.denoiser)
+        shapes = {STUDENT: self.lora_config, FAKE_SCORE: self.lora_config, TARGET: self.target_config}
+        self.adapters = {role: ADAPTERS[role] for role, shape in shapes.items() if shape is not None}
+        add_adapters(self.denoiser.requires_grad_(False), {ADAPTERS[r]: s for r, s in shapes.items() if s is not None})
+        self._switch = AdapterSwitch(self.denoiser, stays_off=self.fold_adapters)
+        self.layers = self._switch.layers
         self._find_trainable()
         self._folded: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
-        self._activate(None)
 
     def _own_parameters(self, role: str) -> list[nn.Parameter]:
         return self._trainable.get(role, [])
@@ -252,25 +270,10 @@ class SharedBase(Networks):
         self._find_trainable()
 
     def _find_trainable(self) -> None:
-        self._trainable = {role: adapter_parameters(self.denoiser, adapter) for role, adapter in ADAPTERS.items()}
+        self._trainable = {role: adapter_parameters(self.denoiser, adapter) for role, adapter in self.adapters.items()}
 
-    @contextmanager
-    def _switched_to(self, role: str) -> Iterator[None]:
-        """Activates the role's adapter, and afterwards the one that was active before."""
-        before = self._active
-        self._activate(ADAPTERS.get(role))
-        try:
-            yield
-        finally:
-            self._activate(before)
-
-    def _activate(self, adapter: str | None) -> None:
-        """A light switch: unlike peft's own it leaves `requires_grad` alone and takes microseconds."""
-        self._active = adapter
-        for layer in self.layers.values():
-            layer._disable_adapters = adapter is None or self.fold_adapters
-            if adapter is not None:
-                layer._active_adapter = [adapter]
+    def _switched_to(self, role: str) -> AbstractContextManager[None]:
+        return self._switch.on(self.adapters.get(role))
 
     def _network(self, role: str) -> Any:
         if not self.fold_adapters or role == TEACHER:
@@ -284,15 +287,8 @@ class SharedBase(Networks):
         The adapter's numbers are compared, not their version counters, which moving averages and checkpoints bypass.
         """
         if torch.is_grad_enabled():
-            return self._fold(role)
+            return folded_weights(self.layers, self.adapters[role])
         adapter = torch.cat([parameter.detach().flatten() for parameter in self._trainable[role]])
         if role not in self._folded or not torch.equal(self._folded[role][0], adapter):
-            self._folded[role] = adapter, self._fold(role)
+            self._folded[role] = adapter, folded_weights(self.layers, self.adapters[role])
         return self._folded[role][1]
-
-    def _fold(self, role: str) -> dict[str, Tensor]:
-        weights, adapter = {}, ADAPTERS[role]
-        for name, layer in self.layers.items():
-            base = layer.get_base_layer().weight
-            weights[f"{name}.base_layer.weight"] = base + layer.get_delta_weight(adapter).to(base.dtype)
-        return weights

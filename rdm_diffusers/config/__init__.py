@@ -13,8 +13,9 @@ from .subjects import (
     RewardsConfig,
     TeacherConfig,
 )
+from .target import TargetConfig
 
 __all__ = [
     "FullStudentConfig", "HubConfig", "LoraStudentConfig", "MemoryConfig", "MethodConfig", "OptimisationConfig",
-    "OutputConfig", "PromptsConfig", "RewardsConfig", "RunConfig", "TeacherConfig", "all_settings",
+    "OutputConfig", "PromptsConfig", "RewardsConfig", "RunConfig", "TargetConfig", "TeacherConfig", "all_settings",
 ]  # fmt: skip

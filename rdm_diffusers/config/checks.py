@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).
 def check(config: RunConfig) -> None:
     """Checks what needs neither teacher nor files; ValueError or ImportError, one sentence on what to do."""
     _check_algorithm(config)
+    _check_target(config)
     _check_reuse(config)
     _check_memory(config)
     _check_rates_and_output(config)
@@ -42,6 +44,17 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ValueError(f"--reward_share is {rewards.reward_share}; it must {SHARE.wants}.")
     if method.eta not in (0, 1):
         raise ValueError(f"--eta is {method.eta}; it must {ETA.wants}.")
+
+
+def _check_target(config: RunConfig) -> None:
+    target = config.target
+    if target.teacher_target == "samples":
+        return
+    usual = {field.name: field.default for field in fields(target)}
+    usual["target_rank"] = getattr(config.student, "rank", 64)
+    for name, value in usual.items():
+        if getattr(target, name) != value:
+            raise ValueError(f"--{name} would have no effect; leave it out, or add --teacher_target samples.")
 
 
 def _check_reuse(config: RunConfig) -> None:

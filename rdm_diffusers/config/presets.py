@@ -36,7 +36,8 @@ TINY_FULL_DEFAULTS: dict[str, Any] = dict(learning_rate=5e-4)
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 # What follows from other flags, where it is not given.
 DERIVED = (
-    *PRESETS["gndm"], "fake_learning_rate", "lora_alpha", "sample_guidance_scale", "tracker_project_name",
+    *PRESETS["gndm"], "fake_learning_rate", "lora_alpha", "sample_guidance_scale", "target_rank",
+    "tracker_project_name",
 )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
         "fake_learning_rate": values["learning_rate"],
         "lora_alpha": values.get("rank"),
         "sample_guidance_scale": values["guidance_scale"],
+        "target_rank": values.get("rank", 64),
         "tracker_project_name": f"rdm-{student}",
     }
     values |= {name: value for name, value in follows.items() if values.get(name) is None and name in values}
@@ -65,6 +67,8 @@ def _tiny_defaults(student: str, values: Mapping[str, Any]) -> dict[str, Any]:
     own = TINY_LORA_DEFAULTS if student == "lora" else TINY_FULL_DEFAULTS
     scale = {"sample_guidance_scale": REFERENCES[values[TEACHER]].guidance_scale}
     chosen = {**TINY_DEFAULTS, **own, **scale}
+    if values["teacher_target"] == "samples":
+        chosen |= {"guidance_scale": scale["sample_guidance_scale"], "target_learning_rate": 1e-3}
     if values["mixed_precision"] != "no":
         chosen.pop("fold_adapters", None)  # adapters are folded in float32 alone
     return chosen

@@ -27,6 +27,7 @@ from .subjects import (
     RewardsConfig,
     TeacherConfig,
 )
+from .target import TargetConfig
 
 STUDENTS = {"lora": LoraStudentConfig, "full": FullStudentConfig}
 # What a checkpoint records of a run beside its configuration.
@@ -39,12 +40,13 @@ class RunConfig:
     """A run's configuration; make one with `RunConfig.of`, which fills in and checks.
 
     Args:
-        teacher, prompts, method, rewards, student, optimisation, memory, output, hub: the subjects.
+        teacher, prompts, target, method, rewards, student, optimisation, memory, output, hub: the subjects.
         command: the command line that it came from, as others may see it; None where there was none.
     """
 
     teacher: TeacherConfig
     prompts: PromptsConfig
+    target: TargetConfig
     method: MethodConfig
     rewards: RewardsConfig
     student: LoraStudentConfig | FullStudentConfig
@@ -169,9 +171,9 @@ class RunConfig:
 def subjects_of(student: str) -> dict[str, type]:
     """The subjects of a run of a LoRA or a full student, by their names in a `RunConfig`."""
     return {
-        "teacher": TeacherConfig, "prompts": PromptsConfig, "method": MethodConfig, "rewards": RewardsConfig,
-        "student": STUDENTS[student], "optimisation": OptimisationConfig, "memory": MemoryConfig,
-        "output": OutputConfig, "hub": HubConfig,
+        "teacher": TeacherConfig, "prompts": PromptsConfig, "target": TargetConfig, "method": MethodConfig,
+        "rewards": RewardsConfig, "student": STUDENTS[student], "optimisation": OptimisationConfig,
+        "memory": MemoryConfig, "output": OutputConfig, "hub": HubConfig,
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..networks import FAKE_SCORE, TEACHER, Networks
+from ..networks import FAKE_SCORE, Networks
 from ..prediction import NoiseSchedule
 from .rollout import Samples
 
@@ -68,7 +68,9 @@ def renoising_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
 def estimate_reward(
     networks: Networks, samples: Samples, tau: Tensor, noise: Tensor, micro_batch_size: int | None = None
 ) -> RewardEstimate:
-    """Evaluates teacher and fake score at x_tau = alpha x̂ + sigma noise. No gradients.
+    """Evaluates the real score (the teacher, or its target) and the fake score at x_tau = alpha x̂ + sigma noise.
+
+    No gradients.
 
     Args:
         networks: the roles.
@@ -78,12 +80,12 @@ def estimate_reward(
         micro_batch_size: how many samples go through a network at once; all by default.
     """
     x_tau = networks.schedule.add_noise(samples.x0, noise, tau)
-    x0: dict[str, list[Tensor]] = {TEACHER: [], FAKE_SCORE: []}
+    x0: dict[str, list[Tensor]] = {networks.real_score: [], FAKE_SCORE: []}
     for part in samples.micro_batches(micro_batch_size or len(samples)):
         chunk = samples[part]
         for role, predictions in x0.items():
             predictions.append(networks.predict(role, x_tau[part], tau[part], chunk.conditioning, chunk.step))
-    teacher_x0, fake_x0 = torch.cat(x0[TEACHER]), torch.cat(x0[FAKE_SCORE])
+    teacher_x0, fake_x0 = torch.cat(x0[networks.real_score]), torch.cat(x0[FAKE_SCORE])
     schedule, share = networks.schedule, tau / networks.schedule.num_train_timesteps
     scales = schedule.alpha(tau), schedule.sigma(tau)
     return RewardEstimate(samples.x0, teacher_x0, fake_x0, *scales, share, samples.step, samples.weight)

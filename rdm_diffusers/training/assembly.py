@@ -72,11 +72,19 @@ def make_scheduler(teacher: Teacher, num_steps: int, eta: float) -> RdmScheduler
 
 
 def lora_config(family: Family, student: LoraStudentConfig) -> LoraConfig:
-    """The shape of both LoRAs."""
+    """The shape of the student's LoRA and of the fake score's."""
     layers = student.lora_layers.split(",") if student.lora_layers else list(family.lora_target_modules)
-    return LoraConfig(
-        r=student.rank, lora_alpha=student.lora_alpha, target_modules=layers, init_lora_weights="gaussian"
-    )
+    return _lora_of(layers, student.rank, student.lora_alpha)
+
+
+def target_config(family: Family, config: RunConfig) -> LoraConfig | None:
+    """The shape of the target's LoRA, if the run learns a target."""
+    rank = config.target.target_rank
+    return _lora_of(list(family.lora_target_modules), rank, rank) if config.target.teacher_target == "samples" else None
+
+
+def _lora_of(layers: list[str], rank: int, alpha: int) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights="gaussian")
 
 
 def make_networks(
@@ -94,6 +102,7 @@ def make_networks(
     Raises:
         ValueError: if the teacher's stock pipeline could not load a LoRA student.
     """
+    common["target_config"] = target_config(family, config)
     if isinstance(config.student, LoraStudentConfig):
         check_lora(family)
         prepare_denoiser(teacher, config.memory)

@@ -21,7 +21,7 @@ from torch import nn
 from ..config import MemoryConfig, RunConfig
 from ..families import check_kinds_of_files, check_lora, family_of, options_for, pipeline_config
 from ..families.quantization import NEEDS_GPU
-from ..networks import STUDENT, TEACHER, Networks, SharedBase
+from ..networks import STUDENT, TARGET, TEACHER, Networks, SharedBase
 from ..prediction import NoiseSchedule
 from ..sharding import is_sharded_launch
 from . import memory_model as model
@@ -158,8 +158,9 @@ class _Planner:
             f"{self.family.denoiser_name}, frozen": self.frozen_size // (1 if whole else shards),
             "two LoRAs" if self.is_lora else "student and fake score": 2 * role // shards,
             "two optimisers": 2 * sum(self._states(parameter.numel()) for parameter in self.trained) // shards,
+            "the target's LoRA": sum(p.nbytes for p in self.networks.parameters(TARGET)) // shards,
             "the student's moving average": trained_size // shards if run.optimisation.use_ema else 0,
-            "folded copies of adapted weights": 2 * self._folded(),
+            "folded copies of adapted weights": (2 if self.networks.target_config is None else 3) * self._folded(),
             "blocks gathered from all processes": self._gathered() if shards > 1 else 0,
             "a group's rollouts": self._rollouts(),
             "gradients of one role": trained_size // shards if self.has_gradients else 0,

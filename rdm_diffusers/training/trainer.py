@@ -29,6 +29,8 @@ from .memory_plan import MemoryPlan, plan_memory
 from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
 from .run_folder import check_resumable, checkpoint_to_resume, locked_for_run, prepare_output, resume_from
+from .target import learn_target
+from .target_images import draw_target_images
 from .teacher_checks import check_with_teacher
 from .tracking import end_trackers, start_trackers
 from .updates import Distillation
@@ -163,6 +165,8 @@ class Trainer:
         self.state.monitor.teacher_contrast = teacher_contrast(
             self.distillation, self.teacher, config.output.monitor_images
         )
+        if config.target.teacher_target == "samples":
+            self.learn_target()
         if self.checkpoint:
             resume_from(self.checkpoint, self.folder, self.state, accelerator)
         self._done.add("load")
@@ -170,6 +174,11 @@ class Trainer:
     def make_networks(self) -> Networks:
         """The three roles; a subclass may have others."""
         return networks_of_run(self.config, self.teacher, self.texts.nothing, self.accelerator)
+
+    def learn_target(self) -> None:
+        """Draws the teacher's images and trains the target on them; what an equal run made is read from the cache."""
+        images = draw_target_images(self.distillation, self.teacher, self.config, self.accelerator)
+        learn_target(self.distillation, images, self.config, self.accelerator, self.folder)
 
     def train(self) -> TrainOutput:
         """Trains to the end, or until a signal or `stop`, which leave a checkpoint. Writes `config.yaml` before."""

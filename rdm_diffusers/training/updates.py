@@ -29,7 +29,7 @@ from ..distillation import (
 )
 from ..families import Conditioning
 from ..networks import FAKE_SCORE, STUDENT, Networks
-from ..prediction import expand, output_weight
+from ..prediction import NoiseSchedule, expand, output_weight
 from ..schedulers import RdmScheduler
 from .external_rewards import ExternalRewards
 from .monitor import batch_health, contrast, fake_loss_health
@@ -193,9 +193,7 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     `repeat` says which of the rollout's fake-score updates this is. Raises NonFiniteError if the loss is not finite.
     """
     samples, schedule = batch.samples, run.networks.schedule
-    t = run.draws.uniform(f"fake_time/{repeat}", batch.keys) * schedule.num_train_timesteps
-    # Uniform over all training timesteps; for flow, never quite 0, where the output is undefined.
-    t = t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
+    t = denoising_times(run.draws.uniform(f"fake_time/{repeat}", batch.keys), schedule)
     noise = run.draws.normal(f"fake_noise/{repeat}", batch.keys, run.latent_shape)
     x_t = schedule.add_noise(samples.x0, noise, t)
     weight = output_weight(run.networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
@@ -210,6 +208,15 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
         run.networks.backward(FAKE_SCORE, x0, direction)
         losses.append(loss)
     return fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
+
+
+def denoising_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Times of a denoising loss `[B]`, from uniform numbers in [0, 1): uniform over all training timesteps.
+
+    For flow matching they are never quite 0, where the output is undefined.
+    """
+    t = uniform * schedule.num_train_timesteps
+    return t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
 
 
 def _require_finite(term: str, values: Tensor, batch: Batch, offset: int = 0) -> None:

@@ -1,0 +1,170 @@
+"""The target: a LoRA on the teacher that learns the score of the images that the guided teacher draws.
+
+A guided score is the score of no distribution (arXiv 2409.13074, arXiv 2408.09000), so that R_dm under guidance leads
+to a compromise. The score of the guided teacher's own images is one, and needs one network call where guidance needs
+two. Ours, not the paper's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..config import RunConfig
+from ..distillation import Draws, fake_score_direction
+from ..folders import aside_of, write_whole
+from ..networks import TARGET, TEACHER
+from ..prediction import output_weight
+from ..sharding import gather
+from .checkpoints import copy_into
+from .optimizers import NonFiniteError, make_optimizer
+from .target_images import TargetImages
+from .updates import Distillation, denoising_times
+
+RECORD = "target.json"  # in the run's folder
+HELD_OUT = 20  # every so many-th image is held out
+MOST_HELD_OUT = 512
+CHECKS = 10  # of the held-out loss in a whole training
+PATIENCE = 3  # checks without a lower loss that end it
+
+
+def learn_target(
+    run: Distillation, images: TargetImages, config: RunConfig, accelerator: Accelerator, folder: Path
+) -> None:
+    """Trains the target with the teacher's own denoising loss, or reads what an equal run has trained.
+
+    The weights with the lowest loss on held-out images are kept. `target.json` in the run's folder has that loss, and
+    beside it the teacher's own, guided and unguided.
+
+    Raises:
+        NonFiniteError: if the loss is not finite.
+    """
+    parameters = run.networks.parameters(TARGET)
+    file = images.folder / f"target-{_digest(run, images, config)}.safetensors"
+    if file.exists():
+        with safe_open(file, "pt") as saved:
+            record = json.loads(saved.metadata()["record"])
+            for i, parameter in enumerate(parameters):
+                copy_into(parameter, saved.get_tensor(str(i)))
+    else:
+        record = _train(run, images, config, accelerator, parameters)
+        weights = {str(i): gather(p.detach()).cpu().contiguous() for i, p in enumerate(parameters)}
+        if accelerator.is_main_process:
+            partial_file = aside_of(file)
+            save_file(weights, partial_file, metadata={"record": json.dumps(record)})
+            partial_file.replace(file)
+    if accelerator.is_main_process:
+        write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+
+
+def _digest(run: Distillation, images: TargetImages, config: RunConfig) -> str:
+    """Of all that decides the target beside the images."""
+    optimisation = config.optimisation
+    settings = (
+        config.target, config.student, len(images), optimisation.samples_per_update, run.num_processes,
+        optimisation.seed, optimisation.adam_beta1, optimisation.adam_beta2, optimisation.adam_weight_decay,
+        optimisation.adam_epsilon, optimisation.max_grad_norm, config.memory.mixed_precision,
+        config.memory.use_8bit_adam,
+    )  # fmt: skip
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+
+
+def _train(
+    run: Distillation, images: TargetImages, config: RunConfig, accelerator: Accelerator, parameters: list[nn.Parameter]
+) -> dict[str, Any]:
+    """Trains until the last update, or until the held-out loss rises; the record of that loss."""
+    updates, rate = config.target.target_train_steps, config.target.target_learning_rate
+    schedule = config.changed("optimisation", lr_scheduler="cosine", lr_warmup_steps=0, max_train_steps=updates)
+    optimizer, every = make_optimizer(parameters, rate, schedule), -(-updates // CHECKS)
+    numbers = torch.arange(len(images))
+    held_out, training = (numbers[(numbers % HELD_OUT == HELD_OUT - 1) == chosen] for chosen in (True, False))
+    held_out = held_out[:MOST_HELD_OUT]
+
+    def check(role: str) -> float:
+        losses = _losses(run, images, role, held_out, held_out.tolist(), "target_held_out")
+        return float(accelerator.reduce(losses.mean(), "mean"))
+
+    teacher = {"guided": check(TEACHER), "unguided": check(TARGET)}  # the target is not different yet
+    losses, best = {0: teacher["unguided"]}, (0, [p.detach().clone() for p in parameters])
+    bar = tqdm(total=updates, desc="target", disable=not accelerator.is_main_process)
+    for update in range(updates):
+        first = (update * run.num_processes + run.process_index) * config.optimisation.samples_per_update
+        keys = range(first, first + config.optimisation.samples_per_update)
+        chosen = training[(one_by_one(run).uniform("target_choice", keys).cpu() * len(training)).long()]
+        _losses(run, images, TARGET, chosen, keys, "target", trains=True)
+        optimizer.set_update(update)
+        optimizer.step()
+        bar.update()
+        if (update + 1) % every and update + 1 < updates:
+            continue
+        losses[update + 1] = check(TARGET)
+        bar.set_postfix(held_out=f"{losses[update + 1]:.4g}", teacher=f"{teacher['unguided']:.4g}")
+        if losses[update + 1] < losses[best[0]]:
+            best = update + 1, [p.detach().clone() for p in parameters]
+        elif update + 1 - best[0] >= PATIENCE * every:
+            break
+    bar.close()
+    for parameter, kept in zip(parameters, best[1], strict=True):
+        parameter.data.copy_(kept)
+    if best[0] < max(losses):
+        warnings.warn(
+            f"The target fits the teacher's images better than others of their prompts since update {best[0]}, whose "
+            "weights are used; raise --num_target_images.",
+            stacklevel=3,
+        )
+    return {"images": len(images), "teacher": teacher, "target": losses, "update": best[0]}
+
+
+def one_by_one(run: Distillation) -> Draws:
+    """The run's random numbers for single images, which are in no groups."""
+    return replace(run.draws, group_size=1)
+
+
+def _losses(
+    run: Distillation,
+    images: TargetImages,
+    role: str,
+    indices: Tensor,
+    keys: Sequence[int],
+    purpose: str,
+    trains: bool = False,
+) -> Tensor:
+    """A role's denoising loss of each chosen image `[B]`; its gradients are accumulated if it `trains`.
+
+    The times and noises of `purpose` are drawn under `keys`, one for each image.
+
+    Raises:
+        NonFiniteError: if a loss is not finite.
+    """
+    networks, schedule, draws = run.networks, run.networks.schedule, one_by_one(run)
+    t = denoising_times(draws.uniform(f"{purpose}_time", keys), schedule)
+    noise = draws.normal(f"{purpose}_noise", keys, run.latent_shape)
+    x0, conditioning = images.latents[indices].to(draws.device, torch.float32), images.conditioning(indices)
+    x_t = schedule.add_noise(x0, noise, t)
+    weight = output_weight(networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
+    losses = []
+    for start in range(0, len(indices), run.micro_batch_size):
+        part = slice(start, start + run.micro_batch_size)
+        with torch.set_grad_enabled(trains):
+            prediction = networks.predict(role, x_t[part], t[part], conditioning[part])
+        direction, loss = fake_score_direction(prediction, x0[part], weight[part], len(indices))
+        losses.append(loss)
+        if trains:
+            networks.backward(role, prediction, direction)
+    found = torch.cat(losses)
+    if not found.isfinite().all():
+        raise NonFiniteError("The target's loss is not finite; lower --target_learning_rate.")
+    return found

@@ -1,0 +1,193 @@
+"""The target learns the score of the guided teacher's images, which are drawn once; R_dm then leads towards it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from parts import PROMPTS, change, make_run, read_state, relative_error, run_arguments, train_only, train_run
+from parts_families import CALLS, make_pipeline
+from parts_processes import in_two_processes
+
+from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.distillation import estimate_reward
+from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
+from rdm_diffusers.pipelines import RdmDistillationPipeline
+from rdm_diffusers.training import target_images
+from rdm_diffusers.training.updates import collect
+
+IMAGES = 80  # two parts
+STUDENTS = pytest.mark.parametrize("student", ["lora", "full"])
+
+
+@pytest.fixture
+def argv(teacher_folder: Path, prompts_file: Path, tmp_path: Path):
+    """Makes the command line of a run that learns a target, with a cache of this test."""
+
+    def make(folder: str = "run", **changes) -> list[str]:
+        options = dict(
+            teacher_target="samples", num_target_images=IMAGES, target_inference_steps=3, target_train_steps=4,
+            target_learning_rate=1e-2, target_rank=2, cache_dir=tmp_path / "cache", checkpointing_steps=1,
+        )  # fmt: skip
+        teacher = changes.pop("teacher", teacher_folder)
+        return run_arguments(teacher, prompts_file, tmp_path / folder, **{**options, **changes})
+
+    return make
+
+
+def own(student: str) -> dict:
+    return {} if student == "lora" else {"rank": None}
+
+
+def predictions(it, *roles: str) -> list[torch.Tensor]:
+    x_t = torch.randn(4, *it.distillation.latent_shape, generator=torch.Generator().manual_seed(0))
+    conditioning = it.distillation.prompts.once([0, 1, 2, 3])
+    with torch.no_grad():
+        return [it.networks.predict(role, x_t, torch.full((4,), 500), conditioning) for role in roles]
+
+
+@STUDENTS
+def test_the_target_alone_is_trained_and_r_dm_leads_towards_it(student: str, argv) -> None:
+    it = make_run(argv(**own(student)), student)
+    assert it.networks.real_score == TARGET
+    target, teacher, trained, fake = predictions(it, TARGET, TEACHER, STUDENT, FAKE_SCORE)
+    assert relative_error(target, teacher) > 1e-3
+    untrained = make_run(argv("other", teacher_target=None, **{n: None for n in TARGET_FLAGS}, **own(student)), student)
+    assert [torch.equal(a, b) for a, b in zip(
+        predictions(untrained, TEACHER, STUDENT, FAKE_SCORE), (teacher, trained, fake), strict=True
+    )] == [True] * 3  # fmt: skip
+    samples = collect(it.distillation, 0).samples
+    tau, noise = torch.full((len(samples),), 300), torch.randn_like(samples.x0)
+    estimate = estimate_reward(it.networks, samples, tau, noise)
+    with torch.no_grad():
+        x_tau = it.networks.schedule.add_noise(samples.x0, noise, tau)
+        expected = it.networks.predict(TARGET, x_tau, tau, samples.conditioning)
+    assert relative_error(estimate.teacher_x0, expected) < 1e-5
+
+
+TARGET_FLAGS = ("num_target_images", "target_inference_steps", "target_train_steps", "target_learning_rate",
+                "target_rank")  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [{}, {"fold_adapters": True}, {"gradient_checkpointing": True}], ids=str)
+def test_an_untrained_target_is_the_unguided_teacher(flags: dict, argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rdm_diffusers.training.trainer.Trainer.learn_target", lambda self: None)
+    it = make_run(argv(guidance_scale=1.0, **flags))
+    target, teacher = predictions(it, TARGET, TEACHER)
+    assert relative_error(target, teacher) < 1e-6
+
+
+def test_the_record_has_the_losses_on_images_that_the_target_never_saw(argv, tmp_path: Path) -> None:
+    make_run(
+        argv(teacher="tiny", num_student_steps=4, target_train_steps=30, target_learning_rate=1e-3, train_batch_size=16)
+    )
+    record = json.loads((tmp_path / "run" / "target.json").read_text())
+    losses = {int(update): loss for update, loss in record["target"].items()}
+    assert losses[0] == record["teacher"]["unguided"] != record["teacher"]["guided"]
+    assert min(losses.values()) == losses[record["update"]] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [("StableDiffusionPipeline", DDIMScheduler), ("StableDiffusion3Pipeline", FlowMatchEulerDiscreteScheduler)],
+)
+def test_the_images_are_those_of_the_stock_pipeline(name: str, solver: type, argv, tmp_path: Path) -> None:
+    make_pipeline(name).save_pretrained(tmp_path / "teacher")
+    reading = {key: value for key, value in CALLS.get(name, {}).items() if key == "max_sequence_length"}
+    it = make_run(argv(teacher=tmp_path / "teacher", guidance_scale=3.0, **reading))
+    images = target_images.draw_target_images(it.distillation, it.teacher, it.config, it.accelerator)
+    stock = make_pipeline(name)
+    own = it.teacher.family.stock_scheduler(stock.scheduler, 3, eta=0)
+    assert isinstance(own, solver)
+    stock.scheduler = own
+    numbers = [0, 1, 70]
+    noise = images.prompts.draws.normal("target_image", numbers, it.distillation.latent_shape)
+    call = {"num_inference_steps": 3, "output_type": "latent", **it.teacher.family.guided(3.0), **CALLS.get(name, {})}
+    prompts = [images.prompts.prompt(number) for number in numbers]
+    if "negative_prompt" in call:
+        call["negative_prompt"] = [call["negative_prompt"]] * 3
+    expected = stock(prompts, latents=noise, **call).images
+    # Stable Diffusion's DDIM ends at the first training time, where a little noise is left, and ours at x0.
+    assert relative_error(images.latents[numbers], expected) < 2e-3
+
+
+def test_images_and_target_are_made_once_and_an_interrupted_drawing_goes_on(
+    argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = make_run(argv())
+    assert straight.networks.calls["target backward"] == 4 * 8
+    parts = sorted((tmp_path / "cache" / target_images.FOLDER).rglob("0*.safetensors"))
+    before = [part.read_bytes() for part in parts]
+    again = make_run(argv("again"))
+    assert again.networks.calls == {}
+    assert all(torch.equal(a, b) for a, b in zip(*(predictions(it, TARGET) for it in (straight, again)), strict=True))
+
+    write = target_images._write
+
+    def interrupted(folder: Path, number: int, latents: torch.Tensor) -> None:
+        write(folder, number, latents)
+        raise KeyboardInterrupt
+
+    parts[0].unlink()
+    parts[1].write_bytes(before[1][:-1] + bytes([before[1][-1] ^ 1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(target_images, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="are damaged; they are drawn again"):
+            make_run(argv("third"))
+    assert parts[0].read_bytes() == before[0] and parts[1].read_bytes() != before[1]
+    with pytest.warns(UserWarning, match="are damaged; they are drawn again"):
+        make_run(argv("fourth"))
+    assert [part.read_bytes() for part in parts] == before
+
+
+def test_resuming_changes_nothing(argv, tmp_path: Path) -> None:
+    train_only(argv("straight", max_train_steps=2))
+    train_only(argv("broken", max_train_steps=1))
+    train_only(argv("broken", max_train_steps=2, resume_from_checkpoint="latest"))
+    straight, broken = (read_state(tmp_path / name / "checkpoint-2") for name in ("straight", "broken"))
+    assert straight.keys() == broken.keys()
+    assert all(torch.equal(tensor, broken[name]) for name, tensor in straight.items())
+
+
+def test_accumulated_batches_and_two_processes_learn_the_same_target(argv, tmp_path: Path) -> None:
+    train_only(argv("one", train_batch_size=8))
+    train_only(argv("accumulated", train_batch_size=4, gradient_accumulation_steps=2, cache_dir=tmp_path / "second"))
+    two = argv("two", train_batch_size=4, cache_dir=tmp_path / "third")
+    in_two_processes(lambda: train_only(two))
+    states = [read_state(tmp_path / name / "checkpoint-2") for name in ("one", "accumulated", "two")]
+    for state in states[1:]:
+        assert relative_error([state[name] for name in states[0]], list(states[0].values())) < 1e-4
+
+
+@STUDENTS
+def test_the_student_is_exported_without_the_target(student: str, argv, tmp_path: Path) -> None:
+    train_only(argv(**own(student)), student)
+    pipeline = RdmDistillationPipeline.from_pretrained(tmp_path / "run")
+    assert not [name for name, _ in pipeline.unet.named_modules() if name.endswith(".target")]
+    assert pipeline(PROMPTS[0], output_type="pt").images.isfinite().all()
+
+
+def test_a_flag_of_the_target_is_refused_where_it_would_have_no_effect(capsys: pytest.CaptureFixture) -> None:
+    for words in (["--num_target_images", "400"], ["--target_rank", "3"]):
+        with pytest.raises(SystemExit):
+            parse_args(words)
+        assert f"{words[0]} would have no effect; leave it out, or add --teacher_target samples." in (
+            capsys.readouterr().err
+        )
+
+
+def test_the_tiny_teachers_are_imitated_at_the_guidance_that_they_are_sampled_at() -> None:
+    assert parse_args(["--teacher_target", "samples"]).method.guidance_scale == 4.0
+    assert parse_args([]).method.guidance_scale == 2.0
+
+
+def test_a_run_counts_the_calls_of_images_and_target(argv) -> None:
+    it = make_run(argv())
+    calls = dict(it.networks.calls)
+    assert calls["teacher forward"] == 2 * 3 * IMAGES + 2 * 4  # guided: the images, and the held-out loss
+    change(it, "optimisation", max_train_steps=1)
+    assert train_run(it) == 0
+    assert it.networks.calls["teacher forward"] == calls["teacher forward"]
