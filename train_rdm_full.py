@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             print(trainer.plan().as_table())
             return
 
-        # 2. The teacher; prompts, read once; the three roles; the objective, optimisers, the moving average.
+        # 2. The teacher; prompts, read once; the roles and their target; the objective, optimisers, the moving average.
         trainer.load()
 
         # 3. The training. A signal saves a checkpoint and ends the program, so that nothing waits for a student.

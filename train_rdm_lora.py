@@ -10,6 +10,8 @@ What it does, and the flags that steer it:
 - the student: --num_student_steps, --eta, --rank, --lora_alpha, --lora_layers
 - the teacher, of any family in the README's table: --resolution, --max_sequence_length,
   --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
+- the target: the guided teacher's score, or with --teacher_target samples the score of its images, which a LoRA learns
+  first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank
 - groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,
   --num_renoisings
 - external rewards: --reward name[=weights][:weight], --reward_dtype, --reward_share, --reward_combination,
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             print(trainer.plan().as_table())
             return
 
-        # 2. The teacher; prompts, read once; the three roles; the objective, optimisers, the moving average.
+        # 2. The teacher; prompts, read once; the roles and their target; the objective, optimisers, the moving average.
         trainer.load()
 
         # 3. The training. A signal saves a checkpoint and ends the program, so that nothing waits for a student.

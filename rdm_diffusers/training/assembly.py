@@ -90,7 +90,7 @@ def _lora_of(layers: list[str], rank: int, alpha: int) -> LoraConfig:
 def make_networks(
     config: RunConfig, family: Family, teacher: ModelMixin, trained: Callable[[], ModelMixin], **common: Any
 ) -> Networks:
-    """The three roles, for a run, a plan of its memory, and an export of its checkpoints alike.
+    """The roles, for a run, a plan of its memory, and an export of its checkpoints alike.
 
     Args:
         config: of the run.

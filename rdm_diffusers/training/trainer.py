@@ -77,7 +77,7 @@ class Trainer:
         config: as above.
         folder: the run's.
         accelerator: the device, the processes and the trackers.
-        teacher, networks, distillation, state: the teacher; the three roles; what stays the same through the run; and
+        teacher, networks, distillation, state: the teacher; the roles; what stays the same through the run; and
             what every update changes. They are there after `load`, until `evaluate`.
 
     Raises:
@@ -172,7 +172,7 @@ class Trainer:
         self._done.add("load")
 
     def make_networks(self) -> Networks:
-        """The three roles; a subclass may have others."""
+        """The roles; a subclass may have others."""
         return networks_of_run(self.config, self.teacher, self.texts.nothing, self.accelerator)
 
     def learn_target(self) -> None:
