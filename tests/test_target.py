@@ -11,9 +11,12 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from parts import PROMPTS, change, make_run, read_state, relative_error, run_arguments, train_only, train_run
 from parts_families import CALLS, make_pipeline
 from parts_processes import in_two_processes
+from safetensors.torch import load_file
 
+from rdm_diffusers.commands import export
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import estimate_reward
+from rdm_diffusers.families import LORA_FILE
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.training import target_images
@@ -165,6 +168,11 @@ def test_accumulated_batches_and_two_processes_learn_the_same_target(argv, tmp_p
 @STUDENTS
 def test_the_student_is_exported_without_the_target(student: str, argv, tmp_path: Path) -> None:
     train_only(argv(**own(student)), student)
+    export.main([str(tmp_path / "run" / "checkpoint-2"), "--format", student, "--output_dir", str(tmp_path / "new")])
+    weights = LORA_FILE if student == "lora" else "unet/diffusion_pytorch_model.safetensors"
+    of_run, of_checkpoint = (load_file(tmp_path / name / weights) for name in ("run", "new"))
+    assert of_run.keys() == of_checkpoint.keys()
+    assert all(torch.equal(tensor, of_checkpoint[name]) for name, tensor in of_run.items())
     pipeline = RdmDistillationPipeline.from_pretrained(tmp_path / "run")
     assert not [name for name, _ in pipeline.unet.named_modules() if name.endswith(".target")]
     assert pipeline(PROMPTS[0], output_type="pt").images.isfinite().all()
