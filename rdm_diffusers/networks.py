@@ -41,7 +41,7 @@ class Networks(ABC):
         prediction_type: what the denoisers' output means.
         null_conditioning: the empty prompt, of length 1, for the teacher's guidance.
         guidance_scale: w in u + w (c - u), for the teacher alone; 1 is off.
-        compute_dtype: what trained full networks compute in (`acting_as`); their own dtype by default.
+        compute_dtype: what trained full networks are cast to (`acting_as`); by default they are not, or not here.
 
     Attributes:
         calls: samples that went through each role, as `{"student forward": ..., ...}`; a guided one counts twice.
@@ -134,10 +134,10 @@ class Networks(ABC):
         return self._own_parameters(role) + embedding
 
     @abstractmethod
-    def student_weights(self) -> dict[str, Tensor]:
+    def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
         """A copy of the student's trained weights by their names in its state dict, float32, on the CPU, whole.
 
-        Where they are sharded every process must call this.
+        Where they are sharded every process must call this; one that does not `keep` them gets an empty dictionary.
         """
 
     @property
@@ -173,9 +173,10 @@ class Networks(ABC):
         return self.family.guide(unconditional, conditional, self.guidance_scale)
 
 
-def _float32_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _float32_copies(weights: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole, in float32, on the CPU, and unchanged by later updates."""
-    return {name: gather(tensor.detach()).to("cpu", torch.float32, copy=True) for name, tensor in weights.items()}
+    whole = ((name, gather(tensor.detach())) for name, tensor in weights.items())  # every process gathers
+    return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in whole if keep}
 
 
 @dataclass(eq=False, repr=False)
@@ -195,8 +196,8 @@ class SeparateNetworks(Networks):
     def _own_parameters(self, role: str) -> list[nn.Parameter]:
         return [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
 
-    def student_weights(self) -> dict[str, Tensor]:
-        return _float32_copies(self.denoisers[STUDENT].state_dict())
+    def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
+        return _float32_copies(self.denoisers[STUDENT].state_dict(), keep)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -240,8 +241,8 @@ class SharedBase(Networks):
     def _own_parameters(self, role: str) -> list[nn.Parameter]:
         return self._trainable.get(role, [])
 
-    def student_weights(self) -> dict[str, Tensor]:
-        return _float32_copies(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]))
+    def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
+        return _float32_copies(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]), keep)
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def train(trainer: Trainer) -> int:
             return largest_over_processes(interrupted.number or STOP * trainer.stopping, trainer.accelerator)
 
         while state.update < trainer.config.optimisation.max_train_steps and not end():
+            began = time.monotonic()
             seed_all(run, state.update)
             batch = collect(run, state.update // method.reuse_rollouts)
             for visit in range(method.reuse_rollouts):
@@ -55,6 +57,7 @@ def train(trainer: Trainer) -> int:
                     trainer.validate()
                 if state.update % output.checkpointing_steps == 0:
                     checkpoint(trainer)
+                    interrupted.check_patience(time.monotonic() - began, trainer.accelerator)
         progress.bar.close()
         number = end()
         if number:
