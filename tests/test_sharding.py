@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import pytest
 import torch
 from parts import make_run, relative_error, run_arguments, train_run
 from parts_processes import in_two_processes
+from safetensors.torch import load_file, save_file
 from torch.distributed.distributed_c10d import _get_default_group
 
 from rdm_diffusers.families import Conditioning, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT
 from rdm_diffusers.sharding import gather
+from rdm_diffusers.training import checkpoints
+from rdm_diffusers.training.checkpoint_files import damage, files_of
+from rdm_diffusers.training.checkpoints import load_checkpoint
 from rdm_diffusers.training.trainer import Trainer
 from rdm_diffusers.training.updates import collect
 
@@ -32,9 +37,20 @@ def inputs(it: Trainer) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
     return x_t, torch.tensor([300, 800]), it.distillation.prompts.once([0, 1])
 
 
-def test_shards_of_full_networks_compute_in_bf16_and_are_trained_in_float32(argv, teacher_folder: Path) -> None:
+def test_shards_compute_in_bf16_are_trained_in_float32_and_are_saved_whole_in_pieces_by_all_processes(
+    argv, teacher_folder: Path, tmp_path: Path
+) -> None:
+    options = dict(mixed_precision="bf16", rank=None, train_batch_size=4, max_train_steps=1, checkpointing_steps=1)
+    wrote, save = tmp_path / "wrote", checkpoints.save_file
+
+    def noted(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        with wrote.open("a") as file:
+            file.write(f"{os.environ['RANK']} {path.name}\n")
+        save(tensors, path)
+
     def work() -> None:
-        it = make_run(argv(mixed_precision="bf16", rank=None, train_batch_size=4, max_train_steps=1), "full")
+        checkpoints.PIECE, checkpoints.save_file = 50_000, noted
+        it = make_run(argv(**options), "full")
         x_t, t, conditioning = inputs(it)
         bf16 = load_denoiser(str(teacher_folder), torch.bfloat16)
         before = [gather(p.detach()).clone() for p in it.networks.parameters(STUDENT)]
@@ -45,11 +61,19 @@ def test_shards_of_full_networks_compute_in_bf16_and_are_trained_in_float32(argv
         assert train_run(it) == 0
         after = [gather(p.detach()) for p in it.networks.parameters(STUDENT)]
         assert all(p.dtype == torch.float32 and not torch.equal(p, q) for p, q in zip(after, before, strict=True))
-        assert len(it.networks.student_weights(keep=it.accelerator.is_main_process)) == (
-            len(before) if it.accelerator.is_main_process else 0
-        )
+        leads = it.accelerator.is_main_process
+        assert len(it.networks.student_weights(keep=leads)) == len(before) * leads
+        if leads:
+            save_file({str(i): tensor for i, tensor in enumerate(after)}, tmp_path / "expected.safetensors")
 
     in_two_processes(work, **SHARDED)
+    checkpoint, expected = tmp_path / "student" / "checkpoint-1", load_file(tmp_path / "expected.safetensors")
+    lines = wrote.read_text().split()
+    assert set(lines[::2]) == {"0", "1"} and sorted(lines[1::2]) == sorted(p.name for p in checkpoint.glob("*.safe*"))
+    assert damage(checkpoint) is None and len(files_of(checkpoint, "student")) > 1
+    resumed = make_run(argv(**options, resume_from_checkpoint="latest"), "full")
+    load_checkpoint(checkpoint, resumed.state)
+    assert all(torch.equal(p, expected[str(i)]) for i, p in enumerate(resumed.networks.parameters(STUDENT)))
 
 
 @pytest.mark.parametrize("student", ["lora", "full"])

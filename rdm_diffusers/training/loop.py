@@ -89,11 +89,12 @@ def step(state: TrainState, role: str) -> Tensor:
 def checkpoint(trainer: Trainer) -> Path:
     """Writes a checkpoint into the run's folder, if it is not there; every process takes part until it is whole."""
     folder, state, accelerator = trainer.folder, trainer.state, trainer.accelerator
-    writes = accelerator.is_main_process
+    team, leads = accelerator if trainer.distillation.is_sharded else None, accelerator.is_main_process
     path = folder / f"{PREFIX}{state.update}"
-    if largest_over_processes(writes and is_saved(folder, state, trainer.arguments), accelerator):
+    if largest_over_processes(leads and is_saved(folder, state, trainer.arguments), accelerator):
         return path
-    save_checkpoint(folder, state, trainer.arguments, trainer.config.output.checkpoints_total_limit, writes)
+    if team or leads:
+        save_checkpoint(folder, state, trainer.arguments, trainer.config.output.checkpoints_total_limit, team)
     accelerator.wait_for_everyone()
     trainer.notify("on_checkpoint", path)
     return path
