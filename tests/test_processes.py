@@ -42,7 +42,8 @@ def train(runs: list[Callable[[], None]], engine: str = "ddp") -> None:
     def work() -> None:
         for run in runs[:-1]:
             run()
-        PartialState().fork_launched = False
+        os.environ["FORK_LAUNCHED"] = "0"
+        PartialState._shared_state.update({"fork_launched": False} if runs[:-1] else {})
         runs[-1]()
 
     in_two_processes(work, **ENGINES[engine])

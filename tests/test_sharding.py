@@ -17,8 +17,7 @@ from rdm_diffusers.families import Conditioning, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT
 from rdm_diffusers.sharding import gather
 from rdm_diffusers.training import checkpoints
-from rdm_diffusers.training.checkpoint_files import damage, files_of
-from rdm_diffusers.training.checkpoints import load_checkpoint
+from rdm_diffusers.training.checkpoint_files import damage, files_of, read_part
 from rdm_diffusers.training.trainer import Trainer
 from rdm_diffusers.training.updates import collect
 
@@ -41,6 +40,7 @@ def test_shards_compute_in_bf16_are_trained_in_float32_and_are_saved_whole_in_pi
     argv, teacher_folder: Path, tmp_path: Path
 ) -> None:
     options = dict(mixed_precision="bf16", rank=None, train_batch_size=4, max_train_steps=1, checkpointing_steps=1)
+    options |= dict(fake_updates_per_step=1)
     wrote, save = tmp_path / "wrote", checkpoints.save_file
 
     def noted(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -49,7 +49,7 @@ def test_shards_compute_in_bf16_are_trained_in_float32_and_are_saved_whole_in_pi
         save(tensors, path)
 
     def work() -> None:
-        checkpoints.PIECE, checkpoints.save_file = 50_000, noted
+        checkpoints.PIECE, checkpoints.save_file = 400_000, noted
         it = make_run(argv(**options), "full")
         x_t, t, conditioning = inputs(it)
         bf16 = load_denoiser(str(teacher_folder), torch.bfloat16)
@@ -71,9 +71,8 @@ def test_shards_compute_in_bf16_are_trained_in_float32_and_are_saved_whole_in_pi
     lines = wrote.read_text().split()
     assert set(lines[::2]) == {"0", "1"} and sorted(lines[1::2]) == sorted(p.name for p in checkpoint.glob("*.safe*"))
     assert damage(checkpoint) is None and len(files_of(checkpoint, "student")) > 1
-    resumed = make_run(argv(**options, resume_from_checkpoint="latest"), "full")
-    load_checkpoint(checkpoint, resumed.state)
-    assert all(torch.equal(p, expected[str(i)]) for i, p in enumerate(resumed.networks.parameters(STUDENT)))
+    saved = read_part(checkpoint, "student")
+    assert all(torch.equal(saved[f"parameter/{name}"], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("student", ["lora", "full"])
@@ -103,7 +102,7 @@ def test_sharded_gradients_are_averaged_once_an_update_or_after_every_micro_batc
 def test_a_rollout_goes_as_deep_as_its_own_process_needs_and_all_as_deep_where_weights_are_shared(argv) -> None:
     it = make_run(argv(num_student_steps=8, train_batch_size=4))
     depths = []
-    for number in range(4):
+    for number in range(2):
         own = [replace(it.distillation, num_processes=2, process_index=index) for index in range(2)]
         shared = [replace(run, is_sharded=True) for run in own]
         depths.append([run.depth(number) for run in own])
