@@ -17,7 +17,7 @@ from ..untrusted import digest_of
 
 PREFIX, PARTIAL, OLD, REPLACED = "checkpoint-", ".partial-", ".old-", ".replaced"
 RECORD, DIGEST = "state.json", "digest"
-PIECE = r"(-\d+-of-\d+)?"  # after the name of a part that is cut into pieces
+OF_PIECES = r"(-\d+-of-\d+)?"  # after the name of a part that is cut into pieces
 SET_ASIDE = "set-aside-from-"  # + checkpoint-N: the folder of newer checkpoints, after a run went back to N
 KEYS_OF_0_1_0 = {"update", "digests", "scalars", "monitor", "arguments"}  # whose records have no digest
 
@@ -49,7 +49,9 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 
 def files_of(checkpoint: Path, part: str) -> list[Path]:
     """The file of a part, such as `student` or `ema`, or its pieces; an empty list if the record names none."""
-    names = [name for name in read_record(checkpoint)["digests"] if re.fullmatch(rf"{part}{PIECE}\.safetensors", name)]
+    names = [
+        name for name in read_record(checkpoint)["digests"] if re.fullmatch(rf"{part}{OF_PIECES}\.safetensors", name)
+    ]
     return [checkpoint / name for name in names]
 
 

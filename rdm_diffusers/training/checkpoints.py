@@ -97,20 +97,25 @@ def _write(folder: Path, state: TrainState, team: Accelerator | None) -> dict[st
     index, count = (0, 1) if team is None else (team.process_index, team.num_processes)
     if team is not None:
         team.wait_for_everyone()  # until there is the folder
-    pieces, digests = list(_pieces(state)), {}
+    pieces = list(_pieces(state))
+    digests: dict[str, str] = {}
     for start in range(0, len(pieces), count):
-        # All gather each of the next pieces, and one keeps it; then all write at the same time.
-        kept = [(name, _on_cpu(tensors, i == index)) for i, (name, tensors) in enumerate(pieces[start : start + count])]
-        for name, tensors in kept[index : index + 1]:
-            path = folder / f"{name}.safetensors"
-            save_file(tensors, path)
-            digests[path.name] = digest_of_file(path)
-            sync(path)
-        del kept  # before the next are gathered
+        digests |= _write_one_of(pieces[start : start + count], index, folder)
     if team is not None:
         digests = {name: digest for each in gather_object([digests]) for name, digest in each.items()}
     scalars = {name: numbers for name, _, numbers in _parts(state)}
     return {"update": state.update, "digests": digests, "scalars": scalars, "monitor": state.monitor.state}
+
+
+def _write_one_of(pieces: list[tuple[str, dict[str, Tensor]]], index: int, folder: Path) -> dict[str, str]:
+    """All processes gather each piece, then each writes the one of its index, if there is one; its name and digest."""
+    kept = [_on_cpu(tensors, i == index) for i, (_, tensors) in enumerate(pieces)]
+    if index >= len(pieces):
+        return {}
+    path = folder / f"{pieces[index][0]}.safetensors"
+    save_file(kept[index], path)
+    sync(path)
+    return {path.name: digest_of_file(path)}
 
 
 def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
@@ -146,7 +151,8 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
 def _pieces(state: TrainState) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """A checkpoint's files one after another: name, and tensors where they are."""
     for name, tensors, _ in _parts(state):
-        pieces, size = [{}], 0
+        pieces: list[dict[str, Tensor]] = [{}]
+        size = 0
         for key, tensor in tensors.items():
             size += tensor.nbytes
             if size > PIECE and pieces[-1]:
