@@ -169,11 +169,11 @@ def draw(run: Distillation, teacher: Teacher, start: int) -> Tensor:
     """The student's images of 240 prompts, from noises that depend on `start` only."""
     generator = torch.Generator().manual_seed(1_000_000 + start)
     noise = (torch.randn(240, *run.latent_shape, generator=generator) for _ in range(run.num_steps))
-    latents = draw_samples(run.student, run.scheduler, noise, every_caption(teacher))
+    latents = draw_samples(run.student, run.scheduler, noise, every_caption(teacher.name))
     return teacher.family.decode(teacher.pipeline, latents)
 
 
 @lru_cache(maxsize=1)
-def every_caption(teacher: Teacher):
-    """The conditioning of all 240 captions, in order."""
-    return teacher.encode_prompts(list(CAPTIONS))
+def every_caption(name: str):
+    """The conditioning of all 240 captions, in order, by an embedded teacher; a run's own drops its text encoders."""
+    return load_teacher(name, torch.float32).encode_prompts(list(CAPTIONS))

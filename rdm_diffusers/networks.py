@@ -42,7 +42,7 @@ class Networks(ABC):
         prediction_type: what the denoisers' output means.
         null_conditioning: the empty prompt, of length 1, for the teacher's guidance.
         guidance_scale: w in u + w (c - u), for the teacher alone; 1 is off.
-        compute_dtype: what trained full networks compute in (`acting_as`); their own dtype by default.
+        compute_dtype: what trained full networks are cast to (`acting_as`); by default they are not, or not here.
         target_config: the shape of the target's LoRA, which is added to the teacher's network; None for no target.
 
     Attributes:
@@ -142,10 +142,10 @@ class Networks(ABC):
         return self._own_parameters(role) + embedding
 
     @abstractmethod
-    def student_weights(self) -> dict[str, Tensor]:
+    def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
         """A copy of the student's trained weights by their names in its state dict, float32, on the CPU, whole.
 
-        Where they are sharded every process must call this.
+        Where they are sharded every process must call this; one that does not `keep` them gets an empty dictionary.
         """
 
     @property
@@ -181,9 +181,10 @@ class Networks(ABC):
         return self.family.guide(unconditional, conditional, self.guidance_scale)
 
 
-def _float32_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _float32_copies(weights: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole, in float32, on the CPU, and unchanged by later updates."""
-    return {name: gather(tensor.detach()).to("cpu", torch.float32, copy=True) for name, tensor in weights.items()}
+    whole = ((name, gather(tensor.detach())) for name, tensor in weights.items())  # every process gathers
+    return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in whole if keep}
 
 
 @dataclass(eq=False, repr=False)
@@ -211,8 +212,8 @@ class SeparateNetworks(Networks):
     def _switched_to(self, role: str) -> AbstractContextManager[None]:
         return self._switch.on(ADAPTERS[TARGET] if role == TARGET else None)
 
-    def student_weights(self) -> dict[str, Tensor]:
-        return _float32_copies(self.denoisers[STUDENT].state_dict())
+    def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
+        return _float32_copies(self.denoisers[STUDENT].state_dict(), keep)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -258,8 +259,8 @@ class SharedBase(Networks):
     def _own_parameters(self, role: str) -> list[nn.Parameter]:
         return self._trainable.get(role, [])
 
-    def student_weights(self) -> dict[str, Tensor]:
-        return _float32_copies(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]))
+    def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
+        return _float32_copies(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]), keep)
 
     @property
     def modules(self) -> list[nn.Module]:

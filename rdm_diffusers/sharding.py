@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(network: ModelMixin, accelerator: Accelerator) -> None:
+def shard(network: ModelMixin, accelerator: Accelerator, dtype: torch.dtype | None = None) -> None:
     """Shards a network over all processes, block by block, in place.
 
     Weights are gathered for each block's forward and backward, and freed after both: a root that stayed gathered
@@ -26,14 +27,27 @@ def shard(network: ModelMixin, accelerator: Accelerator) -> None:
     Args:
         network: on the CPU or the device. Its shards are on the device.
         accelerator: of the processes and the device.
+        dtype: what weights are gathered and computed in, instead of autocast; their own by default. Shards and the
+            gradients that are averaged keep the precision of float32. The caller casts the inputs.
     """
+    # FSDP's own casts of inputs would round the times and the positions that networks keep in float32.
+    policy = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=dtype is None)
     plugin = FullyShardedDataParallelPlugin()
     names = plugin.transformer_cls_names_to_wrap or network._no_split_modules or ()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in reversed(list(network.modules())):  # inner blocks first
         if type(module).__name__ in names:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def average_in_backward(network: nn.Module, averages: bool) -> None:
+    """Whether the next backward of a sharded network averages its gradients over all processes.
+
+    If not, each process keeps whole gradients, in float32, and the next backward that averages includes them.
+    """
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(averages)
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -54,3 +68,8 @@ def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
 def is_sharded_launch() -> bool:
     """Whether `accelerate launch` runs with FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether networks are in shards: with FSDP on several processes."""
+    return is_sharded_launch() and accelerator.num_processes > 1

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from parts import change, files_of_at_most, make_run, run_arguments, train_run
+from safetensors.torch import load_file
 
+from rdm_diffusers.commands import export
+from rdm_diffusers.families import LORA_FILE
 from rdm_diffusers.networks import FAKE_SCORE
 from rdm_diffusers.training import checkpoints
-from rdm_diffusers.training.checkpoint_files import find_checkpoint, list_checkpoints
+from rdm_diffusers.training.checkpoint_files import files_of, find_checkpoint, list_checkpoints, read_part
 from rdm_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
 from rdm_diffusers.training.updates import NonFiniteError
 
@@ -151,3 +154,24 @@ def test_gradients_that_are_not_finite_never_reach_the_weights(argv) -> None:
     with pytest.raises(NonFiniteError, match="gradient"):
         train_run(it)
     assert all(parameter.isfinite().all() for parameter in it.networks.parameters(FAKE_SCORE))
+
+
+def test_a_checkpoint_in_pieces_is_the_one_in_whole_files_to_all_who_read_it(argv, tmp_path, monkeypatch) -> None:
+    train_run(make_run(argv(max_train_steps=1)))
+    whole = (tmp_path / "student").rename(tmp_path / "whole") / "checkpoint-1"
+    monkeypatch.setattr(checkpoints, "PIECE", 10_000)
+    train_run(make_run(argv(max_train_steps=1)))
+    pieces = find_checkpoint(tmp_path / "student", "latest")
+    for part in ("student", "fake_score", "ema", "statistics"):
+        one, many = read_part(whole, part), read_part(pieces, part)
+        assert one.keys() == many.keys() and all(torch.equal(many[name], one[name]) for name in one)
+    names = [path.name for path in files_of(pieces, "student")]
+    assert names[0] == f"student-00001-of-{len(names):05}.safetensors" and len(names) > 1
+    assert max(path.stat().st_size for path in files_of(pieces, "student")) < 2 * 10_000
+    for checkpoint, folder in ((whole, "exported-whole"), (pieces, "exported-pieces")):
+        export.main([str(checkpoint), "--format", "lora", "--output_dir", str(tmp_path / folder)])
+    one, many = (load_file(tmp_path / folder / LORA_FILE) for folder in ("exported-whole", "exported-pieces"))
+    assert all(torch.equal(many[name], one[name]) for name in one)
+    files_of(pieces, "student")[1].unlink()
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match="There is no undamaged"):
+        find_checkpoint(tmp_path / "student", "latest")

@@ -165,13 +165,28 @@ def test_a_card_that_cannot_be_written_does_not_take_the_push(argv, tmp_path: Pa
     assert pushed == [tmp_path / "run"]
 
 
+@pytest.mark.parametrize(("patience", "warnings"), [("0", 1), ("600", 0), (None, 0)])
+def test_a_launcher_that_would_kill_a_stopped_run_before_its_checkpoint_is_named_once(
+    patience: str | None, warnings: int, argv, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    if patience is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", patience)
+    train_run(make_run(argv(checkpointing_steps=1, max_train_steps=2)))
+    said = [str(warning.message) for warning in recwarn if "checkpoint" in str(warning.message)]
+    assert len(said) == warnings
+    if said:
+        assert "kills a run 0 s after it is told to stop" in said[0]
+        assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=" in said[0]
+
+
 def test_a_tracker_that_fails_on_the_way_or_at_the_end_does_not_end_the_run(argv, monkeypatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no server")
 
     it = make_run(argv(max_train_steps=10))
     monkeypatch.setattr(it.accelerator, "log", fail)
-    monkeypatch.setattr(it.accelerator, "end_training", fail)
+    monkeypatch.setattr(it.accelerator, "trackers", [SimpleNamespace(finish=fail)])
     with pytest.warns(UserWarning) as warned:
         assert train_run(it) == 0
         end_trackers(it.accelerator)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from parts import read_state, relative_error, run_arguments, train_only
 from parts_processes import QUIET, in_two_processes
 from safetensors.torch import load_file
@@ -36,8 +37,16 @@ TOLERANCE = 1e-4  # of the norm of all numbers in a checkpoint, after each of tw
 
 
 def train(runs: list[Callable[[], None]], engine: str = "ddp") -> None:
-    """Runs, one after the other, in the same two processes."""
-    in_two_processes(lambda: [run() for run in runs], **ENGINES[engine])
+    """Runs, one after the other, in the same two processes. The last ends their group, as any launched run does."""
+
+    def work() -> None:
+        for run in runs[:-1]:
+            run()
+        os.environ["FORK_LAUNCHED"] = "0"
+        PartialState._shared_state.update({"fork_launched": False} if runs[:-1] else {})
+        runs[-1]()
+
+    in_two_processes(work, **ENGINES[engine])
 
 
 def launch(argv: list[str]) -> int:

@@ -59,7 +59,9 @@ def test_the_moving_average_off_the_device_and_on_it_are_the_same(argv) -> None:
 @pytest.mark.parametrize("student", ["lora", "full"])
 def test_a_run_needs_its_text_encoders_no_more_once_its_prompts_are_read(student: str, argv, tmp_path: Path) -> None:
     it = make_run(argv(monitor_images=1, **({} if student == "lora" else {"rank": None})), student)
-    it.teacher.pipeline.text_encoder = None
+    assert len(it.teacher.text_encoders) == (student == "full")  # whose files include them
+    it.teacher.drop_text_encoders()
+    assert it.teacher.text_encoders == []
     assert train_run(it, lambda update: None) == 0
     with averaged_student(it.distillation, it.state):
         it.networks.student_weights()

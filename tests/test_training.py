@@ -117,7 +117,7 @@ def test_a_reward_is_higher_where_it_is_trained_for_than_where_it_is_punished(ar
         reward = dict(algorithm="gndmr", reward=f"tiny_bold:{sign}", reward_share=0.9, guidance_scale=1.0)
         it = make_run(argv(output_dir=tmp_path / str(sign), max_train_steps=3, fake_updates_per_step=0, **reward))
         train_run(it)
-        pictures = sample_student(it.distillation, it.teacher, it.teacher.encode_prompts(PROMPTS))
+        pictures = sample_student(it.distillation, it.teacher, it.distillation.prompts.once(range(len(PROMPTS))))
         reached[sign] = it.distillation.rewards.rewards[0](pictures, PROMPTS)
     assert (reached[1] > reached[-1]).all()
 
@@ -214,7 +214,7 @@ def test_a_launcher_that_promised_more_processes_than_there_are_is_told_so(argv,
     with pytest.raises(
         ValueError, match=r"The launcher was asked for 2 processes and made 1, .*; launch with torchrun"
     ):
-        make_accelerator(it.config.output)
+        make_accelerator(it.config.output, it.config.memory)
 
 
 def test_speed_and_peak_memory_are_always_logged(argv, monkeypatch: pytest.MonkeyPatch) -> None:

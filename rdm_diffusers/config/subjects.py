@@ -227,6 +227,12 @@ class MemoryConfig:
     torch_compile: bool = flag(False, "compile the blocks that the network repeats", free=True)
     torch_compile_backend: str = flag("inductor", "what compiles them", OneOf(compilers), free=True)
     allow_tf32: bool = flag(False, "faster float32 on Ampere and later", free=True)
+    sync_each_batch: bool = flag(
+        False, "with FSDP2, average gradients after every micro-batch, which needs less memory and more time, and not "
+        "only after the last", free=True)
+    ddp_timeout: int = flag(
+        7200, "seconds that a process waits for another, for example for one that reads prompts or writes a checkpoint",
+        whole("[1, 1000000]"), free=True)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,16 @@ class Teacher:
     @property
     def text_encoders(self) -> list[torch.nn.Module]:
         """The networks that read prompts."""
+        return list(self._text_encoders.values())
+
+    @property
+    def _text_encoders(self) -> dict[str, torch.nn.Module]:
         components = self.pipeline.components.items()
-        return [part for name, part in components if name.startswith("text_encoder") and part is not None]
+        return {name: part for name, part in components if name.startswith("text_encoder") and part is not None}
+
+    def drop_text_encoders(self) -> None:
+        """Takes the text encoders out of the pipeline, which frees their memory; no more prompts can be encoded."""
+        self.pipeline.register_modules(**dict.fromkeys(self._text_encoders))
 
     @property
     def schedule(self) -> NoiseSchedule:

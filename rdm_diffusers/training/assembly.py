@@ -18,7 +18,7 @@ from ..families import Conditioning, Family, PromptOptions, Teacher, check_lora,
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..rewards import WeightedReward
 from ..schedulers import RdmScheduler
-from ..sharding import is_sharded_launch
+from ..sharding import is_sharded, is_sharded_launch
 from .checkpoints import TrainState
 from .devices import compile_blocks, place, prepare_denoiser
 from .external_rewards import join_rewards
@@ -171,6 +171,8 @@ def make_distillation(
         importance_weighting=method.importance_weighting,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        is_sharded=is_sharded(accelerator),
+        sync_each_batch=config.memory.sync_each_batch,
     )
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ..folders import digest_of_file, sync
 from ..untrusted import digest_of
 
 PREFIX, PARTIAL, OLD, REPLACED = "checkpoint-", ".partial-", ".old-", ".replaced"
 RECORD, DIGEST = "state.json", "digest"
+OF_PIECES = r"(-\d+-of-\d+)?"  # after the name of a part that is cut into pieces
 SET_ASIDE = "set-aside-from-"  # + checkpoint-N: the folder of newer checkpoints, after a run went back to N
 KEYS_OF_0_1_0 = {"update", "digests", "scalars", "monitor", "arguments"}  # whose records have no digest
 
@@ -40,6 +45,22 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     if digest != digest_of(record):
         raise ValueError(f"{RECORD} changed since it was written")
     return record
+
+
+def files_of(checkpoint: Path, part: str) -> list[Path]:
+    """The file of a part, such as `student` or `ema`, or its pieces; an empty list if the record names none."""
+    names = [
+        name for name in read_record(checkpoint)["digests"] if re.fullmatch(rf"{part}{OF_PIECES}\.safetensors", name)
+    ]
+    return [checkpoint / name for name in names]
+
+
+def read_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
+    """A part's tensors, on the CPU; FileNotFoundError if the checkpoint does not have it."""
+    files = files_of(checkpoint, part)
+    if not files:
+        raise FileNotFoundError(f"it has no {part}")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def damage(checkpoint: Path) -> str | None:

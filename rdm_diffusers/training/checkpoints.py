@@ -9,18 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..distillation import RunningMeans
 from ..folders import digest_of_file, sync
 from ..sharding import gather, shard_like
-from .checkpoint_files import PARTIAL, PREFIX, damage, put_in_place, read_record, rotate, tidy, write_record
+from .checkpoint_files import PARTIAL, PREFIX, damage, put_in_place, read_part, read_record, rotate, tidy, write_record
 from .monitor import Monitor
 from .optimizers import RoleOptimizer, quantised_state
 
+PIECE = 2**32  # bytes of tensors in a file, about; a process copies so much at once
 QUANTISED = {"codes", "scale", "qmap"}  # the parts of torchao's 8-bit tensors
 STATISTICS = "statistics"
 
@@ -38,34 +41,37 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, arguments: dict[str, Any], keep: int | None = None, writes: bool = True
+    folder: Path, state: TrainState, arguments: dict[str, Any], keep: int | None = None, team: Accelerator | None = None
 ) -> Path:
     """Writes `folder/checkpoint-<update>`, then removes the oldest beyond `keep`.
 
     A file for each role, with its parameters and its optimiser's state, one for the moving average, one for the running
-    means, and `state.json`. It stays invisible until all of it is on the disk, and so does not harm one of that name.
+    means, and `state.json`. Large ones are cut into pieces `NAME-00001-of-00003.safetensors`. All hold whole tensors.
+    It stays invisible until all of it is on the disk, and so does not harm one of that name.
 
     Args:
         folder: the run's.
         state: what an update changes.
         arguments: the run's, for `read_record`.
         keep: how many checkpoints stay, this one in any case; all by default.
-        writes: whether this process does. All must call where weights are sharded, to put them together; one writes.
+        team: the processes that share the weights' shards. All of them must call, and write the pieces in turn; by
+            default this one writes alone.
 
     Raises:
         OSError: if it cannot be written, for example on a full disk; earlier checkpoints are untouched then.
     """
     target = folder / f"{PREFIX}{state.update}"
-    if not writes:
-        for _ in _parts(state, keep_tensors=False):
-            pass
-        return target
     partial = folder / f"{PARTIAL}{target.name}"
+    leads = team is None or team.is_main_process
     try:
-        tidy(folder)
-        partial.mkdir(parents=True)
-        _write(partial, state, arguments)
-        put_in_place(partial, target)
+        if leads:
+            tidy(folder)
+            partial.mkdir(parents=True)
+        record = _write(partial, state, team)
+        if leads:
+            write_record(partial, {**record, "arguments": arguments})
+            sync(partial)
+            put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -73,7 +79,8 @@ def save_checkpoint(
             "resume with --resume_from_checkpoint latest."
         ) from error
     state.saved = target
-    rotate(target, keep)
+    if leads:
+        rotate(target, keep)
     return target
 
 
@@ -85,16 +92,30 @@ def is_saved(folder: Path, state: TrainState, arguments: dict[str, Any]) -> bool
     return bool(read_record(target)["arguments"] == json.loads(json.dumps(arguments)))
 
 
-def _write(folder: Path, state: TrainState, arguments: dict[str, Any]) -> None:
-    digests, scalars = {}, {}
-    for name, tensors, numbers in _parts(state):
-        path = folder / f"{name}.safetensors"
-        save_file(tensors, path)
-        digests[path.name], scalars[name] = digest_of_file(path), numbers
-        sync(path)
-    record = {"update": state.update, "digests": digests, "scalars": scalars, "monitor": state.monitor.state}
-    write_record(folder, {**record, "arguments": arguments})
-    sync(folder)
+def _write(folder: Path, state: TrainState, team: Accelerator | None) -> dict[str, Any]:
+    """Writes the files, each process every `num_processes`-th; returns the record of all of them."""
+    index, count = (0, 1) if team is None else (team.process_index, team.num_processes)
+    if team is not None:
+        team.wait_for_everyone()  # until there is the folder
+    pieces = list(_pieces(state))
+    digests: dict[str, str] = {}
+    for start in range(0, len(pieces), count):
+        digests |= _write_one_of(pieces[start : start + count], index, folder)
+    if team is not None:
+        digests = {name: digest for each in gather_object([digests]) for name, digest in each.items()}
+    scalars = {name: numbers for name, _, numbers in _parts(state)}
+    return {"update": state.update, "digests": digests, "scalars": scalars, "monitor": state.monitor.state}
+
+
+def _write_one_of(pieces: list[tuple[str, dict[str, Tensor]]], index: int, folder: Path) -> dict[str, str]:
+    """All processes gather each piece, then each writes the one of its index, if there is one; its name and digest."""
+    kept = [_on_cpu(tensors, i == index) for i, (_, tensors) in enumerate(pieces)]
+    if index >= len(pieces):
+        return {}
+    path = folder / f"{pieces[index][0]}.safetensors"
+    save_file(kept[index], path)
+    sync(path)
+    return {path.name: digest_of_file(path)}
 
 
 def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
@@ -103,13 +124,13 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
         record = read_record(checkpoint)
         scalars = record["scalars"]
         for role, role_optimizer in state.optimizers.items():
-            _unpack_role(role_optimizer, load_file(checkpoint / f"{role}.safetensors"), scalars[role])
+            _unpack_role(role_optimizer, read_part(checkpoint, role), scalars[role])
         if state.ema is not None:
-            averages = load_file(checkpoint / "ema.safetensors")
+            averages = read_part(checkpoint, "ema")
             for i, shadow in enumerate(state.ema.shadow_params):
                 copy_into(shadow, averages[str(i)])
             state.ema.optimization_step = scalars["ema"]["optimization_step"]
-        state.statistics.state = load_file(checkpoint / f"{STATISTICS}.safetensors")
+        state.statistics.state = read_part(checkpoint, STATISTICS)
     except (KeyError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(
             f"{checkpoint} does not fit this run ({error}); resume with the run's own arguments."
@@ -127,18 +148,33 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     parameter.data.copy_(shard_like(tensor, parameter))
 
 
-def _parts(state: TrainState, keep_tensors: bool = True) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Any]]]:
-    """A checkpoint's files one after another: name, tensors (on the CPU), and the numbers that are not tensors."""
+def _pieces(state: TrainState) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """A checkpoint's files one after another: name, and tensors where they are."""
+    for name, tensors, _ in _parts(state):
+        pieces: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for key, tensor in tensors.items():
+            size += tensor.nbytes
+            if size > PIECE and pieces[-1]:
+                pieces.append({})
+                size = tensor.nbytes
+            pieces[-1][key] = tensor
+        for i, piece in enumerate(pieces):
+            yield name if len(pieces) == 1 else f"{name}-{i + 1:05}-of-{len(pieces):05}", piece
+
+
+def _parts(state: TrainState) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Any]]]:
+    """A checkpoint's parts one after another: name, tensors where they are, and the numbers that are not tensors."""
     for role, role_optimizer in state.optimizers.items():
         named = {f"parameter/{i}": p.detach() for i, p in enumerate(role_optimizer.parameters)}
         for i, entries in role_optimizer.optimizer.state_dict()["state"].items():
             named |= {f"optimizer/{i}/{name}": value for name, value in _flat(entries)}
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        yield role, _on_cpu(tensors, keep_tensors), {n: v for n, v in named.items() if n not in tensors}
+        yield role, tensors, {n: v for n, v in named.items() if n not in tensors}
     if state.ema is not None:
         shadows = {str(i): shadow for i, shadow in enumerate(state.ema.shadow_params)}
-        yield "ema", _on_cpu(shadows, keep_tensors), {"optimization_step": state.ema.optimization_step}
-    yield STATISTICS, _on_cpu(state.statistics.state, keep_tensors), {}
+        yield "ema", shadows, {"optimization_step": state.ema.optimization_step}
+    yield STATISTICS, state.statistics.state, {}
 
 
 def _on_cpu(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:

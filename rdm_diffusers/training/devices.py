@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import MemoryConfig
 from ..networks import Networks
-from ..sharding import is_sharded_launch, shard
+from ..sharding import is_sharded, shard
 
 RECOMPILE_LIMIT = 64  # a block is compiled anew for each role, with and without gradients, and each size of batch
 
@@ -36,16 +36,21 @@ def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[No
 def place(networks: Networks, accelerator: Accelerator) -> None:
     """Puts the three roles on the device, or in shards on all devices where FSDP was asked for.
 
-    It comes before the optimisers. A quantised teacher beside full-weight roles stays whole.
+    It comes before the optimisers. A quantised teacher beside full-weight roles stays whole. Full networks in shards
+    are cast to the compute dtype as they are gathered, and need no autocast.
     """
+    sharded = is_sharded(accelerator)
+    dtype = networks.compute_dtype if networks.autocast_roles else None
 
     def put(network: nn.Module) -> None:
-        if is_sharded_launch() and accelerator.num_processes > 1 and getattr(network, "hf_quantizer", None) is None:
-            shard(network, accelerator)
+        if sharded and getattr(network, "hf_quantizer", None) is None:
+            shard(network, accelerator, dtype)
         else:
             network.to(accelerator.device)
 
     networks.place(put)
+    if sharded:
+        networks.compute_dtype = None
 
 
 def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:

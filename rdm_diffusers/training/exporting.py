@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from ..config import RunConfig
@@ -17,7 +17,7 @@ from ..hub import export_full, export_lora
 from ..networks import STUDENT
 from ..untrusted import check_kinds, read_object, real_path
 from .assembly import load, load_trained, make_networks, make_scheduler
-from .checkpoint_files import RECORD, damage, read_record
+from .checkpoint_files import RECORD, damage, files_of, read_part, read_record
 from .checkpoints import copy_into
 
 AVERAGED = "ema"
@@ -51,7 +51,7 @@ def read_run(checkpoint: Path) -> RunConfig:
 
 
 def chosen_weights(checkpoint: Path, use_ema: bool | None) -> str:
-    """Which of a checkpoint's files the student's weights are in: `ema` or `student`.
+    """Which part of a checkpoint the student's weights are in: `ema` or `student`.
 
     Args:
         checkpoint: its folder.
@@ -60,7 +60,7 @@ def chosen_weights(checkpoint: Path, use_ema: bool | None) -> str:
     Raises:
         ValueError: if it is asked for and there is none.
     """
-    has_average = (checkpoint / f"{AVERAGED}.safetensors").exists()
+    has_average = bool(files_of(checkpoint, AVERAGED))
     if use_ema and not has_average:
         raise ValueError(f"{checkpoint} has no moving average (its run had --no-use_ema); leave --use_ema out.")
     return AVERAGED if has_average and use_ema is not False else STUDENT
@@ -79,7 +79,7 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
         ValueError: if the weights do not fit the networks that the configuration names.
         WritingError: for example on a full disk.
     """
-    file = checkpoint / f"{chosen_weights(checkpoint, use_ema)}.safetensors"
+    chosen = chosen_weights(checkpoint, use_ema)
     config = config.changed("student", quantization=None)
     source, method = config.teacher, config.method
     teacher = load(config, torch.device("cpu"))
@@ -94,12 +94,14 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
         guidance_scale=1.0,
     )
     try:
-        _fill(networks.parameters(STUDENT), file)
+        _fill(networks.parameters(STUDENT), checkpoint, chosen)
     except (SafetensorError, RuntimeError) as error:
         name = source.pretrained_model_name_or_path
-        raise ValueError(f"{file} does not fit {name} ({error}); is that still the teacher of the run?") from error
+        raise ValueError(
+            f"{checkpoint / chosen} does not fit {name} ({error}); is that still the teacher of the run?"
+        ) from error
     record = read_record(checkpoint)
-    training = training_record(record["arguments"], record["update"], file.stem == AVERAGED)
+    training = training_record(record["arguments"], record["update"], chosen == AVERAGED)
     weights, scheduler = networks.student_weights(), make_scheduler(teacher, method.num_student_steps, method.eta)
     if config.is_lora:
         origin = {"revision": source.revision, "variant": source.variant, "training": training}
@@ -108,12 +110,11 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
         export_full(folder, teacher, weights, teacher.denoiser.config, scheduler, training)
 
 
-def _fill(parameters: list[nn.Parameter], file: Path) -> None:
+def _fill(parameters: list[nn.Parameter], checkpoint: Path, chosen: str) -> None:
     """Copies a checkpoint's tensors into the parameters; RuntimeError if their number or shapes differ."""
-    prefix = "" if file.stem == AVERAGED else "parameter/"
-    with safe_open(file, "pt") as tensors:
-        names = {name for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118 - no mapping
-        if len(names) != len(parameters):
-            raise RuntimeError(f"it holds {len(names)} tensors, the network {len(parameters)}")
-        for i, parameter in enumerate(parameters):
-            copy_into(parameter, tensors.get_tensor(f"{prefix}{i}"))
+    prefix = "" if chosen == AVERAGED else "parameter/"
+    tensors = {name: each for name, each in read_part(checkpoint, chosen).items() if name.startswith(prefix)}
+    if len(tensors) != len(parameters):
+        raise RuntimeError(f"it holds {len(tensors)} tensors, the network {len(parameters)}")
+    for i, parameter in enumerate(parameters):
+        copy_into(parameter, tensors[f"{prefix}{i}"])

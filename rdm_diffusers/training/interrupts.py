@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import psutil
 import torch
 from accelerate import Accelerator
 
 from ..program import status_of
 
 ONE_EVENT = 1.0  # seconds within which the launcher may repeat a batch system's signal
+PATIENCE, DEFAULT_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30  # seconds, as torchrun reads it
 
 
 @dataclass
@@ -24,6 +29,36 @@ class Interruption:
 
     number: int = 0
     since: float = 0.0
+    has_warned: bool = False
+
+    def check_patience(self, seconds: float, accelerator: Accelerator) -> None:
+        """Warns once if the launcher would kill a run that is stopped before its checkpoint is whole.
+
+        Args:
+            seconds: from the start of an update to the end of the checkpoint after it.
+            accelerator: its main process warns.
+        """
+        patience = launchers_patience()
+        if patience is None or seconds <= patience or self.has_warned or not accelerator.is_main_process:
+            return
+        self.has_warned = True
+        warnings.warn(
+            f"An update with its checkpoint takes {seconds:.0f} s, and the launcher kills a run {patience} s after it "
+            "is told to stop, so that its last checkpoint may be lost. Before the next launch, run: "
+            f"export {PATIENCE}={int(2 * seconds) + 1}",
+            stacklevel=2,
+        )
+
+
+def launchers_patience() -> int | None:
+    """Seconds between SIGTERM and SIGKILL under torch's launcher, which accelerate's uses, too; None under others."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    flag = None
+    with suppress(psutil.Error):
+        words = psutil.Process(os.getppid()).cmdline()
+        flag = re.search(r"--shutdown[-_]timeout[= ](\d+)", " ".join(words))
+    return int(flag[1] if flag else os.environ.get(PATIENCE, DEFAULT_PATIENCE))
 
 
 @contextmanager

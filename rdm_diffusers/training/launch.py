@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from ..config import OutputConfig
+from ..config import MemoryConfig, OutputConfig
 from ..config.secrecy import words_of_launcher
 from ..sharding import is_sharded_launch
 from .tracking import check_trackers
 
 MEMORY_FLAGS = (
     "lower --train_batch_size and raise --gradient_accumulation_steps instead, or try --gradient_checkpointing, "
-    "--mixed_precision bf16, --use_8bit_adam or --offload; --dry_run shows what a run needs"
+    "--mixed_precision bf16, --use_8bit_adam, --offload, or with FSDP2 --sync_each_batch; --dry_run shows what a run "
+    "needs"
 )
 HOW_TO_LAUNCH = "launch with torchrun --nproc_per_node N, or with accelerate launch --multi_gpu --num_processes N"
 
 
-def make_accelerator(output: OutputConfig, allow_tf32: bool = False) -> Accelerator:
-    """The accelerator, on the CPU where there is no GPU.
+def make_accelerator(output: OutputConfig, memory: MemoryConfig) -> Accelerator:
+    """The accelerator, on the CPU where there is no GPU; its processes wait for each other as long as `memory` says.
 
     Raises ValueError if the launcher asks for what a run cannot do, or made one process of several, and ImportError if
     a tracker is not installed.
@@ -37,6 +39,7 @@ def make_accelerator(output: OutputConfig, allow_tf32: bool = False) -> Accelera
         mixed_precision="no",  # the networks see to that themselves
         log_with=None if output.report_to == "none" else output.report_to,
         project_config=project,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=memory.ddp_timeout))],
     )
     promised = promised_processes()
     if promised > accelerator.num_processes:
@@ -44,7 +47,7 @@ def make_accelerator(output: OutputConfig, allow_tf32: bool = False) -> Accelera
             f"The launcher was asked for {promised} processes and made {accelerator.num_processes}, as accelerate "
             f"launch --cpu does; {HOW_TO_LAUNCH}."
         )
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = memory.allow_tf32
     return accelerator
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def train(trainer: Trainer) -> int:
             return largest_over_processes(interrupted.number or STOP * trainer.stopping, trainer.accelerator)
 
         while state.update < trainer.config.optimisation.max_train_steps and not end():
+            began = time.monotonic()
             seed_all(run, state.update)
             batch = collect(run, state.update // method.reuse_rollouts)
             for visit in range(method.reuse_rollouts):
@@ -55,6 +57,7 @@ def train(trainer: Trainer) -> int:
                     trainer.validate()
                 if state.update % output.checkpointing_steps == 0:
                     checkpoint(trainer)
+                    interrupted.check_patience(time.monotonic() - began, trainer.accelerator)
         progress.bar.close()
         number = end()
         if number:
@@ -86,11 +89,12 @@ def step(state: TrainState, role: str) -> Tensor:
 def checkpoint(trainer: Trainer) -> Path:
     """Writes a checkpoint into the run's folder, if it is not there; every process takes part until it is whole."""
     folder, state, accelerator = trainer.folder, trainer.state, trainer.accelerator
-    writes = accelerator.is_main_process
+    team, leads = accelerator if trainer.distillation.is_sharded else None, accelerator.is_main_process
     path = folder / f"{PREFIX}{state.update}"
-    if largest_over_processes(writes and is_saved(folder, state, trainer.arguments), accelerator):
+    if largest_over_processes(leads and is_saved(folder, state, trainer.arguments), accelerator):
         return path
-    save_checkpoint(folder, state, trainer.arguments, trainer.config.output.checkpoints_total_limit, writes)
+    if team or leads:
+        save_checkpoint(folder, state, trainer.arguments, trainer.config.output.checkpoints_total_limit, team)
     accelerator.wait_for_everyone()
     trainer.notify("on_checkpoint", path)
     return path

@@ -163,7 +163,7 @@ class _Planner:
             "folded copies of adapted weights": (2 if self.networks.target_config is None else 3) * self._folded(),
             "blocks gathered from all processes": self._gathered() if shards > 1 else 0,
             "a group's rollouts": self._rollouts(),
-            "gradients of one role": trained_size // shards if self.has_gradients else 0,
+            "gradients of one role": self._gradients() if self.has_gradients else 0,
             f"activations of {samples} samples": saved,
             "forward and backward, at most": update,
             "teacher, at most": samples * self._teacher_peak,
@@ -189,7 +189,10 @@ class _Planner:
         return sum(int(layer.get_base_layer().weight.nbytes) for layer in layers) + self.trained_size
 
     def _gathered(self) -> int:
-        """FSDP gathers all weights outside of blocks, the current block and its gradients, and the next block."""
+        """FSDP gathers all weights outside of blocks, the current block and its gradients, and the next block.
+
+        The weights are in the compute dtype, and the gradients in float32.
+        """
         network = self.networks.modules[0]
         kinds: Any = network._no_split_modules or ()
         blocks = [f"{name}." for name, each in network.named_modules() if type(each).__name__ in kinds]
@@ -197,7 +200,13 @@ class _Planner:
         for name, parameter in network.named_parameters():
             own[max((block for block in blocks if name.startswith(block)), key=len, default="")] += parameter.nbytes
         outside, largest = own.pop("", 0), max(own.values(), default=0)
-        return outside + (2 if self.is_lora else 3) * largest
+        share = 1.0 if self.autocast is None else self.dtype.itemsize / FLOAT
+        return int(share * (outside + 2 * largest) + (0 if self.is_lora else largest))
+
+    def _gradients(self) -> int:
+        """One role's; whole ones where FSDP averages only after the last of several micro-batches."""
+        waits = self.run.optimisation.gradient_accumulation_steps > 1 and not self.run.memory.sync_each_batch
+        return self.trained_size // (1 if waits else self.shards)
 
     def _rollouts(self) -> int:
         """An update's states, predictions, noises and prompts, about."""

@@ -50,9 +50,13 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """Closes the logs and the process group; an error of a tracker becomes a warning."""
+    """Closes the logs; an error of a tracker becomes a warning.
+
+    Not by `Accelerator.end_training`, which also ends the group of processes, that sharded weights are exported with.
+    """
     try:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     except Exception as error:
         warnings.warn(f"The trackers could not be closed ({one_line(error)}); the run goes on.", stacklevel=2)
 

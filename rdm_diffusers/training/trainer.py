@@ -78,7 +78,8 @@ class Trainer:
         folder: the run's.
         accelerator: the device, the processes and the trackers.
         teacher, networks, distillation, state: the teacher; the roles; what stays the same through the run; and
-            what every update changes. They are there after `load`, until `evaluate`.
+            what every update changes. They are there after `load`, until `evaluate`. The teacher's text encoders
+            are dropped in `load`, except where a full student's files are written.
 
     Raises:
         ValueError, ImportError: one sentence, if the folder or the way it was launched cannot be used.
@@ -97,7 +98,7 @@ class Trainer:
         self.config = config
         self.callbacks = list(callbacks)
         self.folder = prepare_output(config.output)
-        self.accelerator = make_accelerator(config.output, config.memory.allow_tf32)
+        self.accelerator = make_accelerator(config.output, config.memory)
         self.arguments: dict[str, Any] = {}
         self.stopping = False
         self._held = ExitStack()
@@ -107,6 +108,8 @@ class Trainer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if "train" in self._done and error[0] in (None, SystemExit):
+            self.accelerator.state.destroy_process_group()
         self.close()
 
     def close(self) -> None:
@@ -157,6 +160,8 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         self.teacher = load(config, accelerator.device)
         self.texts = read_texts(self.teacher, self.prompts, config, accelerator)
+        if config.is_lora or not accelerator.is_main_process:  # the files of a full student include them
+            self.teacher.drop_text_encoders()
         self.networks = self.make_networks()
         self.distillation = make_distillation(
             self.teacher, self.networks, self.texts, self.rewards, config, accelerator
@@ -188,6 +193,7 @@ class Trainer:
             write_whole(self.folder / CONFIG_FILE, self.config.as_yaml())
         number = train(self)
         end_trackers(self.accelerator)
+        self._done.add("train")
         return TrainOutput(self.state.update, number)
 
     def stop(self) -> None:
@@ -212,9 +218,10 @@ class Trainer:
         Every process must call.
         """
         self.load()
+        writes = self.accelerator.is_main_process
         with averaged_student(self.distillation, self.state):
-            weights = self.networks.student_weights()
-        if not self.accelerator.is_main_process:
+            weights = self.networks.student_weights(keep=writes)
+        if not writes:
             return self.folder
         source, scheduler = self.config.teacher, self.distillation.scheduler
         training = training_record(self.arguments, self.state.update)
@@ -229,11 +236,13 @@ class Trainer:
     def evaluate(self) -> None:
         """Draws with the exported student beside its teacher, on the main process: `samples.png`, `metrics.json`, card.
 
-        The training's networks are freed first. An error here becomes a warning of one sentence; the student is safe.
+        The training's networks are freed first, and the processes part, so that none waits for the main one. An error
+        here becomes a warning of one sentence; the student is safe.
         """
         shown = self.texts.shown
         for name in ("teacher", "networks", "distillation", "state"):
             self.__dict__.pop(name, None)
+        self.accelerator.state.destroy_process_group()
         if self.accelerator.is_main_process:
             draw_and_measure(self.folder, shown, self.config, self.accelerator.device)
 

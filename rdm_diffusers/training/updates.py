@@ -31,6 +31,7 @@ from ..families import Conditioning
 from ..networks import FAKE_SCORE, STUDENT, Networks
 from ..prediction import NoiseSchedule, expand, output_weight
 from ..schedulers import RdmScheduler
+from ..sharding import average_in_backward
 from .external_rewards import ExternalRewards
 from .monitor import batch_health, contrast, fake_loss_health
 from .optimizers import NonFiniteError
@@ -55,6 +56,8 @@ class Distillation:
     importance_weighting: str = "none"  # of `IMPORTANCE_WEIGHTINGS`, for rollouts that serve several updates
     process_index: int = 0
     num_processes: int = 1  # a group stays whole on one process
+    is_sharded: bool = False  # whether a network call needs all processes
+    sync_each_batch: bool = False  # whether sharded gradients are averaged after every micro-batch
 
     @property
     def num_steps(self) -> int:
@@ -71,16 +74,23 @@ class Distillation:
         return range(first, first + self.groups_per_update)
 
     def depth(self, number: int) -> int:
-        """How many steps the `number`-th rollout takes: up to the last state that any process trains on.
+        """How many steps the `number`-th rollout takes here: up to the last state that this process trains on.
 
-        All processes make equally many network calls, as they must where they share the weights' shards.
+        Where networks are in shards, it is the last of any process, as all must make equally many network calls.
         """
         size = self.groups_per_update * self.num_processes
-        return max(self.trained_steps(group)[-1] for group in range(number * size, (number + 1) * size)) + 1
+        groups = range(number * size, (number + 1) * size) if self.is_sharded else self.groups(number)
+        return max(self.trained_steps(group)[-1] for group in groups) + 1
 
     def trained_steps(self, group: int) -> list[int]:
         """Which of a group's states are trained on, ascending."""
         return self.draws.subset("executed_steps", group, self.steps_per_rollout, self.num_steps)
+
+    def backward(self, role: str, x0: Tensor, direction: Tensor, part: slice, count: int) -> None:
+        """`Networks.backward` of a part of an update's `count` samples; the last part averages sharded gradients."""
+        for network in self.networks.modules:
+            average_in_backward(network, self.sync_each_batch or part.stop >= count)
+        self.networks.backward(role, x0, direction)
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,8 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
     _require_finite("student direction", direction, batch)
     for part in samples.micro_batches(run.micro_batch_size):
         chunk = samples[part]
-        run.networks.backward(STUDENT, run.student(chunk.x_t, chunk.t, chunk.conditioning), direction[part])
+        x0 = run.student(chunk.x_t, chunk.t, chunk.conditioning)
+        run.backward(STUDENT, x0, direction[part], part, len(samples))
     return health
 
 
@@ -205,7 +216,7 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
         x0 = run.networks.predict(FAKE_SCORE, x_t[part], t[part], chunk.conditioning, chunk.step)
         direction, loss = fake_score_direction(x0, chunk.x0, weight[part], len(samples))
         _require_finite("fake score loss", loss, batch, part.start)
-        run.networks.backward(FAKE_SCORE, x0, direction)
+        run.backward(FAKE_SCORE, x0, direction, part, len(samples))
         losses.append(loss)
     return fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
 
