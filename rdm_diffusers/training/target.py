@@ -163,7 +163,7 @@ def _losses(
         direction, loss = fake_score_direction(prediction, x0[part], weight[part], len(indices))
         losses.append(loss)
         if trains:
-            networks.backward(role, prediction, direction)
+            run.backward(role, prediction, direction, part, len(indices))
     found = torch.cat(losses)
     if not found.isfinite().all():
         raise NonFiniteError("The target's loss is not finite; lower --target_learning_rate.")
