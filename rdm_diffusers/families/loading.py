@@ -196,6 +196,11 @@ def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype, **hu
     return vae
 
 
+def load_tiny_vae(name_or_path: str, dtype: torch.dtype) -> ModelMixin:
+    """An `AutoencoderTiny` from a folder or the Hub, frozen. Raises ValueError as `load_vae`."""
+    return load_vae(name_or_path, {"vae": ("diffusers", "AutoencoderTiny")}, dtype).requires_grad_(False)
+
+
 def load_denoiser(
     name_or_path: str,
     dtype: torch.dtype,
