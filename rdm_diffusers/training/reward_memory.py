@@ -6,10 +6,12 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import RunConfig
 from ..distillation import Decode, differentiable_gradients, reward_values
@@ -61,7 +63,7 @@ def measure_rewards(
         known, not_counted = _countable(known, decode(x0[:1]))
     exact = [reward for reward in known if reward.differentiable]
     boxes = [reward for reward in known if not reward.differentiable]
-    with fused_attention(), LivePeak(pipeline.vae, *reward_networks(known)) as live:
+    with fused_attention(), _Masks(), LivePeak(pipeline.vae, *reward_networks(known)) as live:
         differentiable_gradients(exact, decode, x0, prompts, count)
         if boxes:
             reward_values(boxes, decode, x0, prompts, count)
@@ -97,10 +99,20 @@ def _on_meta(reward: Reward) -> Reward:
 def _works(reward: Reward, image: Tensor) -> bool:
     """Whether a reward can be called on the meta device; not if it reads numbers."""
     try:
-        evaluate(reward, image, CAPTIONS[:1])
+        with _Masks():
+            evaluate(reward, image, CAPTIONS[:1])
     except ValueError:
         return False
     return True
+
+
+class _Masks(TorchDispatchMode):
+    """Answers no on the meta device where a text model asks whether a prompt fills all places of its mask."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return False
+        return func(*args, **(kwargs or {}))
 
 
 def _uncounted(name: str, differentiable: bool) -> NamedReward:

@@ -221,8 +221,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Draws with the exported student beside its teacher, on the main process: `samples.png`, `metrics.json`, card.
 
-        The training's networks and rewards are freed first. An error here becomes a warning of one sentence; the student
-        is safe.
+        The training's networks and rewards are freed first. An error here becomes a warning of one sentence; the
+        student is safe.
         """
         shown = self.texts.shown
         for name in ("teacher", "networks", "distillation", "state", "rewards"):
