@@ -63,7 +63,7 @@ def measure_rewards(
         known, not_counted = _countable(known, decode(x0[:1]))
     exact = [reward for reward in known if reward.differentiable]
     boxes = [reward for reward in known if not reward.differentiable]
-    with fused_attention(), _Masks(), LivePeak(pipeline.vae, *reward_networks(known)) as live:
+    with fused_attention(), _masks(), LivePeak(pipeline.vae, *reward_networks(known)) as live:
         differentiable_gradients(exact, decode, x0, prompts, count)
         if boxes:
             reward_values(boxes, decode, x0, prompts, count)
@@ -99,11 +99,15 @@ def _on_meta(reward: Reward) -> Reward:
 def _works(reward: Reward, image: Tensor) -> bool:
     """Whether a reward can be called on the meta device; not if it reads numbers."""
     try:
-        with _Masks():
+        with _masks():
             evaluate(reward, image, CAPTIONS[:1])
     except ValueError:
         return False
     return True
+
+
+def _masks() -> TorchDispatchMode:
+    return _Masks()  # type: ignore[no-untyped-call]
 
 
 class _Masks(TorchDispatchMode):
