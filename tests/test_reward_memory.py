@@ -30,6 +30,7 @@ from rdm_diffusers.training.external_rewards import join_rewards, load_rewards
 from rdm_diffusers.training.memory_model import LivePeak, nbytes
 from rdm_diffusers.training.memory_plan import MemoryPlan, plan_memory
 from rdm_diffusers.training.reward_memory import measure_rewards
+from rdm_diffusers.training.run_folder import check_resumable
 from rdm_diffusers.training.teacher_checks import check_with_teacher, checked_tiny_vae
 from rdm_diffusers.training.updates import collect
 
@@ -217,6 +218,16 @@ def test_tiny_autoencoders_that_do_not_fit_are_refused_in_a_sentence(tmp_path: P
         checked_tiny_vae(str(tmp_path / "fits"), FAMILIES["QwenImagePipeline"], 4, 4)
     with pytest.raises(ValueError, match="--reward_vae decodes pictures for rewards alone; add --reward"):
         RunConfig.of(reward_vae=str(tmp_path / "fits"))
+
+
+def test_a_run_of_before_there_were_tiny_autoencoders_resumes_without_one_only() -> None:
+    arguments = RunConfig.of().as_arguments()
+    new = ("reward_vae", "decode_batch_size", "enable_vae_slicing", "enable_vae_tiling")
+    saved = {name: value for name, value in arguments.items() if name not in new}
+    assert RunConfig.from_record(saved).as_arguments() == arguments
+    assert check_resumable({**arguments, "decode_batch_size": 1, "enable_vae_tiling": True}, saved) is None
+    with pytest.raises(ValueError, match=r"--reward_vae \(was None, is taesd\)"):
+        check_resumable({**arguments, "reward_vae": "taesd"}, saved)
 
 
 def test_tiles_and_slices_are_turned_on_where_they_are_and_refused_elsewhere(argv) -> None:
