@@ -15,12 +15,14 @@ What it does, and the flags that steer it:
 - groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,
   --num_renoisings
 - external rewards: --reward name[=weights][:weight], --reward_dtype, --reward_share, --reward_combination,
-  --projection_guard; those without gradients: --reward_tilt
+  --projection_guard; those without gradients: --reward_tilt; their memory (docs/rewards.md): --decode_batch_size,
+  --reward_vae
 - the fake score: --fake_updates_per_step, --fake_learning_rate, --fake_score_steps
 - rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
 - health: alarms in the log, --stop_on_collapse; --dry_run prints what memory is needed and trains nothing
 - small GPUs (docs/recipes.md): --base_quantization int8, fp8 or nf4, --mixed_precision bf16, --use_8bit_adam,
-  --gradient_checkpointing, --train_batch_size with --gradient_accumulation_steps, --offload
+  --gradient_checkpointing, --train_batch_size with --gradient_accumulation_steps, --offload, --enable_vae_tiling,
+  --enable_vae_slicing
 - speed: --fold_adapters, --torch_compile, --attention_backend, --enable_xformers_memory_efficient_attention
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2; --ddp_timeout,
   --sync_each_batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,16 +144,24 @@ def bytes_before_training(it: SimpleNamespace) -> int:
 
 
 def measured_peak(it: SimpleNamespace) -> int:
-    """The most bytes that a run's training holds at once, of what torch's allocator says to its profiler."""
-    before = bytes_before_training(it)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """The most bytes that a run's training holds at once."""
+
+    def run() -> None:
         assert train_run(it) == 0
+
+    return bytes_before_training(it) + allocated_peak(run)
+
+
+def allocated_peak(call: Callable[[], object]) -> int:
+    """The most bytes that a call holds beside what was there before, of what torch's allocator says to its profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    return before + most
+    return most
 
 
 def compare(folder: Path, prompts_file: Path, output: Path, student: str = "lora", **changes) -> None:

@@ -36,6 +36,8 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ValueError("--algorithm gndmr needs external rewards: add --reward name, for example --reward tiny_bold.")
     if algorithm != "gndmr" and rewards.reward:
         raise ValueError(f"--algorithm {algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
+    if rewards.reward_vae and not rewards.reward:
+        raise ValueError("--reward_vae decodes pictures for rewards alone; add --reward name, or leave it out.")
     if algorithm == "dmd" and method.preset not in (None, "dmd2"):
         raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {method.preset} out or use gndm.")
     if algorithm == "dmd" and method.gndm_lambda != 0:

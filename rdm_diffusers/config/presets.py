@@ -36,7 +36,7 @@ TINY_FULL_DEFAULTS: dict[str, Any] = dict(learning_rate=5e-4)
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 # What follows from other flags, where it is not given.
 DERIVED = (
-    *PRESETS["gndm"], "fake_learning_rate", "lora_alpha", "sample_guidance_scale", "target_rank",
+    *PRESETS["gndm"], "decode_batch_size", "fake_learning_rate", "lora_alpha", "sample_guidance_scale", "target_rank",
     "tracker_project_name",
 )  # fmt: skip
 
@@ -47,6 +47,7 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     preset = values["preset"] or ALGORITHM_PRESETS.get(values["algorithm"], "gndm")
     follows = {
         **PRESETS[preset],
+        "decode_batch_size": values["train_batch_size"],
         "fake_learning_rate": values["learning_rate"],
         "lora_alpha": values.get("rank"),
         "sample_guidance_scale": values["guidance_scale"],

@@ -147,6 +147,9 @@ class RewardsConfig:
         "share", "share: normalised, with --reward_share; sum: DMDR's plain weighted sum of losses",
         OneOf(COMBINATIONS))
     projection_guard: bool = flag(False, "drop what of the rewards' part opposes R_dm")
+    reward_vae: str | None = flag(
+        None, "decode with this AutoencoderTiny for the rewards alone, for example madebyollin/taesd: a folder or a "
+        "Hub id", FOLDER_OR_ID, is_path=True)
     reward_tilt: float = flag(
         0.25, "kappa, by how many of their standard deviations rewards without gradients are to rise, about", RATE)
 
@@ -210,7 +213,7 @@ class OptimisationConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Memory and speed: nothing here changes a result beyond rounding."""
+    """Memory and speed: nothing here changes a result beyond rounding, but for tiles, whose seams are blended."""
 
     mixed_precision: str = flag(
         lambda: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
@@ -219,8 +222,13 @@ class MemoryConfig:
     use_8bit_adam: bool = flag(False, "8-bit AdamW for both roles: bitsandbytes', or else torchao's")
     gradient_checkpointing: bool = flag(False, "less memory for more time", free=True)
     offload: bool = flag(
-        False, "keep the moving average off the device, and at the run's end every network that is not at work",
-        free=True)
+        False, "keep off the device what is not at work: the moving average, the rewards with their autoencoder, and "
+        "at the run's end every network", free=True)
+    decode_batch_size: int = flag(
+        None, "pictures decoded and scored at once for the rewards; --train_batch_size by default", BATCH, free=True)
+    enable_vae_slicing: bool = flag(False, "decode pictures one by one", free=True)
+    enable_vae_tiling: bool = flag(
+        False, "decode large pictures in tiles; where tiles overlap, pictures differ a little", free=True)
     enable_xformers_memory_efficient_attention: bool = flag(False, "xformers' attention, for U-Nets", free=True)
     attention_backend: str | None = flag(
         None, "attention of a transformer by its name in diffusers, for example flash", OneOf(BACKENDS), free=True)

@@ -45,19 +45,37 @@ def differentiable_gradients(
         decode: latents `[B, C, H, W]` -> images `[B, 3, H', W']` in [0, 1], differentiable.
         x0: x̂ `[M, C, H, W]`; detached here.
         prompts: length M.
-        micro_batch_size: how many samples are decoded at once.
+        micro_batch_size: how many samples are decoded at once. No graph outlives its micro-batch.
     """
     if not rewards:
         return []
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in rewards]
     for start in range(0, len(x0), micro_batch_size):
-        latents = x0[start : start + micro_batch_size].detach().requires_grad_()
-        with torch.enable_grad():
-            images = decode(latents)
-            values = [evaluate(reward, images, prompts[start : start + len(latents)]) for reward in rewards]
-        for part, value in zip(parts, values, strict=True):
-            part.append((value.detach(), torch.autograd.grad(value.sum(), latents, retain_graph=True)[0]))
+        batch = slice(start, start + micro_batch_size)
+        for part, found in zip(parts, _gradients(rewards, decode, x0[batch], prompts[batch]), strict=True):
+            part.append(found)
     return [RewardGradient.of(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
+
+
+def _gradients(
+    rewards: Sequence[Reward], decode: Decode, x0: Tensor, prompts: Sequence[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """Each reward's values and gradient for one micro-batch.
+
+    A reward's own graph is freed before its gradient goes through the decoder, whose graph stays while rewards follow.
+    """
+    latents = x0.detach().requires_grad_()
+    with torch.enable_grad():
+        images = decode(latents)
+    found = []
+    for number, reward in enumerate(rewards, 1):
+        shown = images.detach().requires_grad_()
+        with torch.enable_grad():
+            values = evaluate(reward, shown.clone(), prompts)  # a copy, which a reward may change in place
+        (uphill,) = torch.autograd.grad(values.sum(), shown)
+        (gradient,) = torch.autograd.grad(images, latents, uphill, retain_graph=number < len(rewards))
+        found.append((values.detach(), gradient))
+    return found
 
 
 @torch.no_grad()

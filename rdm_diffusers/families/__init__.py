@@ -12,6 +12,7 @@ from .loading import (
     load_options,
     load_scheduler,
     load_teacher,
+    load_tiny_vae,
     load_vae,
     options_for,
     pipeline_config,
@@ -25,6 +26,6 @@ __all__ = [
     "CARD", "FAMILIES", "INDEX", "LORA_FILE", "QUANTIZATIONS", "STUDENT_CONFIG", "Conditioning", "Family",
     "PromptOptions", "Teacher", "absent_components", "check_kinds_of_files", "check_lora", "check_no_checkpoint",
     "check_pipeline", "explain_hub_errors", "family_of", "fetch", "full_name", "load_denoiser", "load_options",
-    "load_scheduler", "load_teacher", "load_vae", "options_for", "pipeline_config", "rebuilt", "schedule_of",
-    "use_token",
+    "load_scheduler", "load_teacher", "load_tiny_vae", "load_vae", "options_for", "pipeline_config", "rebuilt",
+    "schedule_of", "use_token",
 ]  # fmt: skip

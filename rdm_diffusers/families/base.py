@@ -106,6 +106,7 @@ class Family(ABC):
         extra_encoder_tokens: about how many more tokens the large text encoder reads than the denoiser gets, for
             example of a standing instruction; negative if another encoder's tokens are appended.
         has_lora: whether the stock pipeline loads LoRAs; if not, students are full ones.
+        has_tiny_vae: whether the stock pipeline decodes with an `AutoencoderTiny` in its autoencoder's place.
         bins_resolutions: whether the stock pipeline rounds to the nearest of its own resolutions by default.
         comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's grid is even.
         comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
@@ -123,6 +124,7 @@ class Family(ABC):
     most_prompt_tokens: int | None = None
     extra_encoder_tokens: int = 0
     has_lora: bool = True
+    has_tiny_vae: bool = True
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
     comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = None

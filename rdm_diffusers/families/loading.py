@@ -19,7 +19,7 @@ from .hub_files import explain_hub_errors, fetch, repository_files
 from .quantization import quantized_loading
 from .registry import FAMILIES, family_of
 from .suitability import check_folder, check_teacher
-from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, refuse
+from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, quiet, refuse
 
 INDEX_REMEDY = "save or download it again"
 DEFAULT_OPTIONS = PromptOptions()
@@ -202,6 +202,12 @@ def load_vae(name_or_path: str, config: dict[str, Any], dtype: torch.dtype, **hu
         vae, info = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
     refuse(name, "network", problem_in(kind, info))
     return vae
+
+
+def load_tiny_vae(name_or_path: str, dtype: torch.dtype) -> ModelMixin:
+    """An `AutoencoderTiny` from a folder or the Hub, frozen. Raises ValueError as `load_vae`."""
+    with quiet():  # about a setting that diffusers itself saves
+        return load_vae(name_or_path, {"vae": ("diffusers", "AutoencoderTiny")}, dtype).requires_grad_(False)
 
 
 def load_denoiser(

@@ -23,6 +23,7 @@ class QwenImageFamily(PackedFlowFamily):
     prompt_tokens = 512
     most_prompt_tokens = 1024
     extra_encoder_tokens = 34  # of the standing instruction
+    has_tiny_vae = False  # its latents are one frame of a film's
     comfyui_shift = "*ModelSamplingAuraFlow* with shift 1"
     architecture_name = "qwen-image"
     lora_target_modules = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @runtime_checkable
@@ -42,6 +42,13 @@ class WeightedReward:
 
     reward: Reward
     weight: float
+
+
+def reward_networks(rewards: Iterable[Reward]) -> list[nn.Module]:
+    """The networks that rewards are; what a user's function calls is not known."""
+    callables = [getattr(reward, "function", reward) for reward in rewards]
+    modules = [each for each in callables if isinstance(each, nn.Module)]
+    return [each for each in modules if [*each.parameters(), *each.buffers()]]
 
 
 def evaluate(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -20,7 +20,7 @@ from ..rewards import WeightedReward
 from ..schedulers import RdmScheduler
 from ..sharding import is_sharded, is_sharded_launch
 from .checkpoints import TrainState
-from .devices import compile_blocks, place, prepare_denoiser
+from .devices import compile_blocks, place, prepare_denoiser, prepare_vae
 from .external_rewards import join_rewards
 from .optimizers import make_optimizer
 from .prompts import PromptGroups, Texts
@@ -39,7 +39,7 @@ def prompt_options(config: RunConfig) -> PromptOptions:
 def load(config: RunConfig, device: torch.device) -> Teacher:
     """A run's teacher, on the CPU; the device is for what needs one to be quantised."""
     teacher = config.teacher
-    return load_teacher(
+    loaded = load_teacher(
         teacher.pretrained_model_name_or_path,
         DTYPES[config.memory.mixed_precision],
         teacher.revision,
@@ -49,6 +49,8 @@ def load(config: RunConfig, device: torch.device) -> Teacher:
         config.student.quantization,
         device,
     )
+    prepare_vae(loaded.pipeline.vae, config.memory)
+    return loaded
 
 
 def load_trained(config: RunConfig) -> ModelMixin:

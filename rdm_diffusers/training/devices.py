@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,7 @@ RECOMPILE_LIMIT = 64  # a block is compiled anew for each role, with and without
 @contextmanager
 def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Moves the modules to the device, and afterwards back to where they were; frees the device's memory."""
-    homes = [next(module.parameters()).device for module in modules]
+    homes = [next(chain(module.parameters(), module.buffers())).device for module in modules]
     for module in modules:
         module.to(device)
     try:
@@ -68,6 +69,18 @@ def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:
             ) from error
     if memory.attention_backend:
         _use_backend(denoiser, memory.attention_backend)
+
+
+def prepare_vae(vae: ModelMixin, memory: MemoryConfig) -> None:
+    """Turns an autoencoder's tiles and slices on; ValueError if it has none."""
+    for kind in ("tiling", "slicing"):
+        if getattr(memory, f"enable_vae_{kind}"):
+            try:
+                getattr(vae, f"enable_{kind}")()
+            except (AttributeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"--enable_vae_{kind} does not work here, because {type(vae).__name__} has no {kind}; leave it out."
+                ) from error
 
 
 def _use_backend(denoiser: ModelMixin, backend: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..distillation import (
@@ -21,8 +23,9 @@ from ..distillation import (
     standardised_advantage,
     tilted_weight,
 )
-from ..families import Teacher
-from ..rewards import Reward, WeightedReward, load_distinct_rewards
+from ..families import Family, Teacher, load_tiny_vae, rebuilt
+from ..rewards import Reward, WeightedReward, load_distinct_rewards, reward_networks
+from .devices import on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class ExternalRewards:
         combination: how they join R_dm.
         decode: latents -> images in [0, 1], differentiable.
         micro_batch_size: pictures decoded and scored at once.
+        offloaded_vae: the autoencoder, if it and the rewards' networks are to be on the samples' device only while they
+            work; None leaves them where they are.
         reward_tilt: kappa, by about how many standard deviations within a prompt those without gradients are to rise.
     """
 
@@ -41,6 +46,7 @@ class ExternalRewards:
     combination: GNDMR
     decode: Decode
     micro_batch_size: int
+    offloaded_vae: nn.Module | None = None
     reward_tilt: float = 0.25
 
     def tilt(
@@ -58,7 +64,8 @@ class ExternalRewards:
             return samples, {}
         tilt = samples.x0.new_zeros(len(samples))
         health: dict[str, Tensor] = {}
-        scores = reward_values(boxes, self.decode, samples.x0, prompts, self.micro_batch_size)
+        with self._at_work(boxes, samples.x0.device):
+            scores = reward_values(boxes, self.decode, samples.x0, prompts, self.micro_batch_size)
         for reward, values in zip(boxes, scores, strict=True):
             advantage = standardised_advantage(reward.name, values, self.combination.group_size, statistics)
             tilt += self.reward_tilt * self.combination.proportion(reward.name) * advantage
@@ -77,7 +84,8 @@ class ExternalRewards:
             statistics: the method's running means; updated.
         """
         exact = [reward for reward in self.rewards if reward.differentiable]
-        found = differentiable_gradients(exact, self.decode, samples.x0, prompts, self.micro_batch_size)
+        with self._at_work(exact, samples.x0.device):
+            found = differentiable_gradients(exact, self.decode, samples.x0, prompts, self.micro_batch_size)
         gradients = {reward.name: gradient for reward, gradient in zip(exact, found, strict=True)}
         joined = self.combination.combine(ascent, gradients, statistics)
         size = ascent.square().mean().sqrt()
@@ -87,6 +95,12 @@ class ExternalRewards:
             cosine = torch.cosine_similarity(ascent.flatten(1), reward.gradient.flatten(1), dim=1)
             health[f"reward_cosine/{name}"] = cosine.mean()
         return joined, health
+
+    def _at_work(self, rewards: Sequence[Reward], device: torch.device) -> AbstractContextManager[None]:
+        """Inside, the autoencoder and these rewards are on the device."""
+        if self.offloaded_vae is None or not rewards:
+            return nullcontext()
+        return on_device([self.offloaded_vae, *reward_networks(rewards)], device)
 
     def _health(self, name: str, values: Tensor, valid: Tensor, step: Tensor) -> dict[str, Tensor]:
         health = {f"reward/{name}": values[valid].mean(), f"reward_invalid/{name}": (~valid).float().mean()}
@@ -101,9 +115,12 @@ class ExternalRewards:
 
 
 def load_rewards(config: RunConfig, device: torch.device) -> list[WeightedReward]:
-    """The run's rewards. Raises ValueError as `load_distinct_rewards`, and for a black box without groups."""
-    rewards = config.rewards
-    loaded = list(load_distinct_rewards(rewards.reward, device, getattr(torch, rewards.reward_dtype)).values())
+    """The run's rewards, with `--offload` on the CPU.
+
+    Raises ValueError as `load_distinct_rewards`, and for a black box without groups.
+    """
+    rewards, home = config.rewards, torch.device("cpu") if config.memory.offload else device
+    loaded = list(load_distinct_rewards(rewards.reward, home, getattr(torch, rewards.reward_dtype)).values())
     boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
     if boxes and config.method.group_size == 1:
         raise ValueError(
@@ -121,10 +138,10 @@ def load_rewards(config: RunConfig, device: torch.device) -> list[WeightedReward
 def join_rewards(
     loaded: list[WeightedReward], teacher: Teacher, device: torch.device | str, config: RunConfig
 ) -> ExternalRewards:
-    """The rewards behind the teacher's decoder, which moves to the device, joined as the configuration says."""
-    teacher.pipeline.vae.to(device)
-    if config.memory.gradient_checkpointing:
-        teacher.pipeline.vae.enable_gradient_checkpointing()
+    """The rewards behind their decoder, which moves to the device without `--offload`, joined as configured."""
+    pipeline = decoding_pipeline(teacher.family, teacher.pipeline, config)
+    if not config.memory.offload:
+        pipeline.vae.to(device)
     combination = GNDMR(
         group_size=config.method.group_size,
         weights={weighted.reward.name: weighted.weight for weighted in loaded},
@@ -135,7 +152,21 @@ def join_rewards(
     return ExternalRewards(
         rewards=[weighted.reward for weighted in loaded],
         combination=combination,
-        decode=partial(teacher.family.decode, teacher.pipeline),
-        micro_batch_size=config.optimisation.train_batch_size,
+        decode=partial(teacher.family.decode, pipeline),
+        micro_batch_size=config.memory.decode_batch_size,
+        offloaded_vae=pipeline.vae if config.memory.offload else None,
         reward_tilt=config.rewards.reward_tilt,
     )
+
+
+def decoding_pipeline(family: Family, pipeline: DiffusionPipeline, config: RunConfig) -> DiffusionPipeline:
+    """The pipeline whose autoencoder decodes for the rewards: the teacher's own, or one with `--reward_vae`.
+
+    It is given gradient checkpointing if that is asked for and the autoencoder supports it.
+    """
+    if config.rewards.reward_vae:
+        tiny = load_tiny_vae(config.rewards.reward_vae, pipeline.vae.dtype)
+        pipeline = rebuilt(family.pipeline_class, pipeline, vae=tiny)
+    if config.memory.gradient_checkpointing and pipeline.vae._supports_gradient_checkpointing:
+        pipeline.vae.enable_gradient_checkpointing()
+    return pipeline

@@ -19,8 +19,8 @@ from .tracking import check_trackers
 
 MEMORY_FLAGS = (
     "lower --train_batch_size and raise --gradient_accumulation_steps instead, or try --gradient_checkpointing, "
-    "--mixed_precision bf16, --use_8bit_adam, --offload, or with FSDP2 --sync_each_batch; --dry_run shows what a run "
-    "needs"
+    "--mixed_precision bf16, --use_8bit_adam, --offload, with FSDP2 --sync_each_batch, or with rewards "
+    "--decode_batch_size 1 or --reward_vae; --dry_run shows what a run needs"
 )
 HOW_TO_LAUNCH = "launch with torchrun --nproc_per_node N, or with accelerate launch --multi_gpu --num_processes N"
 

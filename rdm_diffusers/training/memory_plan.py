@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,17 +24,20 @@ from ..families import check_kinds_of_files, check_lora, family_of, options_for,
 from ..families.quantization import NEEDS_GPU
 from ..networks import STUDENT, TARGET, TEACHER, Networks, SharedBase
 from ..prediction import NoiseSchedule
+from ..rewards import Reward
 from ..sharding import is_sharded_launch
 from . import memory_model as model
 from .assembly import CONTRAST_STEPS, DTYPES, guidance_outside, make_networks, prompt_options
+from .devices import prepare_vae
 from .embeddings import embed_prompts
 from .finish import PICTURES_AT_ONCE
+from .reward_memory import measure_rewards
 
 GIB = 2**30
 FLOAT = 4  # bytes of a float32
 PROMPTS_AT_ONCE = inspect.signature(embed_prompts).parameters["batch_size"].default
 SMALLEST_8BIT = 4096  # numbers; bitsandbytes keeps float32 states for smaller tensors
-NOT_COUNTED = "the CUDA context (0.3 to 0.5 GiB), the allocator's fragmentation, kernels' workspaces, rewards"
+NOT_COUNTED = "the CUDA context (0.3 to 0.5 GiB), the allocator's fragmentation, kernels' workspaces"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class MemoryPlan:
     phases: dict[str, int]  # each phase's peak in bytes
     parameters: dict[str, int]  # how many each component and one LoRA (`lora`) have
     lora_layers: int  # how many layers a LoRA adapts; 0 for full students
+    not_counted: tuple[str, ...] = ()  # what of the rewards is not known
 
     @property
     def peak(self) -> int:
@@ -61,20 +66,22 @@ class MemoryPlan:
             lines.append(f"{'layers with a LoRA':<40}{self.lora_layers:>12,}")
         lines += ["", "what a device holds, not all of it at once (estimated)"]
         lines += gib({name: size for name, size in self.sizes.items() if size})
-        lines += ["", f"the most of each phase (estimated); not counted: {NOT_COUNTED}", *gib(self.phases)]
+        without = ", ".join([NOT_COUNTED, *self.not_counted])
+        lines += ["", f"the most of each phase (estimated); not counted: {without}", *gib(self.phases)]
         return "\n".join([*lines, "", *gib({"peak, estimated": self.peak})])
 
 
-def plan_memory(config: RunConfig, device_type: str = "cuda") -> MemoryPlan:
+def plan_memory(config: RunConfig, device_type: str = "cuda", rewards: Sequence[Reward] | None = None) -> MemoryPlan:
     """The plan of a run of LoRAs or full weights.
 
-    A `device_type` of `cpu` differs in autocast and in the optimisers' temporary memory. Raises as `pipeline_config`,
-    `family_of` and `check_lora` do.
+    A `device_type` of `cpu` differs in autocast and in the optimisers' temporary memory. The run's `rewards` count if
+    they are loaded. Raises as `pipeline_config`, `family_of` and `check_lora` do.
     """
-    planner = _Planner(config, device_type)
+    planner = _Planner(config, device_type, rewards)
     sizes = planner.sizes()
     lora_layers = len(planner.networks.layers) if isinstance(planner.networks, SharedBase) else 0
-    return MemoryPlan(sizes, planner.phases(sizes), planner.parameters, lora_layers)
+    phases, unknown = planner.phases(sizes), planner.rewards.not_counted
+    return MemoryPlan(sizes, phases, planner.parameters, lora_layers, unknown)
 
 
 class _Planner:
@@ -83,7 +90,7 @@ class _Planner:
     One network stands for both trained ones, which are alike. FSDP divides what it shards by the number of processes.
     """
 
-    def __init__(self, config: RunConfig, device_type: str) -> None:
+    def __init__(self, config: RunConfig, device_type: str, rewards: Sequence[Reward] | None) -> None:
         self.run, self.device_type = config, device_type
         self.teacher, revision = config.teacher.pretrained_model_name_or_path, config.teacher.revision
         self.options = options_for(self.teacher, prompt_options(config))
@@ -102,6 +109,7 @@ class _Planner:
         without = ["vae"] if config.teacher.pretrained_vae_model_name_or_path else []
         check_kinds_of_files("teacher", self.teacher, self.config, config.teacher.variant, without, revision=revision)
         self._load()
+        self.rewards = measure_rewards(config, rewards, self.family, self.pipeline, self.latents)
         self.networks = self._make_networks()
         self.trained = self.networks.parameters(STUDENT)
         self.trained_size = sum(parameter.nbytes for parameter in self.trained)
@@ -110,6 +118,7 @@ class _Planner:
         """The teacher's networks, and their sizes before anything is added to them."""
         models = model.meta_models(self.teacher, self.config, self.run.teacher.revision)
         self.pipeline = model.meta_pipeline(self.family, models)
+        prepare_vae(self.pipeline.vae, self.run.memory)
         self.denoiser: Any = models[self.family.denoiser_name]
         self.encoders = [each for name, each in models.items() if name.startswith("text_encoder")]
         self.parameters = {name: sum(p.numel() for p in each.parameters()) for name, each in models.items()}
@@ -172,7 +181,10 @@ class _Planner:
             f"reading {PROMPTS_AT_ONCE} prompts, at most": self._reading_peak(PROMPTS_AT_ONCE),
             "autoencoder": model.nbytes(self.pipeline.vae),
             "decoding a picture, at most": self._decoding_peak,
-            f"drawing {shown} pictures at the end, at most": shown * max(self._teacher_peak, self._decoding_peak),
+            "rewards": self.rewards.weights,
+            "the rewards' own autoencoder": self.rewards.vae,
+            f"decoding and scoring {self.rewards.pictures} pictures, at most": self.rewards.peak,
+            f"drawing {shown} pictures at the end, at most": max(shown * self._teacher_peak, self._last_decoding),
         }
 
     def _states(self, numbers: int) -> int:
@@ -235,6 +247,11 @@ class _Planner:
             lambda: self.family.decode(self.pipeline, torch.empty(1, *self.latents, device="meta")), self.pipeline.vae
         )
 
+    @property
+    def _last_decoding(self) -> int:
+        """Of the pictures that are drawn at once at the end."""
+        return (1 if self.run.memory.enable_vae_slicing else self.shown) * self._decoding_peak
+
     def _reading_peak(self, batch: int) -> int:
         """The hungriest text encoder's."""
         tokens = self.prompt.tensors["prompt_embeds"].shape[1] + self.family.extra_encoder_tokens
@@ -251,23 +268,29 @@ class _Planner:
         run, names = self.run, list(sizes)
         rollouts, gradients = sizes["a group's rollouts"], sizes["gradients of one role"]
         average = sizes["the student's moving average"] if run.memory.offload else 0
-        rewards_hold = sizes["autoencoder"] if run.rewards.reward else 0
-        stays = sum(sizes[name] for name in names[: names.index("a group's rollouts")]) + rewards_hold - average
+        # What the rewards need, and what of it stays on the device between two uses.
+        shares_vae = bool(run.rewards.reward) and not run.rewards.reward_vae
+        scoring = self.rewards.weights + self.rewards.vae + shares_vae * sizes["autoencoder"]
+        held = 0 if run.memory.offload else scoring
+        stays = sum(sizes[name] for name in names[: names.index("a group's rollouts")]) + held - average
         # Only text encoders are on the device; before, a denoiser may have been quantised there.
         quantised = self.frozen_size if run.student.quantization in NEEDS_GPU else 0
         reading = sizes["text encoders"] + sizes[f"reading {PROMPTS_AT_ONCE} prompts, at most"]
+        loaded = 0 if run.memory.offload else self.rewards.weights
         # The optimisers have no states yet; the pictures' whole trajectory is kept.
         trajectory = self._trajectory(run.output.monitor_images, CONTRAST_STEPS)
         contrast = stays - sizes["two optimisers"] + trajectory + sizes["teacher, at most"]
         # The autoencoder, unless rewards hold it already; one picture's decoding; and all pictures, twice.
         count, side = run.output.num_validation_images, self.latents[-1] * self.pipeline.vae_scale_factor
         pictures = int(sizes["decoding a picture, at most"] + 2 * FLOAT * count * 3 * side**2)
-        validation = sizes["autoencoder"] - rewards_hold + pictures
+        validation = pictures + (0 if held and shares_vae else sizes["autoencoder"])
         validation += self._trajectory(count, run.method.num_student_steps)
+        external = {"external rewards": stays - held + scoring + rollouts + self.rewards.peak}
         return {
-            "reading the prompts": max(quantised, reading),
+            "reading the prompts": max(quantised, reading) + loaded,
             "the teacher's pictures": contrast if run.output.monitor_images else 0,
             "rollouts and R_dm": stays + rollouts + sizes["teacher, at most"] + self._folded(),
+            **(external if run.rewards.reward else {}),
             "forward and backward": stays + rollouts + gradients + sizes["forward and backward, at most"],
             "optimiser's step": stays + rollouts + max(sizes["optimiser's step, at most"], average),
             "validation pictures": stays + rollouts + validation,
@@ -277,7 +300,7 @@ class _Planner:
     def _last(self, sizes: dict[str, int]) -> int:
         """Teacher and student as stock pipelines, which share everything but the denoiser."""
         student, shown = self.frozen_size if self.is_lora else self.plain_size, self.shown
-        reading, teacher, decoding = self._reading_peak(shown), shown * self._teacher_peak, shown * self._decoding_peak
+        reading, teacher, decoding = self._reading_peak(shown), shown * self._teacher_peak, self._last_decoding
         if not self.run.memory.offload:
             networks = self.frozen_size + student + sizes["text encoders"] + sizes["autoencoder"]
             return networks + max(reading, teacher, decoding)

@@ -111,7 +111,7 @@ def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     then = without_retired(saved)
     # Older releases recorded folders as they were given.
     names = {name: full_name(then[name]) for name in (TEACHER, VAE) if then.get(name)}
-    then = {"dataset_split": "train", **then, **names}
+    then = {"dataset_split": "train", "reward_vae": None, **then, **names}
     free = FREE_ON_RESUME - (set() if now["lr_scheduler"].startswith("constant") else {"max_train_steps"})
     free |= PROMPTS if {PROMPTS_DIGEST} <= now.keys() & then.keys() else {PROMPTS_DIGEST}  # version 0.1.0 had none
     changed = [name for name in then if name not in free and now.get(name) != then[name]]

@@ -8,17 +8,17 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from ..bounds import did_you_mean
 from ..config import LoraStudentConfig, RunConfig, TeacherConfig
-from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, pipeline_config
+from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, load_tiny_vae, pipeline_config
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .assembly import lora_config, make_scheduler, prompt_options
-from .devices import prepare_denoiser
+from .devices import prepare_denoiser, prepare_vae
 from .memory_model import meta_models, meta_pipeline
 from .run_folder import make_writable
 
@@ -44,7 +44,8 @@ def check_with_teacher(config: RunConfig) -> None:
         if scheduler is not None:
             pipeline.scheduler = scheduler
             _check_steps(config, Teacher(pipeline, family, name))
-        family.latent_shape(pipeline, config.teacher.resolution)
+        channels, *_ = family.latent_shape(pipeline, config.teacher.resolution)
+        _check_decoder(config, family, pipeline, channels)
         _check_denoiser(config, family, family.denoiser(pipeline))
 
 
@@ -84,6 +85,53 @@ def _check_steps(config: RunConfig, teacher: Teacher) -> None:
             f"--num_student_steps is {steps}, for which the stock scheduler of --eta {config.method.eta:g} lays no "
             "grid of as many times; choose another number, 1 to 8 is usual."
         ) from error
+
+
+def _check_decoder(config: RunConfig, family: Family, pipeline: DiffusionPipeline, channels: int) -> None:
+    vae: Any = pipeline.vae
+    prepare_vae(vae, config.memory)
+    if config.rewards.reward_vae:
+        vae = checked_tiny_vae(config.rewards.reward_vae, family, channels, pipeline.vae_scale_factor)
+    if config.memory.gradient_checkpointing and config.rewards.reward and not vae._supports_gradient_checkpointing:
+        print(
+            f"warning: {type(vae).__name__} has no gradient checkpointing, so --gradient_checkpointing does not lower "
+            "the memory of decoding for rewards; --decode_batch_size does."
+        )
+
+
+def checked_tiny_vae(name: str, family: Family, channels: int, factor: int) -> ModelMixin:
+    """The `AutoencoderTiny` of `--reward_vae`, if it can decode the teacher's latents.
+
+    Args:
+        name: a folder or a Hub id.
+        family: the teacher's.
+        channels: of its latents.
+        factor: by how much its pictures are wider than the latents.
+
+    Raises:
+        ValueError: if it is another kind of network or made for other latents, or if it cannot be loaded.
+    """
+    if not family.has_tiny_vae:
+        raise ValueError(
+            f"--reward_vae {name} cannot decode here, because a {family.pipeline_class.__name__} takes no "
+            "AutoencoderTiny; leave it out."
+        )
+    try:
+        with explain_hub_errors("autoencoder", name):
+            kind = AutoencoderTiny.load_config(name).get("_class_name")
+    except OSError as error:
+        raise ValueError(f"--reward_vae {name} cannot be read: {str(error).splitlines()[0]}") from error
+    if kind != AutoencoderTiny.__name__:
+        raise ValueError(f"--reward_vae {name} holds a network of the class {kind}; give an AutoencoderTiny.")
+    vae = load_tiny_vae(name, torch.float32)
+    own = vae.config.upsampling_scaling_factor ** (len(vae.config.decoder_block_out_channels) - 1)
+    if (vae.config.latent_channels, own) != (channels, factor):
+        raise ValueError(
+            f"--reward_vae {name} turns latents of {vae.config.latent_channels} channels into pictures {own} times as "
+            f"wide; this teacher's have {channels} channels and become {factor} times as wide, so give one that was "
+            "made for its autoencoder."
+        )
+    return vae
 
 
 def _check_denoiser(config: RunConfig, family: Family, denoiser: ModelMixin) -> None:

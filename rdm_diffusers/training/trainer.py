@@ -149,8 +149,9 @@ class Trainer:
         self.rewards = load_rewards(config, accelerator.device)
 
     def plan(self) -> MemoryPlan:
-        """What memory the run needs, from configurations alone."""
-        return plan_memory(self.config)
+        """What memory the run needs, from configurations alone; after `check`, that of its rewards, too."""
+        loaded = [weighted.reward for weighted in self.rewards] if "check" in self._done else None
+        return plan_memory(self.config, rewards=loaded)
 
     def load(self) -> None:
         """Loads the teacher, reads the prompts, and makes roles, objective and optimisers; or those of a checkpoint."""
@@ -236,11 +237,11 @@ class Trainer:
     def evaluate(self) -> None:
         """Draws with the exported student beside its teacher, on the main process: `samples.png`, `metrics.json`, card.
 
-        The training's networks are freed first, and the processes part, so that none waits for the main one. An error
-        here becomes a warning of one sentence; the student is safe.
+        The training's networks and rewards are freed first, and the processes part, so that none waits for the main
+        one. An error here becomes a warning of one sentence; the student is safe.
         """
         shown = self.texts.shown
-        for name in ("teacher", "networks", "distillation", "state"):
+        for name in ("teacher", "networks", "distillation", "state", "rewards"):
             self.__dict__.pop(name, None)
         self.accelerator.state.destroy_process_group()
         if self.accelerator.is_main_process:

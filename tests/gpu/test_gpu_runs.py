@@ -74,8 +74,8 @@ def test_one_launched_process_trains_and_exports(launcher: list[str], script: st
     assert (tmp_path / "student" / "rdm_config.json").exists()
 
 
-def test_a_run_with_rewards_in_bf16_ends_with_a_student(argv, tmp_path: Path) -> None:
-    train_rdm_lora.main(
-        argv("student", algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"], mixed_precision="bf16")
-    )
+@pytest.mark.parametrize("offload", [None, True])
+def test_a_run_with_rewards_in_bf16_ends_with_a_student(offload: bool | None, argv, tmp_path: Path) -> None:
+    rewards = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"], decode_batch_size=3)
+    train_rdm_lora.main(argv("student", **rewards, mixed_precision="bf16", offload=offload))
     assert (tmp_path / "student" / "rdm_config.json").exists()
