@@ -57,6 +57,7 @@ class HubServer(ThreadingHTTPServer):
         self.large_files: dict[str, bytes] = {}  # by sha256
         self.faults: list[Fault] = []
         self.log: list[str] = []  # `METHOD /path` of every request so far
+        self.sent = 0  # bytes of all answers
         self.closing = Event()
         self.address = f"http://127.0.0.1:{self.server_port}"  # for HF_ENDPOINT
         for name, folder in folders.items():

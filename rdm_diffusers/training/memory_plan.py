@@ -6,7 +6,6 @@ stays on the device, and temporary memory of its own.
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections import Counter
@@ -19,6 +18,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from ..config import MemoryConfig, RunConfig
+from ..config.subjects import ON_THE_FLY
 from ..families import check_kinds_of_files, check_lora, family_of, options_for, pipeline_config
 from ..families.quantization import NEEDS_GPU
 from ..networks import STUDENT, TEACHER, Networks, SharedBase
@@ -26,12 +26,10 @@ from ..prediction import NoiseSchedule
 from ..sharding import is_sharded_launch
 from . import memory_model as model
 from .assembly import CONTRAST_STEPS, DTYPES, guidance_outside, make_networks, prompt_options
-from .embeddings import embed_prompts
 from .finish import PICTURES_AT_ONCE
 
 GIB = 2**30
 FLOAT = 4  # bytes of a float32
-PROMPTS_AT_ONCE = inspect.signature(embed_prompts).parameters["batch_size"].default
 SMALLEST_8BIT = 4096  # numbers; bitsandbytes keeps float32 states for smaller tensors
 NOT_COUNTED = "the CUDA context (0.3 to 0.5 GiB), the allocator's fragmentation, kernels' workspaces, rewards"
 
@@ -44,6 +42,7 @@ class MemoryPlan:
     phases: dict[str, int]  # each phase's peak in bytes
     parameters: dict[str, int]  # how many each component and one LoRA (`lora`) have
     lora_layers: int  # how many layers a LoRA adapts; 0 for full students
+    prompt_size: int  # bytes of one prompt's embeddings, at most
 
     @property
     def peak(self) -> int:
@@ -59,6 +58,7 @@ class MemoryPlan:
         lines = [f"{name:<40}{count / 1e6:>12,.1f} M parameters" for name, count in self.parameters.items()]
         if self.lora_layers:
             lines.append(f"{'layers with a LoRA':<40}{self.lora_layers:>12,}")
+        lines.append(f"{'embeddings of a prompt, at most':<40}{self.prompt_size / 1e6:>12.2f} MB")
         lines += ["", "what a device holds, not all of it at once (estimated)"]
         lines += gib({name: size for name, size in self.sizes.items() if size})
         lines += ["", f"the most of each phase (estimated); not counted: {NOT_COUNTED}", *gib(self.phases)]
@@ -74,7 +74,8 @@ def plan_memory(config: RunConfig, device_type: str = "cuda") -> MemoryPlan:
     planner = _Planner(config, device_type)
     sizes = planner.sizes()
     lora_layers = len(planner.networks.layers) if isinstance(planner.networks, SharedBase) else 0
-    return MemoryPlan(sizes, planner.phases(sizes), planner.parameters, lora_layers)
+    prompt_size = sum(tensor.nbytes for tensor in planner.prompt.tensors.values())
+    return MemoryPlan(sizes, planner.phases(sizes), planner.parameters, lora_layers, prompt_size)
 
 
 class _Planner:
@@ -92,6 +93,11 @@ class _Planner:
         self.shown = min(  # pictures drawn at once at the end
             config.output.num_validation_images, config.optimisation.train_batch_size, PICTURES_AT_ONCE
         )
+        self.on_the_fly = config.prompts.encode_prompts == ON_THE_FLY
+        groups = config.optimisation.samples_per_update // (config.method.group_size * config.method.steps_per_rollout)
+        self.read = config.prompts.encode_batch_size  # prompts at once
+        if self.on_the_fly:
+            self.read = min(self.read, max(groups, config.output.monitor_images))
         self.shards = int(os.environ.get("WORLD_SIZE", "1")) if is_sharded_launch() else 1
         # Whether a role has all its gradients during a backward; otherwise they grow as activations are freed.
         self.has_gradients = config.optimisation.gradient_accumulation_steps > 1 or self.shards > 1
@@ -168,7 +174,7 @@ class _Planner:
             "teacher, at most": samples * self._teacher_peak,
             "optimiser's step, at most": self._step_peak() // shards,
             "text encoders": model.nbytes(*self.encoders),
-            f"reading {PROMPTS_AT_ONCE} prompts, at most": self._reading_peak(PROMPTS_AT_ONCE),
+            f"reading {self.read} prompts, at most": self._reading_peak(self.read),
             "autoencoder": model.nbytes(self.pipeline.vae),
             "decoding a picture, at most": self._decoding_peak,
             f"drawing {shown} pictures at the end, at most": shown * max(self._teacher_peak, self._decoding_peak),
@@ -245,7 +251,9 @@ class _Planner:
         stays = sum(sizes[name] for name in names[: names.index("a group's rollouts")]) + rewards_hold - average
         # Only text encoders are on the device; before, a denoiser may have been quantised there.
         quantised = self.frozen_size if run.student.quantization in NEEDS_GPU else 0
-        reading = sizes["text encoders"] + sizes[f"reading {PROMPTS_AT_ONCE} prompts, at most"]
+        encoders, prompts = sizes["text encoders"], sizes[f"reading {self.read} prompts, at most"]
+        stays += encoders if self.on_the_fly and not run.memory.offload else 0
+        on_the_fly = stays + rollouts + prompts + (encoders if run.memory.offload else 0)
         # The optimisers have no states yet; the pictures' whole trajectory is kept.
         trajectory = self._trajectory(run.output.monitor_images, CONTRAST_STEPS)
         contrast = stays - sizes["two optimisers"] + trajectory + sizes["teacher, at most"]
@@ -255,8 +263,9 @@ class _Planner:
         validation = sizes["autoencoder"] - rewards_hold + pictures
         validation += self._trajectory(count, run.method.num_student_steps)
         return {
-            "reading the prompts": max(quantised, reading),
+            "reading the prompts": max(quantised, encoders + prompts),
             "the teacher's pictures": contrast if run.output.monitor_images else 0,
+            **({"reading an update's prompts": on_the_fly} if self.on_the_fly else {}),
             "rollouts and R_dm": stays + rollouts + sizes["teacher, at most"] + self._folded(),
             "forward and backward": stays + rollouts + gradients + sizes["forward and backward, at most"],
             "optimiser's step": stays + rollouts + max(sizes["optimiser's step, at most"], average),

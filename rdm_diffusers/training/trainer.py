@@ -223,7 +223,7 @@ class Trainer:
         The training's networks are freed first. An error here becomes a warning of one sentence; the student is safe.
         """
         shown = self.texts.shown
-        for name in ("teacher", "networks", "distillation", "state"):
+        for name in ("teacher", "texts", "networks", "distillation", "state"):
             self.__dict__.pop(name, None)
         if self.accelerator.is_main_process:
             draw_and_measure(self.folder, shown, self.config, self.accelerator.device)
