@@ -6,6 +6,7 @@ import codecs
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ DATA_FILES: dict[str, tuple[str, dict[str, str]]] = {  # ending -> the builder o
 }
 TEXT_FILE, TEXT_COLUMN = ".txt", "text"
 PLAIN_SPLIT = re.compile(r"[\w.-]+")  # and no slice or sum
+READ_AHEAD = {"block_size": 2**16}  # bytes beyond those asked for, instead of millions, as captions lie far apart
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # what `save_to_disk` leaves in a folder
 TEXTS = ("string", "large_string", "string_view", "null")
 FLAGS = ("--dataset_name", "--caption_column")
@@ -211,7 +213,7 @@ def _column_of_parquet(
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     try:
-        builder = datasets.load_dataset_builder(**what, columns=[column])
+        builder = datasets.load_dataset_builder(**what, columns=[column], storage_options={"hf": READ_AHEAD})
     except Exception:  # of other builders, which have no such option
         return None
     if isinstance(builder, Cache):  # there is no network, and an earlier run has read the column
@@ -223,7 +225,8 @@ def _column_of_parquet(
     if not all(column in stream.features for stream in streams.values()):
         return next(iter(datasets.load_dataset(**what, streaming=True).values()))
     if most is not None and split in streams:
-        return streams[split]
+        rows = partial(_rows_of_parquet, builder.config.data_files[split], column)
+        return datasets.IterableDataset.from_generator(rows, streams[split].features)
     builder.info.size_in_bytes = None  # of all columns
     builder.download_and_prepare(
         dl_manager=datasets.StreamingDownloadManager(
@@ -234,6 +237,17 @@ def _column_of_parquet(
         )
     )
     return builder.as_dataset(split=split)
+
+
+def _rows_of_parquet(urls: Sequence[str], column: str) -> Iterator[dict[str, Any]]:
+    """One column of parquet files. The reader of `datasets` would still be reading ahead when a short program ends."""
+    import fsspec
+    import pyarrow.parquet as pq
+
+    for url in urls:
+        with fsspec.open(url, "rb", **READ_AHEAD) as file:
+            for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(columns=[column], use_threads=False):
+                yield from batch.to_pylist()
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from hub_repositories import Commit, Repository, as_entry, as_upload, git_hash, is_large, sent_files, sha256
 
@@ -187,7 +187,7 @@ class HubApi(BaseHTTPRequestHandler):
             self.send_header(header, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.server.sent += len(body)
+            self.server.sent[urlsplit(self.path).path] += len(body)
             self.wfile.write(body[: len(body) // 2] if self.cut else body)
         self.close_connection = self.close_connection or self.cut
 
