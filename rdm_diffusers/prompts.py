@@ -150,14 +150,14 @@ def read_captions(
     for i, value in enumerate(_values(dataset, column, source)):
         rows.append(list(_texts(value, f"{flags[1]} {column} of {place}", i)))
         count += len(rows[-1])
-        if count == most:
+        if most is not None and count >= most:
             break
     found = [row for row in rows if row]
     if not found:
         raise ValueError(f"The column {column} of {place} holds no prompts.")
     if len(found) < len(rows):
-        count = f"{len(rows) - len(found)} of {len(rows)}"
-        warnings.warn(f"{count} rows of {place} have no text in {column}; they are left out.", stacklevel=2)
+        blank = f"{len(rows) - len(found)} of {len(rows)}"
+        warnings.warn(f"{blank} rows of {place} have no text in {column}; they are left out.", stacklevel=2)
     warn_of_long([text for row in found for text in row], source)
     return found
 

@@ -173,7 +173,8 @@ def _make(folder: Path, fingerprint: str, teacher: Teacher, prompts: Sequence[st
 
 def _write(path: Path, teacher: Teacher, prompts: Sequence[str], batch_size: int) -> str:
     """Writes the embeddings as `CachedEmbeddings` reads them; the digest of the file."""
-    digest, sizes = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    sizes: list[list[int]] = []
     with open(path, "wb") as file, tqdm(total=len(prompts), desc="encode", unit="prompt", delay=PATIENCE) as bar:
         for batch in _batches(prompts, batch_size):
             tensors = {name: tensor.cpu() for name, tensor in teacher.encode_prompts(batch).tensors.items()}
