@@ -26,7 +26,8 @@ What it does, and the flags that steer it:
 - speed: --fold_adapters, --torch_compile, --attention_backend, --enable_xformers_memory_efficient_attention
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2; --ddp_timeout,
   --sync_each_batch
-- prompts, no images: --prompts_file, or --dataset_name with --caption_column, --dataset_split
+- prompts, no images: --prompts_file, or --dataset_name with --caption_column, --dataset_split; --encode_prompts,
+  --encode_batch_size, --cache_dir
 - checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C, SIGTERM and SIGHUP save one too
 - the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,
   --hub_tag_checkpoints

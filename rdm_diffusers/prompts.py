@@ -6,13 +6,14 @@ import codecs
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .program import causes
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 MARKED = {  # byte-order marks; UTF-32's goes first, because it begins as UTF-16's does
     codecs.BOM_UTF32_LE: "utf-32",
@@ -34,6 +35,8 @@ DATA_FILES: dict[str, tuple[str, dict[str, str]]] = {  # ending -> the builder o
     ".arrow": ("arrow", {}),
 }
 TEXT_FILE, TEXT_COLUMN = ".txt", "text"
+PLAIN_SPLIT = re.compile(r"[\w.-]+")  # and no slice or sum
+READ_AHEAD = {"block_size": 2**16}  # bytes beyond those asked for, instead of millions, as captions lie far apart
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # what `save_to_disk` leaves in a folder
 TEXTS = ("string", "large_string", "string_view", "null")
 FLAGS = ("--dataset_name", "--caption_column")
@@ -108,9 +111,16 @@ def _lines(before: str) -> int:
 
 
 def read_captions(
-    place: str, column: str, split: str = "train", config: str | None = None, flags: tuple[str, str] = FLAGS
+    place: str,
+    column: str,
+    split: str = "train",
+    config: str | None = None,
+    flags: tuple[str, str] = FLAGS,
+    most: int | None = None,
 ) -> list[list[str]]:
     """The captions of each row that has one, in the dataset's order.
+
+    Of parquet files, in which most image datasets of the Hub are, only the captions are downloaded, kept and decoded.
 
     Args:
         place: a Hub id; a folder of data files, or one that `save_to_disk` wrote; or a data file.
@@ -118,6 +128,7 @@ def read_captions(
         split: of the dataset, or a slice of one, as `datasets` writes it: `train[:1000]`.
         config: its configuration.
         flags: the flags of the dataset and the column, for error messages.
+        most: how many captions are enough; no further rows are read, nor downloaded if possible.
 
     Returns:
         For each row at least one caption; a warning counts the rows without one.
@@ -127,23 +138,26 @@ def read_captions(
     """
     source = f"{flags[0]} {place}"
     is_text = Path(place).is_file() and Path(place).suffix.lower() == TEXT_FILE and split == "train"
-    dataset = _read_text(Path(place), flags[0]) if is_text else _load(place, split, config, source)
-    if column not in dataset.column_names:
-        raise ValueError(f"{flags[1]} {column} is not in {place}; its columns are {', '.join(dataset.column_names)}.")
-    kind = _kind(dataset.features[column])
+    dataset = _read_text(Path(place), flags[0]) if is_text else _load(place, column, split, config, most, source)
+    features: Any = dataset.features
+    if column not in features:
+        raise ValueError(f"{flags[1]} {column} is not in {place}; its columns are {', '.join(features)}.")
+    kind = _kind(features[column])
     if kind not in TEXTS and kind != "Json":
         raise ValueError(f"{flags[1]} {column} of {place} holds {kind}, not text; choose another.")
-    try:
-        values = dataset.select_columns([column])[:][column]
-    except Exception as error:  # as above
-        raise ValueError(f"{source} is damaged ({_reason(error)}); download or write it again.") from error
-    rows = [list(_texts(value, f"{flags[1]} {column} of {place}", i)) for i, value in enumerate(values)]
+    rows: list[list[str]] = []
+    count = 0
+    for i, value in enumerate(_values(dataset, column, source)):
+        rows.append(list(_texts(value, f"{flags[1]} {column} of {place}", i)))
+        count += len(rows[-1])
+        if most is not None and count >= most:
+            break
     found = [row for row in rows if row]
     if not found:
         raise ValueError(f"The column {column} of {place} holds no prompts.")
     if len(found) < len(rows):
-        count = f"{len(rows) - len(found)} of {len(rows)}"
-        warnings.warn(f"{count} rows of {place} have no text in {column}; they are left out.", stacklevel=2)
+        blank = f"{len(rows) - len(found)} of {len(rows)}"
+        warnings.warn(f"{blank} rows of {place} have no text in {column}; they are left out.", stacklevel=2)
     warn_of_long([text for row in found for text in row], source)
     return found
 
@@ -155,27 +169,93 @@ def _read_text(path: Path, flag: str) -> Dataset:
     return datasets.Dataset.from_dict({TEXT_COLUMN: read_prompts(path, flag)})
 
 
-def _load(place: str, split: str, config: str | None, source: str) -> Dataset:
+def _values(dataset: Dataset | IterableDataset, column: str, source: str) -> Iterator[Any]:
+    """A column, row after row; ValueError if it cannot be read."""
+    from datasets import Dataset
+
+    try:
+        alone = dataset.select_columns([column])
+        yield from alone[:][column] if isinstance(alone, Dataset) else (row[column] for row in alone)
+    except Exception as error:  # the libraries raise dozens of kinds
+        raise ValueError(f"{source} is damaged ({_reason(error)}); download or write it again.") from error
+
+
+def _load(
+    place: str, column: str, split: str, config: str | None, most: int | None, source: str
+) -> Dataset | IterableDataset:
+    """A dataset with the column, if there is one, and possibly without all others."""
     import datasets
 
     path = Path(place)
     try:
-        if path.is_file():
-            return _load_file(path, split)
         if any(all((path / name).is_file() for name in names) for names in SAVED):
             return _pick(datasets.load_from_disk(place), split)
-        return datasets.load_dataset(place, config, split=split)
-    except Exception as error:  # the libraries raise dozens of kinds
+        what = _file(path) if path.is_file() else {"path": place, "name": config}
+        found = _column_of_parquet(what, column, split, most)
+        if found is None and most is not None and not path.exists() and PLAIN_SPLIT.fullmatch(split):
+            stream = datasets.load_dataset(**what, split=split, streaming=True)
+            found = stream if stream.features is not None else None  # they are not known of texts, which are small
+        return datasets.load_dataset(**what, split=split) if found is None else found
+    except Exception as error:  # as above
         raise ValueError(f"{source} cannot be read ({_reason(error)}); check its name, files and split.") from error
 
 
-def _load_file(path: Path, split: str) -> Dataset:
-    import datasets
+def _column_of_parquet(
+    what: dict[str, Any], column: str, split: str, most: int | None
+) -> Dataset | IterableDataset | None:
+    """One column of parquet files, read in place, wherever they are; all columns if it is missing.
 
+    It is cached as `datasets` caches a whole dataset, unless only the first rows are wanted. None if there are other
+    files, or if the dataset cannot be reached.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    try:
+        builder = datasets.load_dataset_builder(**what, columns=[column], storage_options={"hf": READ_AHEAD})
+    except Exception:  # of other builders, which have no such option
+        return None
+    if isinstance(builder, Cache):  # there is no network, and an earlier run has read the column
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+    if not isinstance(builder, Parquet):
+        return None
+    streams = builder.as_streaming_dataset()
+    if not all(column in stream.features for stream in streams.values()):
+        return next(iter(datasets.load_dataset(**what, streaming=True).values()))
+    if most is not None and split in streams:
+        rows = partial(_rows_of_parquet, builder.config.data_files[split], column)
+        return datasets.IterableDataset.from_generator(rows, streams[split].features)
+    builder.info.size_in_bytes = None  # of all columns
+    builder.download_and_prepare(
+        dl_manager=datasets.StreamingDownloadManager(
+            builder.dataset_name,
+            builder.config.data_dir,
+            datasets.DownloadConfig(token=builder.token, storage_options=builder.storage_options),
+            builder.base_path,
+        )
+    )
+    return builder.as_dataset(split=split)
+
+
+def _rows_of_parquet(urls: Sequence[str], column: str) -> Iterator[dict[str, Any]]:
+    """One column of parquet files. The reader of `datasets` would still be reading ahead when a short program ends."""
+    import fsspec
+    import pyarrow.parquet as pq
+
+    for url in urls:
+        with fsspec.open(url, "rb", **READ_AHEAD) as file:
+            for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(columns=[column], use_threads=False):
+                yield from batch.to_pylist()
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """A data file, as arguments of `load_dataset`."""
     if path.suffix.lower() not in DATA_FILES:
         raise ValueError(f"a file has to end in {', '.join([*DATA_FILES, TEXT_FILE])}, and has the split train alone")
     builder, options = DATA_FILES[path.suffix.lower()]
-    return datasets.load_dataset(builder, data_files={"train": str(path)}, split=split, **options)
+    return {"path": builder, "data_files": {"train": str(path)}, **options}
 
 
 def _pick(saved: Any, split: str) -> Dataset:

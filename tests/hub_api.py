@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
 
 from hub_repositories import Commit, Repository, as_entry, as_upload, git_hash, is_large, sent_files, sha256
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from hub_server import HubServer
 
 REPOSITORY = r"(?P<repository>[^/]+/[^/]+)"
-MODEL = f"/api/models/{REPOSITORY}"
+MODEL = f"/api/(?:models|datasets)/{REPOSITORY}"
 # Method and path -> the handler's method; the groups are its arguments, unquoted.
 ROUTES = {
     r"GET /api/whoami-v2": "whoami",
@@ -24,13 +25,14 @@ ROUTES = {
     rf"GET {MODEL}/revision/(?P<revision>[^/]+)": "describe",
     rf"GET {MODEL}/refs": "references",
     rf"GET {MODEL}/tree/(?P<revision>[^/]+)(/.*)?": "tree",
+    rf"POST {MODEL}/paths-info/(?P<revision>[^/]+)": "paths",
     rf"POST {MODEL}/preupload/(?P<revision>[^/]+)": "preupload",
     rf"POST {MODEL}/commit/(?P<revision>[^/]+)": "commit",
     rf"POST {MODEL}/branch/(?P<name>[^/]+)": "branch",
     rf"POST {MODEL}/tag/(?P<revision>[^/]+)": "tag",
     rf"POST /{REPOSITORY}\.git/info/lfs/objects/batch": "batch",
     r"PUT /large-files/(?P<oid>\w+)": "store",
-    rf"(GET|HEAD) /{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)": "resolve",
+    rf"(GET|HEAD) /(?:datasets/)?{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)": "resolve",
 }
 
 
@@ -115,6 +117,10 @@ class HubApi(BaseHTTPRequestHandler):
         files = self.commit_of(self.readable(repository), revision).files
         self.answer_json([as_entry(path, content) for path, content in sorted(files.items())])
 
+    def paths(self, repository: str, revision: str) -> None:
+        files, wanted = self.commit_of(self.readable(repository), revision).files, parse_qs(self.body.decode())["paths"]
+        self.answer_json([as_entry(path, files[path]) for path in wanted if path in files])
+
     def preupload(self, repository: str, revision: str) -> None:
         commit = self.commit_of(self.writable(repository), revision)
         self.answer_json({"files": [as_upload(file, commit) for file in json.loads(self.body)["files"]]})
@@ -164,13 +170,13 @@ class HubApi(BaseHTTPRequestHandler):
             raise Refusal(404, "EntryNotFound", "Entry not found")
         body = commit.files[path]
         headers = {"ETag": f'"{sha256(body) if is_large(path) else git_hash(body)}"', "X-Repo-Commit": commit.oid}
-        start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if start is None:
+        part = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if part is None:
             self.answer(200, body, headers)
             return
-        first = int(start[1])
-        headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-        self.answer(206, body[first:], headers)
+        first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+        self.answer(206, body[first : last + 1], headers)
 
     def answer_json(self, what: object, status: int = 200) -> None:
         self.answer(status, json.dumps(what).encode(), {"Content-Type": "application/json"})
@@ -181,6 +187,7 @@ class HubApi(BaseHTTPRequestHandler):
             self.send_header(header, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.server.sent[urlsplit(self.path).path] += len(body)
             self.wfile.write(body[: len(body) // 2] if self.cut else body)
         self.close_connection = self.close_connection or self.cut
 

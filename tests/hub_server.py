@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -57,6 +58,7 @@ class HubServer(ThreadingHTTPServer):
         self.large_files: dict[str, bytes] = {}  # by sha256
         self.faults: list[Fault] = []
         self.log: list[str] = []  # `METHOD /path` of every request so far
+        self.sent: Counter[str] = Counter()  # bytes of the answers, by the path that was asked for
         self.closing = Event()
         self.address = f"http://127.0.0.1:{self.server_port}"  # for HF_ENDPOINT
         for name, folder in folders.items():

@@ -7,14 +7,17 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
-from parts import PROMPTS, files_of_at_most
+from parts import PROMPTS, files_of_at_most, make_conditioning, run_arguments, train_only
+from parts_families import make_pipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
-from rdm_diffusers.families import Teacher, load_teacher
+from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher, load_teacher
+from rdm_diffusers.families.base import LORA_FILE
 from rdm_diffusers.training.embeddings import embed_prompts, fingerprint_of
 
 
@@ -25,8 +28,8 @@ def teacher(teacher_folder: Path) -> Teacher:
 
 def embed(teacher: Teacher, cache: Path, prompts: tuple[str, ...] = PROMPTS) -> Tensor:
     """The embeddings `[N, L, D]`, through a cache."""
-    rows: Dataset = embed_prompts(teacher, list(prompts), str(cache), fingerprint_of(teacher, list(prompts)))
-    return torch.stack(list(rows["prompt_embeds"]))
+    read = embed_prompts(teacher, list(prompts), str(cache), fingerprint_of(teacher, list(prompts)))
+    return read(range(len(prompts))).tensors["prompt_embeds"]
 
 
 def cached(cache: Path) -> Path:
@@ -53,21 +56,14 @@ def flip(path: Path, place: float) -> None:
     path.write_bytes(content)
 
 
-def swap(path: Path) -> None:
-    """Another cache's embeddings, as whole as they may be."""
-    Dataset.from_dict({"prompt_embeds": torch.zeros(5, 77, 8).tolist()}).save_to_disk(path.parent / "other")
-    next((path.parent / "other").glob("*.arrow")).replace(path)
-    shutil.rmtree(path.parent / "other")
-
-
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a bit in the schema": lambda path: flip(path, 0.01),
     "a bit in the middle": lambda path: flip(path, 0.5),
     "the last bits": lambda path: flip(path, 1.0),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "emptied": lambda path: path.write_bytes(b""),
-    "swapped": swap,
-    "version 0.1.0's": lambda path: path.rename(path.with_name(path.name.split("-")[0] + path.suffix)),
+    "another's": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+    "version 0.1.0's": lambda path: path.rename(path.with_suffix(".arrow")),
 }
 
 
@@ -93,6 +89,48 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(teacher: Teacher, tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"could not be cached in .*; free some .* --cache_dir"):
         embed(teacher, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
+def test_each_tensor_keeps_its_dtype_and_its_bits_and_padding_takes_no_space(name: str, tmp_path: Path) -> None:
+    pipeline = make_pipeline(name).to(torch.bfloat16)
+    teacher = Teacher(pipeline, FAMILIES[name], name, PromptOptions(512, embedded_guidance=3.5))
+    read = embed_prompts(teacher, PROMPTS, str(tmp_path), "fingerprint", batch_size=2)
+    size = 0
+    for start in (0, 2, 4):
+        expected = teacher.encode_prompts(PROMPTS[start : start + 2]).tensors
+        found = read(range(start, start + len(expected["prompt_embeds"]))).tensors
+        assert found["prompt_embeds"].dtype == torch.bfloat16
+        for each, tensor in expected.items():
+            assert found[each].dtype == tensor.dtype and torch.equal(found[each], tensor)
+            size += tensor.nbytes
+    file = cached(tmp_path).stat().st_size - 4096
+    assert file < size / 2 if name == "QwenImagePipeline" else size < file < size + 1000
+
+
+def test_what_does_not_fit_on_the_disk_is_one_sentence_before_it_is_encoded(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * 10**9))
+    monkeypatch.setattr(Teacher, "encode_prompts", lambda self, batch: once.append(batch) or encoded)
+    once, encoded = [], make_conditioning(8)
+    with pytest.raises(OSError, match=r"\(100,000,000 prompts take about 32.0 GB, and 2.0 GB are free\); free .*fly"):
+        embed_prompts(teacher, range(10**8), str(tmp_path), "fingerprint")
+    assert len(once) == 1
+    assert not list((tmp_path / "rdm_embeddings").iterdir())
+
+
+def test_prompts_that_are_encoded_on_the_fly_train_the_same_student(
+    teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    students = []
+    for how in ("cached", "on_the_fly", "on_the_fly --offload"):
+        folder, flag = tmp_path / how, how.split()[0]
+        options = {"encode_prompts": flag, "encode_batch_size": 1, "cache_dir": folder / "cache"}
+        train_only(run_arguments(teacher_folder, prompts_file, folder, **options, offload="offload" in how or None))
+        assert (folder / "cache" / "rdm_embeddings").exists() == (how == "cached")
+        students.append(load_file(folder / LORA_FILE))
+    assert all(torch.equal(student[name], students[0][name]) for student in students for name in students[0])
 
 
 def forked(action: Callable[[], object]) -> int:
@@ -128,6 +166,6 @@ def test_killed_while_it_is_made_it_is_made_anew_and_nothing_stays(
         embed(teacher, tmp_path)
 
     assert os.WTERMSIG(os.waitpid(forked(killed), 0)[1]) == signal.SIGKILL
-    assert (next((tmp_path / "rdm_embeddings").glob(".partial-*"))).is_dir()
+    assert (next((tmp_path / "rdm_embeddings").glob(".partial-*"))).is_file()
     assert torch.equal(embed(teacher, tmp_path), filled[1])
     assert cached(tmp_path).name == cached(filled[0]).name

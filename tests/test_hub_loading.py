@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset, Features, Image, Value
 from hub_repositories import Repository
 from hub_server import HubServer, visitor_environment
 from huggingface_hub import ModelCard
@@ -26,9 +29,11 @@ import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import export
 from rdm_diffusers.families import LORA_FILE, load_teacher
+from rdm_diffusers.prompts import read_captions
 
 TOLERANCE = 1e-5  # of a picture in [0, 1]
 TOKEN, KEY = "hf_dummytoken", "hf_key"  # what the visitor is logged in with, and what opens private repositories
+CAPTIONS = [f"caption {i}" for i in range(12)]
 PICKLES = (".bin", ".ckpt", ".pt")
 
 
@@ -81,6 +86,8 @@ def visit(prompts_file: Path, folder: Path) -> None:
         with patch.dict(os.environ):  # a process of its own would forget the token
             outcomes[f"{name} export with its key"] = outcome(export.main, words)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
+    captions = [read_captions("me/pictures", "text", most=most) for most in (5, None)]
+    (folder / "captions.json").write_text(json.dumps(captions))
 
 
 def of_private_teacher(checkpoint: Path, target: Path) -> Path:
@@ -99,6 +106,7 @@ class Visit:
     folder: Path
     printed: str
     requested: list[str]
+    sent: Counter[str]
 
     @property
     def outcomes(self) -> dict[str, list[str]]:
@@ -126,6 +134,23 @@ def as_repository(source: Path, target: Path, base: str | None = None, **changes
     return target
 
 
+def write_pictures(folder: Path) -> Path:
+    """A dataset of pictures of 200 kB with captions, of which its card says that it is far larger than any disk."""
+    columns = {"image": [{"bytes": os.urandom(200_000), "path": None} for _ in CAPTIONS], "text": CAPTIONS}
+    rows = Dataset.from_dict(columns, Features({"image": Image(), "text": Value("string")}))
+    folder.mkdir()
+    rows.to_parquet(folder / "train-00000-of-00001.parquet", batch_size=4)
+    splits = [{"name": "train", "num_bytes": 10**18, "num_examples": len(CAPTIONS)}]
+    info = {
+        "features": rows.features._to_yaml_list(),
+        "splits": splits,
+        "dataset_size": 10**18,
+        "download_size": 10**18,
+    }
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'dataset_info': info})}---\n")
+    return folder
+
+
 def twofold(student: Repository) -> None:
     """Gives a student a tag for what it is, and a branch with twice its weights."""
     first = student.commits[student.branches["main"]]
@@ -147,6 +172,7 @@ def visited(teacher_folder: Path, student: Path, prompts_file: Path, tmp_path_fa
         "me/of-gated": as_repository(student, root / "of-gated", "me/gated-teacher"),
         "me/with-vae": as_repository(student, root / "with-vae", "me/teacher", vae="me/private-vae"),
         "me/private-vae": as_repository(teacher_folder / "vae", root / "vae"),
+        "me/pictures": write_pictures(root / "pictures"),
         "me/newer": as_repository(student, root / "newer", format_version=2, version="9.9"),
     }
     repositories["me/private-teacher"] = repositories["me/teacher"]
@@ -161,7 +187,7 @@ def visited(teacher_folder: Path, student: Path, prompts_file: Path, tmp_path_fa
         command = [sys.executable, "-c", code, str(prompts_file), str(folder)]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return Visit(folder, done.stdout + done.stderr, hub.requested)
+    return Visit(folder, done.stdout + done.stderr, hub.requested, hub.sent)
 
 
 def test_a_student_of_the_hub_finds_its_teacher_there_and_draws_what_the_local_folders_draw(
@@ -170,6 +196,13 @@ def test_a_student_of_the_hub_finds_its_teacher_there_and_draws_what_the_local_f
     pictures = torch.load(visited.folder / "pictures.pt", weights_only=True)
     assert any(path.startswith("/me/teacher/resolve/") and path.endswith(".safetensors") for path in visited.requested)
     assert float((pictures - draw(student)).abs().max()) <= TOLERANCE
+
+
+def test_of_a_dataset_of_the_hub_the_captions_are_downloaded_and_not_the_pictures(visited: Visit) -> None:
+    first, all_of_them = json.loads((visited.folder / "captions.json").read_text())
+    assert first == [[caption] for caption in CAPTIONS[:5]] and all_of_them == [[caption] for caption in CAPTIONS]
+    sizes = {path: size for path, size in visited.sent.items() if path.endswith(".parquet")}
+    assert len(sizes) == 1 and 0 < sum(sizes.values()) < 2_400_000 / 3
 
 
 def test_a_student_of_a_teacher_of_the_hub_names_it_in_its_configuration_and_card(visited: Visit) -> None:

@@ -23,6 +23,7 @@ import train_rdm_lora
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher
 from rdm_diffusers.networks import STUDENT
+from rdm_diffusers.tiny.captions import MAX_TOKENS
 from rdm_diffusers.training.memory_plan import plan_memory
 
 TRAINING = ("rollouts and R_dm", "forward and backward", "optimiser's step")
@@ -76,6 +77,19 @@ def test_each_memory_flag_lowers_what_it_is_for(sdxl: Path) -> None:
     linears = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
     saved = plain.sizes["unet, frozen"] - light.sizes["unet, frozen"]
     assert saved == pytest.approx((2 - 0.516) * linears, rel=0.01)
+
+
+def test_text_encoders_that_encode_on_the_fly_are_counted_while_they_stay(teacher_folder: Path) -> None:
+    stays, reads = "rollouts and R_dm", "reading an update's prompts"
+    cached = dry_run(teacher_folder, "--encode_batch_size", "64")
+    on_the_fly = dry_run(teacher_folder, "--encode_prompts", "on_the_fly")
+    offloaded = dry_run(teacher_folder, "--encode_prompts", "on_the_fly", "--offload")
+    encoders, average = cached.sizes["text encoders"], cached.sizes["the student's moving average"]
+    assert on_the_fly.phases[stays] == cached.phases[stays] + encoders
+    assert offloaded.phases[stays] == cached.phases[stays] - average
+    assert offloaded.phases[reads] == on_the_fly.phases[reads] - average > encoders and reads not in cached.phases
+    assert cached.sizes["reading 64 prompts, at most"] > 7 * on_the_fly.sizes["reading 8 prompts, at most"]
+    assert cached.prompt_size == 2 * MAX_TOKENS * TEXT_DIM
 
 
 def test_sharding_divides_what_it_spreads(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit, Sequence, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Sequence, Value
 
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
@@ -136,6 +138,48 @@ def test_a_dataset_may_be_one_file_or_a_folder_that_save_to_disk_wrote(kind: str
         rows.save_to_disk(tmp_path / "saved")
         next((tmp_path / "saved").glob("*.arrow")).rename(place)
     assert load(arguments(dataset_name=place)) == ["a cat", "a dog"]
+
+
+def damage_pictures(path: Path) -> None:
+    """Makes the column of pictures unreadable, in place."""
+    rows, content = pq.ParquetFile(path).metadata, bytearray(path.read_bytes())
+    for group in range(rows.num_row_groups):
+        columns = (rows.row_group(group).column(i) for i in range(rows.num_columns))
+        for column in (column for column in columns if column.path_in_schema.startswith("image")):
+            start = column.dictionary_page_offset or column.data_page_offset
+            content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(content)
+
+
+def write_pictures(folder: Path) -> Path:
+    """A dataset of two parquet files whose pictures can be neither read nor decoded."""
+    folder.mkdir()
+    for i in range(2):
+        rows = {"image": [{"bytes": os.urandom(10_000), "path": None}] * 6, "text": [f"{i} {j}" for j in range(6)]}
+        features = Features({"image": Image(), "text": Value("string")})
+        Dataset.from_dict(rows, features).to_parquet(folder / f"train-{i}.parquet", batch_size=2)
+        damage_pictures(folder / f"train-{i}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, slice(None)),
+        ({"max_train_samples": 7}, slice(7)),
+        ({"dataset_split": "train[25%:75%]"}, slice(3, 9)),
+        ({"dataset_split": "train[-2:]", "max_train_samples": 1}, slice(10, 11)),
+    ],
+    ids=["all", "the first", "a slice", "the first of a slice"],
+)
+def test_of_parquet_files_only_the_captions_are_read(flags: dict, expected: slice, tmp_path: Path) -> None:
+    folder, prompts = write_pictures(tmp_path / "data"), [f"{i} {j}" for i in range(2) for j in range(6)]
+    assert load(arguments(dataset_name=folder, **flags)) == prompts[expected]
+    if "dataset_split" not in flags:
+        found = load(arguments(dataset_name=folder / "train-0.parquet", **flags))
+        assert found == prompts[:6][expected]
+    with pytest.raises(ValueError, match=r"--caption_column caption is not in .*; its columns are image, text\."):
+        load(arguments(dataset_name=folder, caption_column="caption", **flags))
 
 
 def test_a_split_can_be_chosen_by_the_names_that_others_give_the_flag(tmp_path: Path) -> None:

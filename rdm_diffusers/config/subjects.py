@@ -44,6 +44,7 @@ BATCH = whole("[1, 65536]")
 ETA = real("[0, 1]", says="be 1 or 0, because no stock scheduler samples in between")
 FACTOR = whole("[1, 1000]")
 FOLDER_OR_ID = Text("a folder or a Hub id")
+ON_THE_FLY = "on_the_fly"
 KIND_OF_WEIGHTS = OneOf(tuple(QUANTIZATIONS))
 RATE = real("(0, inf)")
 SHARE = real("[0, 1]", says="lie in [0, 1), or be 1 with --projection_guard")
@@ -93,6 +94,10 @@ class PromptsConfig:
     cache_dir: str | None = flag(
         None, "where prompt embeddings are cached; by default beside the datasets' cache", PATH, free=True,
         is_path=True)
+    encode_prompts: str = flag(
+        "cached", "cached: all prompts are encoded once, onto the disk; on_the_fly: each when it is needed, by text "
+        "encoders that stay on the device, or with --offload come and go", OneOf(("cached", ON_THE_FLY)), free=True)
+    encode_batch_size: int = flag(8, "prompts that the text encoders read at once", BATCH, free=True)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ stays on the device, and temporary memory of its own.
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from ..config import MemoryConfig, RunConfig
+from ..config.subjects import ON_THE_FLY
 from ..families import check_kinds_of_files, check_lora, family_of, options_for, pipeline_config
 from ..families.quantization import NEEDS_GPU
 from ..networks import STUDENT, TARGET, TEACHER, Networks, SharedBase
@@ -29,13 +29,11 @@ from ..sharding import is_sharded_launch
 from . import memory_model as model
 from .assembly import CONTRAST_STEPS, DTYPES, guidance_outside, make_networks, prompt_options
 from .devices import prepare_vae
-from .embeddings import embed_prompts
 from .finish import PICTURES_AT_ONCE
 from .reward_memory import measure_rewards
 
 GIB = 2**30
 FLOAT = 4  # bytes of a float32
-PROMPTS_AT_ONCE = inspect.signature(embed_prompts).parameters["batch_size"].default
 SMALLEST_8BIT = 4096  # numbers; bitsandbytes keeps float32 states for smaller tensors
 NOT_COUNTED = "the CUDA context (0.3 to 0.5 GiB), the allocator's fragmentation, kernels' workspaces"
 
@@ -48,7 +46,8 @@ class MemoryPlan:
     phases: dict[str, int]  # each phase's peak in bytes
     parameters: dict[str, int]  # how many each component and one LoRA (`lora`) have
     lora_layers: int  # how many layers a LoRA adapts; 0 for full students
-    not_counted: tuple[str, ...] = ()  # what of the rewards is not known
+    not_counted: tuple[str, ...]  # what of the rewards is not known
+    prompt_size: int  # bytes of one prompt's embeddings, at most
 
     @property
     def peak(self) -> int:
@@ -64,6 +63,7 @@ class MemoryPlan:
         lines = [f"{name:<40}{count / 1e6:>12,.1f} M parameters" for name, count in self.parameters.items()]
         if self.lora_layers:
             lines.append(f"{'layers with a LoRA':<40}{self.lora_layers:>12,}")
+        lines.append(f"{'embeddings of a prompt, at most':<40}{self.prompt_size / 1e6:>12.2f} MB")
         lines += ["", "what a device holds, not all of it at once (estimated)"]
         lines += gib({name: size for name, size in self.sizes.items() if size})
         without = ", ".join([NOT_COUNTED, *self.not_counted])
@@ -81,7 +81,8 @@ def plan_memory(config: RunConfig, device_type: str = "cuda", rewards: Sequence[
     sizes = planner.sizes()
     lora_layers = len(planner.networks.layers) if isinstance(planner.networks, SharedBase) else 0
     phases, unknown = planner.phases(sizes), planner.rewards.not_counted
-    return MemoryPlan(sizes, phases, planner.parameters, lora_layers, unknown)
+    prompt_size = sum(tensor.nbytes for tensor in planner.prompt.tensors.values())
+    return MemoryPlan(sizes, phases, planner.parameters, lora_layers, unknown, prompt_size)
 
 
 class _Planner:
@@ -99,6 +100,11 @@ class _Planner:
         self.shown = min(  # pictures drawn at once at the end
             config.output.num_validation_images, config.optimisation.train_batch_size, PICTURES_AT_ONCE
         )
+        self.on_the_fly = config.prompts.encode_prompts == ON_THE_FLY
+        groups = config.optimisation.samples_per_update // (config.method.group_size * config.method.steps_per_rollout)
+        self.read = config.prompts.encode_batch_size  # prompts at once
+        if self.on_the_fly:
+            self.read = min(self.read, max(groups, config.output.monitor_images))
         self.shards = int(os.environ.get("WORLD_SIZE", "1")) if is_sharded_launch() else 1
         # Whether a role has all its gradients during a backward; otherwise they grow as activations are freed.
         self.has_gradients = config.optimisation.gradient_accumulation_steps > 1 or self.shards > 1
@@ -178,7 +184,7 @@ class _Planner:
             "teacher, at most": samples * self._teacher_peak,
             "optimiser's step, at most": self._step_peak() // shards,
             "text encoders": model.nbytes(*self.encoders),
-            f"reading {PROMPTS_AT_ONCE} prompts, at most": self._reading_peak(PROMPTS_AT_ONCE),
+            f"reading {self.read} prompts, at most": self._reading_peak(self.read),
             "autoencoder": model.nbytes(self.pipeline.vae),
             "decoding a picture, at most": self._decoding_peak,
             "rewards": self.rewards.weights,
@@ -275,8 +281,10 @@ class _Planner:
         stays = sum(sizes[name] for name in names[: names.index("a group's rollouts")]) + held - average
         # Only text encoders are on the device; before, a denoiser may have been quantised there.
         quantised = self.frozen_size if run.student.quantization in NEEDS_GPU else 0
-        reading = sizes["text encoders"] + sizes[f"reading {PROMPTS_AT_ONCE} prompts, at most"]
+        encoders, prompts = sizes["text encoders"], sizes[f"reading {self.read} prompts, at most"]
         loaded = 0 if run.memory.offload else self.rewards.weights
+        stays += encoders if self.on_the_fly and not run.memory.offload else 0
+        on_the_fly = stays + rollouts + prompts + (encoders if run.memory.offload else 0)
         # The optimisers have no states yet; the pictures' whole trajectory is kept.
         trajectory = self._trajectory(run.output.monitor_images, CONTRAST_STEPS)
         contrast = stays - sizes["two optimisers"] + trajectory + sizes["teacher, at most"]
@@ -287,8 +295,9 @@ class _Planner:
         validation += self._trajectory(count, run.method.num_student_steps)
         external = {"external rewards": stays - held + scoring + rollouts + self.rewards.peak}
         return {
-            "reading the prompts": max(quantised, reading) + loaded,
+            "reading the prompts": max(quantised, encoders + prompts) + loaded,
             "the teacher's pictures": contrast if run.output.monitor_images else 0,
+            **({"reading an update's prompts": on_the_fly} if self.on_the_fly else {}),
             "rollouts and R_dm": stays + rollouts + sizes["teacher, at most"] + self._folded(),
             **(external if run.rewards.reward else {}),
             "forward and backward": stays + rollouts + gradients + sizes["forward and backward, at most"],

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 
 from ..config import PromptsConfig, RunConfig
+from ..config.subjects import ON_THE_FLY
 from ..distillation import Draws
 from ..families import Conditioning, Teacher
 from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
 from ..tiny.captions import CAPTIONS
 from .devices import on_device
-from .embeddings import embed_prompts, fingerprint_of
+from .embeddings import Embeddings, EncodedOnTheFly, embed_prompts, fingerprint_of
 
 OF_DATASETS = {"dataset_config_name": None, "dataset_split": "train", "caption_column": "text"}  # and their defaults
 
@@ -37,7 +37,7 @@ def load_prompts(source: PromptsConfig, teacher: str) -> list[str]:
         prompts = read_prompts(Path(source.prompts_file), "--prompts_file")
     elif source.dataset_name is not None:
         place = (source.dataset_name, source.caption_column, source.dataset_split, source.dataset_config_name)
-        prompts = list(chain.from_iterable(read_captions(*place)))
+        prompts = list(chain.from_iterable(read_captions(*place, most=source.max_train_samples)))
     elif is_tiny(teacher):
         prompts = list(CAPTIONS)
     else:
@@ -61,23 +61,31 @@ def _check_source(source: PromptsConfig) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """All that a run reads, as the teacher's text encoders read it; they are not needed again."""
+    """All that a run reads, as the teacher's text encoders read it."""
 
     prompts: list[str]
-    embeddings: Dataset  # of the prompts, one row each, on the disk
+    embeddings: Embeddings  # of the prompts, from the disk or encoded on the fly
     nothing: Conditioning  # what the teacher guides away from, of length 1
     shown: list[str]  # the prompts of the pictures that are drawn on the way
     shown_conditioning: Conditioning
 
 
 def read_texts(teacher: Teacher, prompts: list[str], config: RunConfig, accelerator: Accelerator) -> Texts:
-    """Moves the text encoders to the device to read everything; what an earlier run read is cached."""
+    """Moves the text encoders to the device to read everything; what an earlier run read is cached.
+
+    With `--encode_prompts on_the_fly` they read the prompts later, and are needed as long as the run lasts.
+    """
     choice, count = config.output.validation_prompt or prompts, config.output.num_validation_images
     shown = [choice[i * len(choice) // count] for i in range(count)]  # spread evenly, repeated where there are fewer
-    fingerprint = fingerprint_of(teacher, prompts)
-    with on_device(teacher.text_encoders, accelerator.device):
-        with accelerator.local_main_process_first():
-            embeddings = embed_prompts(teacher, prompts, config.prompts.cache_dir, fingerprint)
+    source, device = config.prompts, accelerator.device
+    embeddings: Embeddings
+    if source.encode_prompts == ON_THE_FLY:
+        embeddings = EncodedOnTheFly(teacher, prompts, source.encode_batch_size, device, config.memory.offload)
+    else:
+        fingerprint = fingerprint_of(teacher, prompts)
+        with on_device(teacher.text_encoders, device):  # processes wait for the cache's lock, for as long as it takes
+            embeddings = embed_prompts(teacher, prompts, source.cache_dir, fingerprint, source.encode_batch_size)
+    with on_device(teacher.text_encoders, device):
         nothing, shown_conditioning = teacher.encode_nothing(), teacher.encode_prompts(shown)
     return Texts(prompts, embeddings, nothing, shown, shown_conditioning)
 
@@ -87,7 +95,7 @@ class PromptGroups:
     """Which prompt each group trains on: every prompt once an epoch, in an order that only the seed decides."""
 
     prompts: Sequence[str]
-    embeddings: Dataset  # of the prompts, one row each
+    embeddings: Embeddings  # of the prompts
     draws: Draws
     dtype: torch.dtype  # that the denoiser reads
 
@@ -111,6 +119,4 @@ class PromptGroups:
 
     def once(self, indices: Sequence[int]) -> Conditioning:
         """The embeddings of the chosen prompts, on the device."""
-        rows = self.embeddings[list(indices)]
-        conditioning = Conditioning({name: torch.stack(list(column)) for name, column in rows.items()})
-        return conditioning.to(self.draws.device, self.dtype)
+        return self.embeddings(indices).to(self.draws.device, self.dtype)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..config import RunConfig
 from ..config.record import training_record
+from ..config.subjects import ON_THE_FLY
 from ..evaluation.records import digest_of_texts
 from ..families import Teacher
 from ..folders import write_whole
@@ -161,7 +162,8 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         self.teacher = load(config, accelerator.device)
         self.texts = read_texts(self.teacher, self.prompts, config, accelerator)
-        if config.is_lora or not accelerator.is_main_process:  # the files of a full student include them
+        needed = accelerator.is_main_process and not config.is_lora  # the files of a full student include them
+        if not needed and config.prompts.encode_prompts != ON_THE_FLY:
             self.teacher.drop_text_encoders()
         self.networks = self.make_networks()
         self.distillation = make_distillation(
@@ -241,7 +243,7 @@ class Trainer:
         one. An error here becomes a warning of one sentence; the student is safe.
         """
         shown = self.texts.shown
-        for name in ("teacher", "networks", "distillation", "state", "rewards"):
+        for name in ("teacher", "texts", "networks", "distillation", "state", "rewards"):
             self.__dict__.pop(name, None)
         self.accelerator.state.destroy_process_group()
         if self.accelerator.is_main_process:
