@@ -28,7 +28,8 @@ from rdm_diffusers.training import trainer as trainer_module
 from rdm_diffusers.training.devices import prepare_vae
 from rdm_diffusers.training.external_rewards import join_rewards, load_rewards
 from rdm_diffusers.training.memory_model import LivePeak, nbytes
-from rdm_diffusers.training.memory_plan import MemoryPlan, plan_memory
+from rdm_diffusers.training.memory_plan import plan_memory
+from rdm_diffusers.training.memory_table import MemoryPlan
 from rdm_diffusers.training.reward_memory import measure_rewards
 from rdm_diffusers.training.run_folder import check_resumable
 from rdm_diffusers.training.teacher_checks import check_with_teacher, checked_tiny_vae

@@ -26,7 +26,8 @@ from .external_rewards import load_rewards
 from .finish import draw_and_measure
 from .launch import make_accelerator
 from .loop import train
-from .memory_plan import MemoryPlan, plan_memory
+from .memory_plan import plan_memory
+from .memory_table import MemoryPlan
 from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
 from .run_folder import check_resumable, checkpoint_to_resume, locked_for_run, prepare_output, resume_from
