@@ -14,7 +14,7 @@ from rdm_diffusers.networks import FAKE_SCORE
 from rdm_diffusers.training import checkpoints
 from rdm_diffusers.training.checkpoint_files import find_checkpoint, list_checkpoints
 from rdm_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
-from rdm_diffusers.training.updates import NonFiniteError
+from rdm_diffusers.training.finite import NonFiniteError
 
 
 @pytest.fixture

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device; the CPU does not wait for what the device has yet to compute."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Draws:
     """Named random numbers for groups of samples.
@@ -40,12 +46,12 @@ class Draws:
         """Standard normal numbers `[len(groups) * G, *shape]`, float32, group after group."""
         size = (self.group_size, *shape)
         parts = [torch.randn(size, generator=self.generator(purpose, group)) for group in groups]
-        return torch.cat(parts).to(self.device)
+        return sent(torch.cat(parts), self.device)
 
     def uniform(self, purpose: str, groups: Sequence[int]) -> Tensor:
         """Uniform numbers in [0, 1) `[len(groups) * G]`, float32."""
         parts = [torch.rand(self.group_size, generator=self.generator(purpose, group)) for group in groups]
-        return torch.cat(parts).to(self.device)
+        return sent(torch.cat(parts), self.device)
 
     def subset(self, purpose: str, group: int, count: int, of: int) -> list[int]:
         """`count` different whole numbers below `of`, ascending, one choice per group."""

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from ..config import PromptsConfig, RunConfig
 from ..distillation import Draws
+from ..distillation.draws import sent
 from ..families import Conditioning, Teacher
 from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
@@ -107,10 +108,11 @@ class PromptGroups:
     def conditioning(self, groups: Sequence[int]) -> Conditioning:
         """The embeddings of the groups' prompts, each G times: length `len(groups) * G`."""
         members = torch.arange(len(groups)).repeat_interleave(self.draws.group_size)
-        return self.once([self.index(group) for group in groups])[members.to(self.draws.device)]
+        return self.once([self.index(group) for group in groups])[sent(members, self.draws.device)]
 
     def once(self, indices: Sequence[int]) -> Conditioning:
         """The embeddings of the chosen prompts, on the device."""
         rows = self.embeddings[list(indices)]
-        conditioning = Conditioning({name: torch.stack(list(column)) for name, column in rows.items()})
-        return conditioning.to(self.draws.device, self.dtype)
+        device = self.draws.device
+        conditioning = Conditioning({name: sent(torch.stack(list(column)), device) for name, column in rows.items()})
+        return conditioning.to(device, self.dtype)
