@@ -2,8 +2,8 @@
 
     python benchmarks/host.py --work_dir host
 
-- `draws`: seconds of all random numbers of an update, which are drawn on the CPU, for a group of 4 at 1024 px.
-- `average`: seconds of the moving average of a LoRA where it is on the CPU, by our own update and by diffusers'.
+- `draws`: an update's random numbers, which are drawn on the CPU, for a group of 4 at 1024 px.
+- `average`: the moving average of a LoRA where it is on the CPU, by our own update and by diffusers'.
 - `channels_last`: an update of a U-Net of 80 million parameters with and without `--channels_last`.
 - `inductor`: both adapters of a tiny U-Net under `--torch_compile` beside the same without it (needs a C++ compiler).
 
@@ -42,7 +42,7 @@ LATENTS = {"sdxl": (4, 128, 128), "flux": (16, 128, 128)}
 GROUP_SIZE, STEPS, FAKE_UPDATES = 4, 4, 1
 SHAPES = [(320, 64), (64, 320), (1280, 64), (64, 1280)] * 400  # like a LoRA's, 82 million numbers
 MID: dict[str, Any] = dict(
-    resolution=256, train_batch_size=4, group_size=4, num_student_steps=2, steps_per_rollout=1, guidance_scale=7.5,
+    resolution=128, train_batch_size=4, group_size=4, num_student_steps=2, steps_per_rollout=1, guidance_scale=7.5,
     rank=16,
 )  # fmt: skip
 
@@ -56,8 +56,8 @@ def draws(work_dir: Path) -> dict[str, Any]:
             drawer.normal(f"noise/{k}", [update], shape)
 
     for name, shape in LATENTS.items():
-        seconds = median(cost(partial(draw, shape, update)).wall for update in range(REPEATS))
-        found[name] = {"tensors": tensors, "latents": [GROUP_SIZE, *shape], "seconds": seconds}
+        seconds = median(cost(partial(draw, shape, update)).cpu for update in range(REPEATS))
+        found[name] = {"tensors": tensors, "latents": [GROUP_SIZE, *shape], "processor_seconds": seconds}
     return found
 
 
@@ -69,11 +69,12 @@ def average(work_dir: Path) -> dict[str, Any]:
     for _ in range(REPEATS):
         for parameter in parameters:
             parameter.data += 0.01
-        seconds["diffusers"].append(cost(lambda: theirs.step(parameters)).wall)
-        seconds["ours"].append(cost(lambda: update_average(ours, parameters)).wall)
+        seconds["diffusers"].append(cost(lambda: theirs.step(parameters)).cpu)
+        seconds["ours"].append(cost(lambda: update_average(ours, parameters)).cpu)
     same = all(torch.equal(a, b) for a, b in zip(theirs.shadow_params, ours.shadow_params, strict=True))
     numbers = sum(parameter.numel() for parameter in parameters)
-    return {"million_numbers": numbers / 1e6, "same_bits": same, "seconds": {k: median(v) for k, v in seconds.items()}}
+    medians = {name: median(values) for name, values in seconds.items()}
+    return {"million_numbers": numbers / 1e6, "same_bits": same, "processor_seconds": medians}
 
 
 def channels_last(work_dir: Path) -> dict[str, Any]:

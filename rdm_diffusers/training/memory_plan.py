@@ -259,7 +259,7 @@ class _Planner:
             "the teacher's pictures": contrast if run.output.monitor_images else 0,
             "rollouts and R_dm": stays + rollouts + sizes["teacher, at most"] + self._folded(),
             "forward and backward": stays + rollouts + gradients + sizes["forward and backward, at most"],
-            "optimiser's step": stays + rollouts + max(sizes["optimiser's step, at most"], average),
+            "optimiser's step": stays + rollouts + sizes["optimiser's step, at most"],
             "validation pictures": stays + rollouts + validation,
             "the last pictures": self._last(sizes),
         }

@@ -19,6 +19,7 @@ from ..sharding import gather
 from .finite import FiniteChecks
 
 BUCKET = 2**26  # bytes of gradients that are averaged over processes at once
+AVERAGED = 2**22  # bytes of weights whose moving average is updated at once; a processor's cache holds them
 
 
 @dataclass
@@ -81,14 +82,14 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             parameter.grad = part.view_as(parameter)
 
 
-def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in lists of about `BUCKET` bytes, so that averaging takes little memory of its own."""
+def buckets(parameters: Sequence[nn.Parameter], most: int = BUCKET) -> Iterator[list[nn.Parameter]]:
+    """The parameters in lists of about so many bytes, so that averaging takes little memory of its own."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
         bucket.append(parameter)
         size += parameter.nbytes
-        if size >= BUCKET:
+        if size >= most:
             yield bucket
             bucket, size = [], 0
     if bucket:
@@ -104,7 +105,7 @@ def update_average(ema: EMAModel, parameters: Sequence[nn.Parameter]) -> None:
     """
     ema.optimization_step += 1
     rest, averages = 1 - ema.get_decay(ema.optimization_step), iter(ema.shadow_params)
-    for bucket in buckets(parameters):
+    for bucket in buckets(parameters, AVERAGED):
         old = [next(averages) for _ in bucket]
         apart = torch._foreach_sub(old, [new.to(average.device) for new, average in zip(bucket, old, strict=True)])
         torch._foreach_mul_(apart, rest)
