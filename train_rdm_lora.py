@@ -16,7 +16,7 @@ What it does, and the flags that steer it:
   --projection_guard; those without gradients: --reward_tilt
 - the fake score: --fake_updates_per_step, --fake_learning_rate, --fake_score_steps
 - rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
-- health: --logging_steps, alarms in the log, --stop_on_collapse; --dry_run prints what memory is needed and trains nothing
+- health: --logging_steps, alarms in the log, --stop_on_collapse; --dry_run prints the memory needed, trains nothing
 - small GPUs (docs/recipes.md): --base_quantization int8, fp8 or nf4, --mixed_precision bf16, --use_8bit_adam,
   --gradient_checkpointing, --train_batch_size with --gradient_accumulation_steps, --offload
 - speed: --fold_adapters, --torch_compile, --attention_backend, --enable_xformers_memory_efficient_attention,

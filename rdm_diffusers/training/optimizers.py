@@ -19,7 +19,6 @@ from ..sharding import gather
 from .finite import FiniteChecks
 
 BUCKET = 2**26  # bytes of gradients that are averaged over processes at once
-AVERAGED = 2**22  # bytes of weights whose moving average is updated at once; a processor's cache holds them
 
 
 @dataclass
@@ -98,14 +97,15 @@ def buckets(parameters: Sequence[nn.Parameter], most: int = BUCKET) -> Iterator[
 
 @torch.no_grad()
 def update_average(ema: EMAModel, parameters: Sequence[nn.Parameter]) -> None:
-    """`ema.step(parameters)` to the bit, many tensors at once, on the average's own device.
+    """`ema.step(parameters)` to the bit, on the average's own device, on a GPU many tensors at once.
 
     Where that is not the parameters' (`--offload`), they are copied to it: half of what moving the average back and
     forth would transfer, and no memory of the device. EMAModel's own `foreach` rounds differently.
     """
     ema.optimization_step += 1
     rest, averages = 1 - ema.get_decay(ema.optimization_step), iter(ema.shadow_params)
-    for bucket in buckets(parameters, AVERAGED):
+    one_by_one = ema.shadow_params[0].device.type == "cpu"  # where a tensor stays in the cache, and calls are cheap
+    for bucket in buckets(parameters, 1 if one_by_one else BUCKET):
         old = [next(averages) for _ in bucket]
         apart = torch._foreach_sub(old, [new.to(average.device) for new, average in zip(bucket, old, strict=True)])
         torch._foreach_mul_(apart, rest)
