@@ -83,7 +83,8 @@ def with_reward(flags: dict[str, Any], scratch: Path, small: bool) -> dict[str, 
         config = vit_h_config()
         if small:
             for tower in (config.text_config, config.vision_config):
-                tower.num_hidden_layers, tower.intermediate_size = 1, 64
+                tower.num_hidden_layers, tower.hidden_size, tower.num_attention_heads = 1, 32, 2
+                tower.intermediate_size = 64
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = CLIPModel(config)
