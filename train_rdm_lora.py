@@ -19,11 +19,12 @@ What it does, and the flags that steer it:
   --reward_vae
 - the fake score: --fake_updates_per_step, --fake_learning_rate, --fake_score_steps
 - rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
-- health: alarms in the log, --stop_on_collapse; --dry_run prints what memory is needed and trains nothing
+- health: --logging_steps, alarms in the log, --stop_on_collapse; --dry_run prints the memory needed, trains nothing
 - small GPUs (docs/recipes.md): --base_quantization int8, fp8 or nf4, --mixed_precision bf16, --use_8bit_adam,
   --gradient_checkpointing, --train_batch_size with --gradient_accumulation_steps, --offload, --enable_vae_tiling,
   --enable_vae_slicing
-- speed: --fold_adapters, --torch_compile, --attention_backend, --enable_xformers_memory_efficient_attention
+- speed: --fold_adapters, --torch_compile, --attention_backend, --enable_xformers_memory_efficient_attention,
+  --channels_last
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2; --ddp_timeout,
   --sync_each_batch
 - prompts, no images: --prompts_file, or --dataset_name with --caption_column, --dataset_split; --encode_prompts,

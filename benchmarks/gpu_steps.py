@@ -14,8 +14,11 @@ from flops import FlopsByDtype
 from memory import GIB, LAYOUTS, PHASES
 from step_cost import Run, command_line, cost, make_run, save_teacher
 from throughput import collect_whole, floor
+from transformers import CLIPModel
 
 from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.rewards.clip import vit_h_config
+from rdm_diffusers.tiny.captions import make_tokenizer
 from rdm_diffusers.training.assembly import networks_of_run
 from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.tracking import peak_memory
@@ -28,6 +31,7 @@ COMMON: dict[str, Any] = dict(
 )  # fmt: skip
 NF4 = {"base_quantization": "nf4"}
 WHOLE = {"gradient_checkpointing": None}
+REWARD = {"algorithm": "gndmr", "reward": "hpsv2", "reward_dtype": "bfloat16"}
 SD15 = {"resolution": 512}
 # name -> the network, the layout of the roles, and what differs from the common flags
 TEACHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -37,8 +41,10 @@ TEACHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sdxl_compiled": ("sdxl", "shared", {**WHOLE, "torch_compile": True}),
     "sd35_medium_nf4": ("sd35_medium", "shared", NF4),
     "sd15_full": ("sd15", "full", {**SD15, "rank": None}),
+    "sd15_hpsv2": ("sd15_whole", "shared", {**SD15, **REWARD}),
     "sd15": ("sd15", "shared", SD15),
     "sd15_three_copies": ("sd15", "three_copies", SD15),
+    "sdxl_channels_last": ("sdxl", "shared", {**WHOLE, "channels_last": True}),
     "sdxl_int8": ("sdxl", "shared", {"base_quantization": "int8"}),
 }
 
@@ -68,9 +74,28 @@ def teacher_of(name: str, scratch: Path, small: bool) -> Path:
     return folder
 
 
+def with_reward(flags: dict[str, Any], scratch: Path, small: bool) -> dict[str, Any]:
+    """The flags with a reward's random weights, of CLIP ViT-H-14 or of a small one, which are made once."""
+    if "reward" not in flags:
+        return flags
+    folder = scratch / "clip"
+    if not (folder / "config.json").exists():
+        config = vit_h_config()
+        if small:
+            for tower in (config.text_config, config.vision_config):
+                tower.num_hidden_layers, tower.hidden_size, tower.num_attention_heads = 1, 32, 2
+                tower.intermediate_size = 64
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = CLIPModel(config)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    return {**flags, "reward": f"{flags['reward']}={folder}"}
+
+
 def planned_gib(name: str, scratch: Path, small: bool) -> float:
     """The peak of an update that `--dry_run` plans, in GiB."""
-    argv = command_line(teacher_of(name, scratch, small), scratch, **flags_of(name, small))
+    argv = command_line(teacher_of(name, scratch, small), scratch, **with_reward(flags_of(name, small), scratch, small))
     plan = plan_memory(parse_args(argv, student=student_of(name)))
     return max(plan.phases[phase] for phase in PHASES) / GIB
 
@@ -84,7 +109,7 @@ def measure(name: str, scratch: Path, small: bool) -> Iterator[dict[str, Any]]:
         small: whether networks are small, to try the code.
     """
     started, flags, layout = time.time(), flags_of(name, small), TEACHERS[name][1]
-    argv = command_line(teacher_of(name, scratch, small), scratch / name, **flags)
+    argv = command_line(teacher_of(name, scratch, small), scratch / name, **with_reward(flags, scratch, small))
     run = make_run(argv, student_of(name), networks_of_run if layout == "full" else LAYOUTS[layout])
     found: dict[str, Any] = {"flags": flags, "assembly_seconds": time.time() - started}
     found["first_update_seconds"] = cost(run.update).wall  # makes the optimisers' states and compiles

@@ -114,6 +114,8 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+NETWORKS["sd15_whole"] = NETWORKS["sd15"]  # with the autoencoder of Stable Diffusion, for rewards
+
 NetworksMaker = Callable[[RunConfig, Teacher, Conditioning, Accelerator], Networks]
 
 
@@ -214,6 +216,17 @@ def _make_sd(config: dict[str, Any]) -> DiffusionPipeline:
     )  # fmt: skip
 
 
+def _make_sd_whole(config: dict[str, Any]) -> DiffusionPipeline:
+    pipeline = _make_sd(config)
+    if config["block_out_channels"] == NETWORKS["sd15"][1]["block_out_channels"]:  # small
+        return pipeline
+    pipeline.vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    return pipeline
+
+
 def _make_sdxl(config: dict[str, Any]) -> DiffusionPipeline:
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     return StableDiffusionXLPipeline(
@@ -244,7 +257,8 @@ def _make_flux(config: dict[str, Any]) -> DiffusionPipeline:
 
 
 MAKERS = {
-    "sd15": _make_sd, "sd_mid": _make_sd, "sdxl": _make_sdxl, "sd35_medium": _make_sd3, "sd35_large": _make_sd3,
+    "sd15": _make_sd, "sd15_whole": _make_sd_whole,
+    "sd_mid": _make_sd, "sdxl": _make_sdxl, "sd35_medium": _make_sd3, "sd35_large": _make_sd3,
     "flux": _make_flux,
 }  # fmt: skip
 

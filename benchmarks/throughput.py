@@ -137,7 +137,7 @@ def floor(run: Run, batch: Batch, bare: nn.Module | None = None) -> dict[str, It
     """
     size, updates = run.config.optimisation.train_batch_size, run.config.method.fake_updates_per_step
     rollout = batch.rollout
-    states = [(step.x_t, step.t.expand(len(step.x_t)), rollout.conditioning) for step in rollout.steps]
+    states = [(step.x_t, step.times, rollout.conditioning) for step in rollout.steps]
     samples = [(s.x_t, s.t, s.conditioning) for s in (batch.samples[p] for p in batch.samples.micro_batches(size))]
     guided = [twice(run, inputs) for inputs in samples] if run.networks.guidance_scale != 1 else samples
     plan = {

@@ -76,7 +76,9 @@ class Networks(ABC):
         embedding = self.step_embedding = nn.Parameter(torch.zeros(num_steps, width, device=device))
 
         def add_step(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return None if self._step is None else output + embedding[self._step].to(output.dtype)
+            if self._step is None:
+                return None
+            return output + embedding[self._step.to(embedding.device, non_blocking=True)].to(output.dtype)
 
         time_embedding.register_forward_hook(add_step)
 

@@ -6,7 +6,7 @@ A noisy sample is `x_t = alpha(t) x0 + sigma(t) eps`. Times are in the units of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class NoiseSchedule:
         """The schedule behind any diffusers scheduler: its `alphas_cumprod` if it has them, else flow."""
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         return cls(alphas_cumprod, scheduler.config.num_train_timesteps)
+
+    def to(self, device: torch.device | str) -> NoiseSchedule:
+        """The same schedule, ready for times on a device; elsewhere it works, with a copy at each use."""
+        return self if self.alphas_cumprod is None else replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     @property
     def is_flow(self) -> bool:

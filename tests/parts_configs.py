@@ -132,7 +132,7 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
         },
         11.9, 4.89,
     ),
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": (
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": (
         "SanaPipeline",
         {
             "transformer": (SanaTransformer2DModel, SANA), "vae": (AutoencoderDC, DC),

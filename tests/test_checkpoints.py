@@ -17,7 +17,7 @@ from rdm_diffusers.networks import FAKE_SCORE
 from rdm_diffusers.training import checkpoints
 from rdm_diffusers.training.checkpoint_files import files_of, find_checkpoint, list_checkpoints, read_part
 from rdm_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
-from rdm_diffusers.training.updates import NonFiniteError
+from rdm_diffusers.training.finite import NonFiniteError
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from rdm_diffusers.commands import card, export, push
 from rdm_diffusers.evaluation import command
 from rdm_diffusers.program import explain, run_program
+from rdm_diffusers.training.finite import NonFiniteError
 from rdm_diffusers.training.monitor import CollapseError
-from rdm_diffusers.training.optimizers import NonFiniteError
 
 
 def caught(work: Callable[[], object]) -> BaseException:

@@ -24,6 +24,13 @@ def test_a_teachers_step_is_measured_beside_its_bare_calls_and_its_plan(
     assert gpu_steps.planned_gib("flux_nf4", tmp_path, small=True) > 0
 
 
+@pytest.mark.parametrize("name", ["sd15_hpsv2", "sd15_three_copies"])
+def test_other_kinds_of_steps_are_measured(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_steps, "REPEATS", 1)
+    *_, found = gpu_steps.measure(name, tmp_path, small=True)
+    assert found["update_seconds"] > 0 and found["bare_calls_seconds"] > 0
+
+
 def test_every_step_has_a_time_limit_and_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path), "--small"])
     args = gpu_check.parse()

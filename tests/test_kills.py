@@ -53,8 +53,8 @@ def before_the_renaming() -> None:
 def between_the_students_and_the_fake_scores_step() -> None:
     stepped = loop.step
 
-    def step(state, role: str) -> torch.Tensor:
-        norm = stepped(state, role)
+    def step(state, role: str, checks) -> torch.Tensor:
+        norm = stepped(state, role, checks)
         if role == STUDENT and state.update == KILLED_AT - 1:
             die()
         return norm

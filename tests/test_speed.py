@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.training_utils import EMAModel
 from parts import make_run, make_unet, relative_error, run_arguments, train_run
 from parts_families import make_pipeline
 from parts_float64 import ROUNDING
@@ -16,6 +17,7 @@ from rdm_diffusers.config import MemoryConfig
 from rdm_diffusers.families import FAMILIES, PromptOptions
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
 from rdm_diffusers.training.devices import prepare_denoiser
+from rdm_diffusers.training.optimizers import update_average
 from rdm_diffusers.training.validation import averaged_student
 
 
@@ -45,6 +47,29 @@ def test_compiled_blocks_compute_the_same_for_both_adapters(argv, flags: dict) -
     blocks = [m for m in it.networks.denoiser.modules() if type(m).__name__ == "BasicTransformerBlock"]
     assert blocks and all(block._compiled_call_impl is not None for block in blocks)
     assert relative_error(trained(compiled), trained(argv(**flags))) < 1e-4
+
+
+@pytest.mark.parametrize("student", ["lora", "full"])
+@pytest.mark.usefixtures("float64")
+def test_channels_last_changes_the_layout_of_frozen_convolutions_and_no_number(argv, student: str) -> None:
+    rank = {"rank": None} if student == "full" else {}
+    it = make_run(argv(channels_last=True, **rank), student)
+    layouts = {(p.requires_grad, p.is_contiguous(memory_format=torch.channels_last)) for network in it.networks.modules
+               for p in network.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[-1] > 1}  # fmt: skip
+    assert layouts == {(True, False), (False, True)}
+    assert relative_error(trained(argv(channels_last=True, **rank), student), trained(argv(**rank), student)) < 1e-6
+
+
+def test_the_average_of_many_tensors_at_once_is_that_of_diffusers_to_the_bit() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(width, 7)) for width in (1, 5, 300)]
+    ours, theirs = (EMAModel(parameters, decay=0.9) for _ in range(2))
+    for _ in range(12):
+        for parameter in parameters:
+            parameter.data += torch.randn_like(parameter)
+        update_average(ours, parameters)
+        theirs.step(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(ours.shadow_params, theirs.shadow_params, strict=True))
+    assert ours.optimization_step == theirs.optimization_step
 
 
 def test_the_moving_average_off_the_device_and_on_it_are_the_same(argv) -> None:

@@ -17,7 +17,8 @@ import train_rdm_lora
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import FAMILIES, PromptOptions
 from rdm_diffusers.training.assembly import lora_config
-from rdm_diffusers.training.optimizers import NonFiniteError, RoleOptimizer
+from rdm_diffusers.training.finite import NonFiniteError
+from rdm_diffusers.training.optimizers import RoleOptimizer
 from rdm_diffusers.training.teacher_checks import check_layers, check_with_teacher
 
 

@@ -92,6 +92,8 @@ def _check_memory(config: RunConfig) -> None:
             raise ValueError(f"--fold_adapters and {flag} exclude each other; add --no-fold_adapters.")
     if memory.use_8bit_adam and not config.output.dry_run:
         eight_bit_package()
+    if is_sharded_launch() and memory.channels_last:
+        raise ValueError("--channels_last cannot be sharded by FSDP; leave it out.")
     if is_sharded_launch() and memory.use_8bit_adam:
         raise ValueError("--use_8bit_adam cannot step FSDP's shards; leave it out, the shards are small.")
     if is_sharded_launch() and quantization and config.is_lora:

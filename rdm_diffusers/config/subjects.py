@@ -239,6 +239,8 @@ class MemoryConfig:
         None, "attention of a transformer by its name in diffusers, for example flash", OneOf(BACKENDS), free=True)
     torch_compile: bool = flag(False, "compile the blocks that the network repeats", free=True)
     torch_compile_backend: str = flag("inductor", "what compiles them", OneOf(compilers), free=True)
+    channels_last: bool = flag(
+        False, "lay out the frozen convolutions of a U-Net as channels last", free=True)
     allow_tf32: bool = flag(False, "faster float32 on Ampere and later", free=True)
     sync_each_batch: bool = flag(
         False, "with FSDP2, average gradients after every micro-batch, which needs less memory and more time, and not "
@@ -257,6 +259,7 @@ class OutputConfig:
     logging_dir: str = flag(
         "logs", "trackers' folder inside the output folder", PLACE_INSIDE, free=True, is_path=True)
     report_to: str = flag("tensorboard", "a tracker that accelerate knows, all, or none", OneOf(TRACKERS), free=True)
+    logging_steps: int = flag(10, "updates between two rows of the tracker", COUNT, free=True)
     tracker_project_name: str = flag(None, "the trackers' name of the project", PLACE_INSIDE, free=True)
     checkpointing_steps: int = flag(500, "updates between checkpoints", COUNT, free=True)
     checkpoints_total_limit: int | None = flag(None, "keep at most so many checkpoints", COUNT, free=True)

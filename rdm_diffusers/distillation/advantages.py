@@ -22,6 +22,11 @@ def grouped(values: Tensor, group_size: int) -> Tensor:
     return values.reshape(-1, group_size, *values.shape[1:])
 
 
+def rows(values: Tensor, chosen: Tensor) -> Tensor:
+    """The rows of `values [N, ...]` that a mask `[N]` on the CPU chooses, at least one; no device is waited for."""
+    return torch.stack([values[i] for i in chosen.nonzero().flatten().tolist()])
+
+
 def leave_one_out_mean(values: Tensor, group_size: int, states: int = 1) -> Tensor:
     """The mean over the *other* rollouts of each sample's group, shaped as `values [M, ...]`; 0 for groups of 1.
 
@@ -40,7 +45,7 @@ def leave_one_out_mean(values: Tensor, group_size: int, states: int = 1) -> Tens
 def variance_within_groups(estimate: RewardEstimate, group_size: int, statistics: RunningMeans) -> Tensor:
     """v, the variance of the student's samples of one prompt and step: unbiased, over the last updates, a scalar."""
     deviations = (estimate.x0 - leave_one_out_mean(estimate.x0, group_size)).square().flatten(1).mean(1)
-    count = torch.tensor(float(len(deviations)), device=deviations.device)
+    count = deviations.new_full((), len(deviations))
     mean = statistics.update("variance_within_groups", deviations.sum(), count, VARIANCE_DECAY)
     return mean * (group_size - 1) / group_size
 

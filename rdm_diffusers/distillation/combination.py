@@ -54,7 +54,7 @@ class GNDMR:
             groups = grouped(torch.where(reward.valid, reward.values, torch.nan), self.group_size)
             variance = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1)
             finite = variance.isfinite()
-            statistics.update(f"reward_variance/{name}", variance[finite].sum(), finite.sum(), STD_DECAY)
+            statistics.update(f"reward_variance/{name}", variance.where(finite, 0).sum(), finite.sum(), STD_DECAY)
         if self.reward_combination == "sum":
             size = advantage[0].numel()  # a mean over samples beside a mean over elements
             pushes = (self.weights[name] * size * reward.gradient for name, reward in gradients.items())
@@ -87,7 +87,7 @@ class GNDMR:
 def running_rms(name: str, values: Tensor, valid: Tensor, statistics: RunningMeans, decay: float = RMS_DECAY) -> Tensor:
     """The running root mean square per element over the valid samples of `values [M, ...]`, a scalar."""
     power = values.square().flatten(1).mean(1)
-    return statistics.update(f"power_{decay}/{name}", power[valid].sum(), valid.sum(), decay).sqrt()
+    return statistics.update(f"power_{decay}/{name}", power.where(valid, 0).sum(), valid.sum(), decay).sqrt()
 
 
 def guarded(part: Tensor, advantage: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ class Step:
 
     Args:
         k: which step, 0 the noisiest.
-        t: its time, a scalar.
+        t: its time, a scalar on the CPU.
         x_t: the states `[B, C, H, W]`.
         x0: the predictions there, same shape; those of the grid's last step are the samples.
-        mean, std: the next states are N(mean, std^2); std is a scalar, 0 in the last step.
+        mean, std: the next states are N(mean, std^2); std is a scalar on the CPU, 0 in the last step.
     """
 
     k: int
@@ -33,6 +33,16 @@ class Step:
     x0: Tensor
     mean: Tensor
     std: Tensor
+
+    @property
+    def times(self) -> Tensor:
+        """`t` for each sample `[B]`, on the samples' device."""
+        return times(self.t, self.x_t)
+
+
+def times(t: Tensor, x_t: Tensor) -> Tensor:
+    """A scalar time for each of the samples `x_t [B, ...]`, on their device."""
+    return torch.full((len(x_t),), t.item(), dtype=t.dtype, device=x_t.device)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Samples:
         x_t: `[M, C, H, W]`.
         t: times `[M]`.
         x0: the student's detached prediction `[M, C, H, W]`.
-        step: which of the student's steps each is, `[M]`, 0 the noisiest.
+        step: which of the student's steps each is, `[M]`, 0 the noisiest; on the CPU.
         conditioning: of length M.
         weight: of each for the fake score `[M]`, about 1 on average (`tilting.py`); None where all count alike.
     """
@@ -67,6 +77,14 @@ class Samples:
             self.x_t[index], self.t[index], self.x0[index], self.step[index], self.conditioning[index], weight
         )
 
+    def repeat(self, copies: int) -> Samples:
+        """All samples so many times, one copy of them after the other, `[copies * M, ...]`."""
+        if copies == 1:
+            return self
+        x_t, t, x0, step = (torch.cat([each] * copies) for each in (self.x_t, self.t, self.x0, self.step))
+        weight = None if self.weight is None else torch.cat([self.weight] * copies)
+        return Samples(x_t, t, x0, step, Conditioning.cat([self.conditioning] * copies), weight)
+
     def micro_batches(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` samples that cover all."""
         return (slice(start, start + size) for start in range(0, len(self), size))
@@ -75,10 +93,10 @@ class Samples:
 def take_step(
     predict: PredictX0, scheduler: RdmScheduler, k: int, t: Tensor, x_t: Tensor, conditioning: Conditioning, size: int
 ) -> Step:
-    """The student's step k from the states `x_t` at time `t`, at most `size` samples at once."""
+    """The student's step k from the states `x_t` at time `t`, a scalar on the CPU; at most `size` samples at once."""
     parts = [slice(start, start + size) for start in range(0, len(x_t), size)]
-    x0 = torch.cat([predict(x_t[part], t.expand(len(x_t[part])), conditioning[part]) for part in parts])
-    mean, std = scheduler.transition(x0, x_t, t, scheduler.previous_timestep(t).to(t.device))
+    x0 = torch.cat([predict(x_t[part], times(t, x_t[part]), conditioning[part]) for part in parts])
+    mean, std = scheduler.transition(x0, x_t, t, scheduler.previous_timestep(t))
     return Step(k, t, x_t, x0, mean, std)
 
 
@@ -103,12 +121,12 @@ def rollout(
         num_steps: stop after so many steps; all by default.
         micro_batch_size: how many samples go through the student at once; all by default.
     """
-    noises, times = iter(noise), scheduler.timesteps[:num_steps]
+    noises, grid = iter(noise), scheduler.timesteps[:num_steps].cpu()
     x_t = next(noises)
-    for k, t in enumerate(times):
-        step = take_step(predict, scheduler, k, t.to(x_t.device), x_t, conditioning, micro_batch_size or len(x_t))
+    for k, t in enumerate(grid):
+        step = take_step(predict, scheduler, k, t, x_t, conditioning, micro_batch_size or len(x_t))
         yield step
-        if k + 1 < len(times):
+        if k + 1 < len(grid):
             x_t = step.mean + step.std * next(noises) if step.std > 0 else step.mean
 
 
@@ -145,8 +163,8 @@ def collect_samples(rollout: Iterable[Step], places: Sequence[Place], conditioni
         for i, (k, members) in enumerate(places):
             if k == step.k:
                 x_t = step.x_t[members]
-                found[i] = x_t, step.t.expand(len(x_t)), step.x0[members]
+                found[i] = x_t, times(step.t, x_t), step.x0[members]
     x_t, t, x0 = (torch.cat(column) for column in zip(*(found[i] for i in range(len(places))), strict=True))
     steps = [k for k, members in places for _ in range(members.start, members.stop)]
     chosen = Conditioning.cat([conditioning[members] for _, members in places])
-    return Samples(x_t, t, x0, torch.tensor(steps, device=x_t.device), chosen)
+    return Samples(x_t, t, x0, torch.tensor(steps), chosen)

@@ -49,5 +49,5 @@ def tilted_weight(tilt: Tensor, statistics: RunningMeans) -> Tensor:
     Tilts are bounded to +-3, so that no single sample dominates an update.
     """
     weight = torch.exp(-tilt.clamp(-LIMIT, LIMIT))
-    count = torch.tensor(float(len(weight)), device=weight.device)
+    count = weight.new_full((), len(weight))
     return weight / statistics.update("tilted_weight", weight.sum(), count, MEAN_DECAY)

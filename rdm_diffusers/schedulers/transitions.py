@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     Gradients flow to all three.
     """
-    mean, std = mean.double(), std.double()
+    mean, std = mean.double(), std.to(mean.device, torch.float64, non_blocking=True)
     deterministic = std == 0
     safe = std.masked_fill(deterministic, 1.0)
     density = -0.5 * ((sample.double() - mean) / safe) ** 2 - safe.log() - 0.5 * math.log(2 * math.pi)

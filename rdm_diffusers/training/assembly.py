@@ -20,7 +20,7 @@ from ..rewards import WeightedReward
 from ..schedulers import RdmScheduler
 from ..sharding import is_sharded, is_sharded_launch
 from .checkpoints import TrainState
-from .devices import compile_blocks, place, prepare_denoiser, prepare_vae
+from .devices import compile_blocks, place, prepare_denoiser, prepare_vae, use_channels_last
 from .external_rewards import join_rewards
 from .optimizers import make_optimizer
 from .prompts import PromptGroups, Texts
@@ -125,7 +125,7 @@ def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, 
         teacher.family,
         teacher.denoiser,
         partial(load_trained, config),
-        schedule=teacher.schedule,
+        schedule=teacher.schedule.to(accelerator.device),
         prediction_type=teacher.prediction_type,
         null_conditioning=nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision]),
         guidance_scale=guidance_outside(config, teacher.family, teacher.pipeline),
@@ -133,6 +133,8 @@ def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, 
     )
     place(networks, accelerator)
     for denoiser in networks.modules:
+        if config.memory.channels_last:
+            use_channels_last(denoiser)
         compile_blocks(denoiser, config.memory)
     if config.method.fake_score_steps:
         fake_score = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else teacher.denoiser

@@ -96,6 +96,13 @@ def _use_backend(denoiser: ModelMixin, backend: str) -> None:
         )
 
 
+def use_channels_last(network: nn.Module) -> None:
+    """Lays out frozen convolutions as `torch.channels_last`; trained ones stay, so that gradients have one layout."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4 and not parameter.requires_grad:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 def compile_blocks(denoiser: ModelMixin, memory: MemoryConfig) -> None:
     """Has torch compile the blocks that a network repeats, with `--torch_compile`; after adapters are added."""
     if not memory.torch_compile:

@@ -23,6 +23,7 @@ from ..distillation import (
     standardised_advantage,
     tilted_weight,
 )
+from ..distillation.advantages import rows
 from ..families import Family, Teacher, load_tiny_vae, rebuilt
 from ..rewards import Reward, WeightedReward, load_distinct_rewards, reward_networks
 from .devices import on_device
@@ -103,14 +104,17 @@ class ExternalRewards:
         return on_device([self.offloaded_vae, *reward_networks(rewards)], device)
 
     def _health(self, name: str, values: Tensor, valid: Tensor, step: Tensor) -> dict[str, Tensor]:
-        health = {f"reward/{name}": values[valid].mean(), f"reward_invalid/{name}": (~valid).float().mean()}
+        health = {
+            f"reward/{name}": values.where(valid, torch.nan).nanmean(),
+            f"reward_invalid/{name}": (~valid).float().mean(),
+        }
         group_size = self.combination.group_size
         groups = grouped(values, group_size)
         spread = groups.std(1, correction=0)
         for k in step.unique().tolist():
             at_k = step[::group_size] == k
-            health[f"reward/{name}/step_{k + 1}"] = groups[at_k].mean()
-            health[f"reward_std/{name}/step_{k + 1}"] = spread[at_k].mean()
+            health[f"reward/{name}/step_{k + 1}"] = rows(groups, at_k).mean()
+            health[f"reward_std/{name}/step_{k + 1}"] = rows(spread, at_k).mean()
         return health
 
 

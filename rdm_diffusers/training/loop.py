@@ -12,7 +12,9 @@ from torch import Tensor
 from ..networks import FAKE_SCORE, STUDENT
 from .checkpoint_files import PREFIX
 from .checkpoints import TrainState, is_saved, save_checkpoint
+from .finite import FiniteChecks
 from .interrupts import interruptible, largest_over_processes
+from .optimizers import update_average
 from .tracking import Progress
 from .updates import Distillation, collect, fake_score_update, reuse, student_update, weigh_samples
 
@@ -46,10 +48,10 @@ def train(trainer: Trainer) -> int:
                 batch = reuse(run, batch) if visit else batch
                 batch, health = weigh_samples(run, batch, state.statistics)
                 health |= student_update(run, batch, state.statistics)
-                health["student_grad_norm"] = step(state, STUDENT)
+                health["student_grad_norm"] = step(state, STUDENT, run.checks)
                 for repeat in range(method.fake_updates_per_step):
                     health |= fake_score_update(run, batch, visit * method.fake_updates_per_step + repeat)
-                    health["fake_grad_norm"] = step(state, FAKE_SCORE)
+                    health["fake_grad_norm"] = step(state, FAKE_SCORE, run.checks)
                 state.update += 1
 
                 progress.log(health)
@@ -73,16 +75,13 @@ def seed_all(run: Distillation, update: int) -> None:
     set_seed(run.draws.number("update", update * run.num_processes + run.process_index) % 2**32)
 
 
-def step(state: TrainState, role: str) -> Tensor:
-    """Moves one role, and the student's average with it; the gradient's norm before clipping."""
+def step(state: TrainState, role: str, checks: FiniteChecks) -> Tensor:
+    """Moves one role, and the student's average with it, if all is finite; the gradient's norm before clipping."""
     role_optimizer = state.optimizers[role]
     role_optimizer.set_update(state.update)
-    norm = role_optimizer.step()
+    norm = role_optimizer.step(checks)
     if role == STUDENT and state.ema is not None:
-        home = state.ema.shadow_params[0].device  # elsewhere than the student with --offload
-        state.ema.to(role_optimizer.parameters[0].device)
-        state.ema.step(role_optimizer.parameters)
-        state.ema.to(home)
+        update_average(state.ema, role_optimizer.parameters)
     return norm
 
 

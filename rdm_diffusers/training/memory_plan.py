@@ -267,7 +267,7 @@ class _Planner:
             "rollouts and R_dm": stays + rollouts + sizes["teacher, at most"] + self._folded(),
             **(external if run.rewards.reward else {}),
             "forward and backward": stays + rollouts + gradients + sizes["forward and backward, at most"],
-            "optimiser's step": stays + rollouts + max(sizes["optimiser's step, at most"], average),
+            "optimiser's step": stays + rollouts + sizes["optimiser's step, at most"],
             "validation pictures": stays + rollouts + validation,
             "the last pictures": self._last(sizes),
         }

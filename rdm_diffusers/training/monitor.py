@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..distillation import Advantage, RewardEstimate, Samples
-from ..distillation.advantages import grouped
+from ..distillation.advantages import grouped, rows
 from ..program import RunError
 
 WARM_UP, SETTLED, DECAY = 10, 100, 0.99  # updates before alarms, and before lowest values count
@@ -42,8 +42,8 @@ def batch_health(estimate: RewardEstimate, advantage: Advantage, group_size: int
 
 def contrast(samples: Samples, num_steps: int) -> Tensor:
     """The standard deviation of the last step's x̂, a scalar; NaN where none of the samples is of that step."""
-    last = samples.x0[samples.step == num_steps - 1]
-    return last.std() if len(last) else samples.x0.new_tensor(math.nan)
+    last = samples.step == num_steps - 1
+    return rows(samples.x0, last).std() if last.any() else samples.x0.new_full((), math.nan)
 
 
 def bias_shares(estimate: RewardEstimate, group_size: int) -> dict[str, Tensor]:
@@ -55,14 +55,17 @@ def bias_shares(estimate: RewardEstimate, group_size: int) -> dict[str, Tensor]:
     shared = (group_size * residual.mean(1).square().mean(1) - power) / (group_size - 1)
     step = estimate.step[::group_size]
     steps = step.unique().tolist()
-    shares = {f"bias_share/step_{k + 1}": shared[step == k].mean() / power[step == k].mean() for k in steps}
+    shares = {f"bias_share/step_{k + 1}": rows(shared, step == k).mean() / rows(power, step == k).mean() for k in steps}
     return {"bias_share": shared.mean() / power.mean()} | shares
 
 
 def fake_loss_health(losses: Tensor, time: Tensor) -> dict[str, Tensor]:
-    """The mean of the fake score's losses `[M]`, also by bins of the noising times `[M]`, which lie in [0, 1)."""
+    """The mean of the fake score's losses `[M]`, also by bins of the noising times `[M]`, which lie in [0, 1).
+
+    An empty bin's mean is NaN.
+    """
     bins = (time * FAKE_LOSS_BINS).long().clamp(max=FAKE_LOSS_BINS - 1)
-    by_bin = {f"fake_loss/bin_{b + 1}": losses[bins == b].mean() for b in bins.unique().tolist()}
+    by_bin = {f"fake_loss/bin_{b + 1}": losses.where(bins == b, math.nan).nanmean() for b in range(FAKE_LOSS_BINS)}
     return {"fake_loss": losses.mean()} | by_bin
 
 

@@ -8,20 +8,17 @@ from importlib import import_module
 
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..config import RunConfig
 from ..config.checks import eight_bit_package
-from ..program import RunError
 from ..sharding import gather
+from .finite import FiniteChecks
 
 BUCKET = 2**26  # bytes of gradients that are averaged over processes at once
-
-
-class NonFiniteError(RunError):
-    """A loss, reward or gradient is not finite; names the term and, where one is at fault, the prompt and step."""
 
 
 @dataclass
@@ -33,21 +30,17 @@ class RoleOptimizer:
     schedule: torch.optim.lr_scheduler.LambdaLR  # of its learning rate
     max_grad_norm: float  # the norm that gradients are clipped to; 0 clips nothing
 
-    def step(self) -> Tensor:
+    def step(self, checks: FiniteChecks | None = None) -> Tensor:
         """Averages over processes, clips, steps and clears the gradients; returns the norm before clipping, a scalar.
 
-        Raises NonFiniteError if the norm is not finite; the parameters are untouched then.
+        Raises NonFiniteError if what `checks` noted or the norm is not finite; the parameters are untouched then.
         """
         average_gradients(self.parameters)
         kinds = by_kind(self.parameters)
         norm: Tensor = torch.stack(
             [gather(get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]
         ).norm()
-        if not norm.isfinite():
-            raise NonFiniteError(
-                "The gradient is not finite; nothing was saved over the last checkpoint. Resume from it with a lower "
-                "learning rate."
-            )
+        (checks or FiniteChecks()).require(norm)
         for kind in kinds if self.max_grad_norm else []:
             clip_grads_with_norm_(kind, self.max_grad_norm, norm)
         self.optimizer.step()
@@ -88,18 +81,35 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             parameter.grad = part.view_as(parameter)
 
 
-def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in lists of about `BUCKET` bytes, so that averaging takes little memory of its own."""
+def buckets(parameters: Sequence[nn.Parameter], most: int = BUCKET) -> Iterator[list[nn.Parameter]]:
+    """The parameters in lists of about so many bytes, so that averaging takes little memory of its own."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
         bucket.append(parameter)
         size += parameter.nbytes
-        if size >= BUCKET:
+        if size >= most:
             yield bucket
             bucket, size = [], 0
     if bucket:
         yield bucket
+
+
+@torch.no_grad()
+def update_average(ema: EMAModel, parameters: Sequence[nn.Parameter]) -> None:
+    """`ema.step(parameters)` to the bit, on the average's own device, on a GPU many tensors at once.
+
+    Where that is not the parameters' (`--offload`), they are copied to it: half of what moving the average back and
+    forth would transfer, and no memory of the device. EMAModel's own `foreach` rounds differently.
+    """
+    ema.optimization_step += 1
+    rest, averages = 1 - ema.get_decay(ema.optimization_step), iter(ema.shadow_params)
+    one_by_one = ema.shadow_params[0].device.type == "cpu"  # where a tensor stays in the cache, and calls are cheap
+    for bucket in buckets(parameters, 1 if one_by_one else BUCKET):
+        old = [next(averages) for _ in bucket]
+        apart = torch._foreach_sub(old, [new.to(average.device) for new, average in zip(bucket, old, strict=True)])
+        torch._foreach_mul_(apart, rest)
+        torch._foreach_sub_(old, apart)
 
 
 def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, config: RunConfig) -> RoleOptimizer:

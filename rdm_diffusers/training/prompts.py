@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from ..config import PromptsConfig, RunConfig
 from ..config.subjects import ON_THE_FLY
 from ..distillation import Draws
+from ..distillation.draws import sent
 from ..families import Conditioning, Teacher
 from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
@@ -115,8 +116,9 @@ class PromptGroups:
     def conditioning(self, groups: Sequence[int]) -> Conditioning:
         """The embeddings of the groups' prompts, each G times: length `len(groups) * G`."""
         members = torch.arange(len(groups)).repeat_interleave(self.draws.group_size)
-        return self.once([self.index(group) for group in groups])[members.to(self.draws.device)]
+        return self.once([self.index(group) for group in groups])[sent(members, self.draws.device)]
 
     def once(self, indices: Sequence[int]) -> Conditioning:
         """The embeddings of the chosen prompts, on the device."""
-        return self.embeddings(indices).to(self.draws.device, self.dtype)
+        device, found = self.draws.device, self.embeddings(indices).tensors
+        return Conditioning({name: sent(tensor, device) for name, tensor in found.items()}).to(device, self.dtype)

@@ -29,7 +29,8 @@ from ..networks import TARGET, TEACHER
 from ..prediction import output_weight
 from ..sharding import gather
 from .checkpoints import copy_into
-from .optimizers import NonFiniteError, make_optimizer
+from .finite import NonFiniteError
+from .optimizers import make_optimizer
 from .target_images import TargetImages
 from .updates import Distillation, denoising_times
 

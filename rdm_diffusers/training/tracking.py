@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
-LOGGING_STEPS = 10  # updates between two rows of the trackers
 
 
 def check_trackers(report_to: str) -> None:
@@ -77,10 +76,10 @@ class Progress:
         """
         self.bar.update()
         self._check_alarms(health)
-        if self.trainer.state.update % LOGGING_STEPS == 0:
+        if self.trainer.state.update % self.trainer.config.output.logging_steps == 0:
             self._log_numbers(health)
         if self.trainer.callbacks:
-            self.trainer.notify("on_update", {name: value.item() for name, value in health.items()})
+            self.trainer.notify("on_update", numbers_of(health))
 
     def _check_alarms(self, health: dict[str, Tensor]) -> None:
         state, accelerator = self.trainer.state, self.trainer.accelerator
@@ -99,7 +98,7 @@ class Progress:
     def _log_numbers(self, health: dict[str, Tensor]) -> None:
         run, state, accelerator = self.trainer.distillation, self.trainer.state, self.trainer.accelerator
         seconds = (time.time() - self.started) / (state.update - self.first)
-        numbers = {name: value.item() for name, value in health.items()} | {"seconds_per_update": seconds}
+        numbers = numbers_of(health) | {"seconds_per_update": seconds}
         numbers["images_per_second"] = run.num_processes * len(run.groups(0)) * run.draws.group_size / seconds
         numbers["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
         numbers |= {f"network_calls/{name}": float(count) for name, count in run.networks.calls.items()}
@@ -108,6 +107,12 @@ class Progress:
         except Exception as error:  # of whatever kind: a full disk, a server that is away
             warnings.warn(f"The trackers took no numbers ({one_line(error)}); the run goes on.", stacklevel=2)
         self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in SHOWN if name in numbers})
+
+
+def numbers_of(health: dict[str, Tensor]) -> dict[str, float]:
+    """Health numbers, read from the device at once; those of empty bins are left out."""
+    values = torch.stack([value.double() for value in health.values()]).tolist()
+    return {name: value for name, value in zip(health, values, strict=True) if "/bin_" not in name or value == value}
 
 
 def peak_memory(device: torch.device) -> int:

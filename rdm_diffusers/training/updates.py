@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
@@ -33,8 +33,8 @@ from ..prediction import NoiseSchedule, expand, output_weight
 from ..schedulers import RdmScheduler
 from ..sharding import average_in_backward
 from .external_rewards import ExternalRewards
+from .finite import FiniteChecks
 from .monitor import batch_health, contrast, fake_loss_health
-from .optimizers import NonFiniteError
 from .prompts import PromptGroups
 
 
@@ -58,6 +58,7 @@ class Distillation:
     num_processes: int = 1  # a group stays whole on one process
     is_sharded: bool = False  # whether a network call needs all processes
     sync_each_batch: bool = False  # whether sharded gradients are averaged after every micro-batch
+    checks: FiniteChecks = field(default_factory=FiniteChecks)  # what the next optimiser's step waits for
 
     @property
     def num_steps(self) -> int:
@@ -120,7 +121,8 @@ class Batch:
         return [prompt for prompt in self.prompts for _ in range(group_size)]
 
     def name_of(self, index: int) -> str:
-        """The prompt and step of a sample, for messages."""
+        """The prompt and step of a sample or of a copy of it, for messages."""
+        index %= len(self.samples)
         return f"prompt {self.sample_prompts[index]!r}, student step {int(self.samples.step[index]) + 1}"
 
 
@@ -170,17 +172,16 @@ def weigh_samples(run: Distillation, batch: Batch, statistics: RunningMeans) -> 
 def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) -> dict[str, Tensor]:
     """Accumulates the student's gradients: a direction for all samples first, then one backward per micro-batch.
 
-    The method's running means (`statistics`) are updated. Returns the health numbers, scalars. Raises NonFiniteError if
-    the direction is not finite; no gradient has been touched then.
+    The method's running means (`statistics`) are updated. Returns the health numbers, scalars. What must be finite is
+    noted in `run.checks`, which the optimiser's step requires.
     """
     samples, copies = batch.samples, run.num_renoisings
     draws = [batch.visit * copies + copy for copy in range(copies)]
     tau = torch.cat([renoising_times(run.draws.uniform(f"tau/{n}", batch.keys), run.networks.schedule) for n in draws])
     noise = torch.cat([run.draws.normal(f"tau_noise/{n}", batch.keys, run.latent_shape) for n in draws])
-    copied = samples[torch.arange(len(samples), device=tau.device).repeat(copies)]
-    estimate = estimate_reward(run.networks, copied, tau, noise, run.micro_batch_size)
+    estimate = estimate_reward(run.networks, samples.repeat(copies), tau, noise, run.micro_batch_size)
     advantage = run.objective.advantage(estimate, statistics)
-    _require_finite("R_dm", advantage.value, batch)
+    run.checks.note("R_dm", advantage.value, batch.name_of)
     ascent = advantage.value.unflatten(0, (copies, len(samples))).mean(0)
     health = batch_health(estimate, advantage, run.draws.group_size) | {"contrast": contrast(samples, run.num_steps)}
     if run.rewards is not None:
@@ -190,7 +191,7 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
         ascent = expand(importance_weights(batch.log_ratio, run.importance_weighting), ascent) * ascent
         health |= importance_health(batch.log_ratio)
     direction = -ascent / ascent.numel()
-    _require_finite("student direction", direction, batch)
+    run.checks.note("student direction", direction, batch.name_of)
     for part in samples.micro_batches(run.micro_batch_size):
         chunk = samples[part]
         x0 = run.student(chunk.x_t, chunk.t, chunk.conditioning)
@@ -201,7 +202,8 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
 def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str, Tensor]:
     """Accumulates the fake score's gradients: its denoising loss on the same samples, at fresh times and noises.
 
-    `repeat` says which of the rollout's fake-score updates this is. Raises NonFiniteError if the loss is not finite.
+    `repeat` says which of the rollout's fake-score updates this is. That the losses must be finite is noted in
+    `run.checks`, which the optimiser's step requires.
     """
     samples, schedule = batch.samples, run.networks.schedule
     t = denoising_times(run.draws.uniform(f"fake_time/{repeat}", batch.keys), schedule)
@@ -215,9 +217,9 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
         chunk = samples[part]
         x0 = run.networks.predict(FAKE_SCORE, x_t[part], t[part], chunk.conditioning, chunk.step)
         direction, loss = fake_score_direction(x0, chunk.x0, weight[part], len(samples))
-        _require_finite("fake score loss", loss, batch, part.start)
         run.backward(FAKE_SCORE, x0, direction, part, len(samples))
         losses.append(loss)
+    run.checks.note("fake score loss", torch.cat(losses), batch.name_of)
     return fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
 
 
@@ -228,14 +230,3 @@ def denoising_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
     """
     t = uniform * schedule.num_train_timesteps
     return t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
-
-
-def _require_finite(term: str, values: Tensor, batch: Batch, offset: int = 0) -> None:
-    if values.isfinite().all():
-        return
-    finite = values.isfinite().flatten(1).all(1) if values.ndim > 1 else values.isfinite()
-    first = (offset + int((~finite).nonzero()[0, 0])) % len(batch.samples)
-    raise NonFiniteError(
-        f"The {term} is not finite for {batch.name_of(first)}; nothing was saved over the last checkpoint. Resume from "
-        "it with a lower learning rate."
-    )

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rdm_diffusers.distillation import Draws
 from rdm_diffusers.families import FAMILIES
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT
-from rdm_diffusers.training.updates import collect, student_update
+from rdm_diffusers.training.updates import collect, fake_score_update, student_update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 BF16 = 2**-8  # half a unit in the last place of a bfloat16, relative
@@ -103,6 +103,18 @@ def test_a_bf16_adapter_has_the_gradient_of_a_float32_one(role: str) -> None:
         gradients.append([p.grad for p in networks.parameters(role)])
         assert all(p.grad.dtype == torch.float32 for p in networks.parameters(role))
     assert relative_error(gradients[1], gradients[0]) < 16 * BF16
+
+
+def test_the_passes_of_an_update_do_not_wait_for_the_card(argv) -> None:
+    it = make_run(argv(train_batch_size=4, gradient_accumulation_steps=2, mixed_precision="bf16"))
+    assert train_run(it) == 0  # what is made once has been made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = collect(it.distillation, 2)
+        student_update(it.distillation, batch, it.state.statistics)
+        fake_score_update(it.distillation, batch, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_folded_and_unfolded_adapters_train_alike(argv) -> None:

@@ -11,6 +11,9 @@ import pytest
 import torch
 from parts import PROMPTS, read_state, run_arguments
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from gpu_steps import measure, planned_gib
+
 import train_rdm_full
 import train_rdm_lora
 from rdm_diffusers.families import QUANTIZATIONS
@@ -72,6 +75,12 @@ def test_one_launched_process_trains_and_exports(launcher: list[str], script: st
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "student" / "checkpoint-2").is_dir()
     assert (tmp_path / "student" / "rdm_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35_medium_nf4"])
+def test_an_update_needs_the_memory_that_was_planned(name: str, tmp_path: Path) -> None:
+    found = next(measure(name, tmp_path, small=False))
+    assert found["peak_gib"] == pytest.approx(planned_gib(name, tmp_path, small=False), rel=0.1)
 
 
 @pytest.mark.parametrize("offload", [None, True])
