@@ -218,7 +218,7 @@ KILLS = [
 DAMAGE = [
     _damaged_run("the prompts of a resumed run", _prompts, "prompts.txt"),
     _damaged_run("the dataset of a resumed run", _dataset, "captions/train.jsonl"),
-    _damaged_run("the cached embeddings of a resumed run", _prompts, "cache/rdm_embeddings/*"),
+    _damaged_run("the cached embeddings of a resumed run", _prompts, "cache/rdm_embeddings/*/*"),
     DamageScene(
         "an evaluation that goes on", _after_evaluating,
         ["prompts.txt", "reference_teacher.safetensors", "measured/images/000003.png", "measured/*.json",

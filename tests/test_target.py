@@ -128,16 +128,16 @@ def test_images_and_target_are_made_once_and_an_interrupted_drawing_goes_on(
     assert again.networks.calls == {}
     assert all(torch.equal(a, b) for a, b in zip(*(predictions(it, TARGET) for it in (straight, again)), strict=True))
 
-    write = target_images._write
+    write = target_images.write_part
 
-    def interrupted(folder: Path, number: int, latents: torch.Tensor) -> None:
-        write(folder, number, latents)
+    def interrupted(*part) -> None:
+        write(*part)
         raise KeyboardInterrupt
 
     parts[0].unlink()
     parts[1].write_bytes(before[1][:-1] + bytes([before[1][-1] ^ 1]))
     with monkeypatch.context() as patch:
-        patch.setattr(target_images, "_write", interrupted)
+        patch.setattr(target_images, "write_part", interrupted)
         with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="are damaged; they are drawn again"):
             make_run(argv("third"))
     assert parts[0].read_bytes() == before[0] and parts[1].read_bytes() != before[1]

@@ -4,71 +4,66 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import datasets
-import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..families import Conditioning, Teacher
-from ..folders import PARTIAL, digest_of_file, locked
+from ..folders import locked
+from .cache_parts import remove_unfinished, whole_parts, write_part
 from .devices import on_device
 
 Embeddings = Callable[[Sequence[int]], Conditioning]  # the prompts' indices -> their embeddings, one row each
-FOLDER, SUFFIX = "rdm_embeddings", ".embeddings"
+FOLDER = "rdm_embeddings"
+PART = 256  # prompts in a file
+OPEN_FILES = 64
 OLD_SUFFIX = ".arrow"  # of version 0.1.0, whose caches were float32
-HEADER = 4096  # bytes
-PADDING = bytes(512)
 PATIENCE = 5  # seconds of encoding after which its progress is shown
 
 
 class CachedEmbeddings:
-    """The embeddings of N prompts in a file, of which only the rows that are asked for are read.
+    """The embeddings of N prompts in files, of which only the rows that are asked for are read.
 
     Calling it with B indices gives their `Conditioning` of length B on the CPU, in the dtypes of the text encoders. It
-    raises OSError if the file cannot be read.
+    raises OSError if a file cannot be read.
 
-    The file begins with a JSON object, the dtype and shape of each tensor of one prompt, in `HEADER` bytes. The prompts
-    follow, one after the other, each with the bytes of its tensors without the zeros that they end in. The last bytes
-    say how many are left of each: N x tensors numbers of 64 bits.
+    A file holds the tensors of `PART` prompts as `NUMBER/NAME`, each without the zeros in which its first dimension
+    ends, such as the padding of a short prompt; its metadata have the whole shapes.
+
+    Args:
+        files: all of them, in order.
     """
 
-    def __init__(self, path: Path, count: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as the run
-        layout = json.loads(self._file.read(HEADER))
-        self._tensors = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (dtype, shape) in layout.items()
-        }
-        size = count * len(layout) * 8
-        sizes = os.pread(self._file.fileno(), size, path.stat().st_size - size)
-        self._sizes = np.frombuffer(sizes, np.int64).reshape(count, len(layout))
-        self._ends = HEADER + self._sizes.sum(1).cumsum()
-
-    def __del__(self) -> None:
-        self._file.close()
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._file = lru_cache(OPEN_FILES)(partial(_opened, files))
+        self._shapes: dict[str, list[int]] = json.loads(self._file(0).metadata()["shapes"])
 
     def __call__(self, indices: Sequence[int]) -> Conditioning:
         return Conditioning.cat([Conditioning(self._row(index)) for index in indices])
 
     def _row(self, index: int) -> dict[str, Tensor]:
         """The tensors of one prompt, `[1, ...]`."""
-        sizes = self._sizes[index].tolist()
-        content = os.pread(self._file.fileno(), sum(sizes), int(self._ends[index]) - sum(sizes))
-        row, start = {}, 0
-        for (name, like), size in zip(self._tensors.items(), sizes, strict=True):
-            whole = bytearray(content[start : start + size].ljust(like.nbytes, b"\0"))
-            row[name] = torch.frombuffer(whole, dtype=like.dtype).view(1, *like.shape)
-            start += size
+        file, row = self._file(index // PART), {}
+        for name, shape in self._shapes.items():
+            kept = file.get_tensor(f"{index % PART}/{name}")
+            row[name] = kept.new_zeros(1, *shape)
+            row[name][(0, slice(len(kept))) if shape else 0] = kept
         return row
+
+
+def _opened(files: Sequence[Path], number: int) -> Any:
+    return safe_open(files[number], "pt")
 
 
 @dataclass(frozen=True)
@@ -107,23 +102,26 @@ def embed_prompts(
 ) -> CachedEmbeddings:
     """Encodes the N prompts with the teacher's text encoders, or finds what an earlier run cached.
 
-    A cache is one file, named by its fingerprint and by the digest of its contents. It is written as a whole or not at
-    all; a damaged one is made anew. Of several processes that need it, one makes it, and the others wait. It is in
-    `cache_dir`, by default that of `datasets`.
+    A cache is a folder of parts, named by its fingerprint, in `cache_dir`, by default that of `datasets`. A damaged
+    part is made anew, and an interrupted encoding goes on. Of several processes that need it, one makes it, and the
+    others wait.
 
     Raises:
-        OSError: if the cache cannot be written or does not fit on the disk; nothing is left of it then.
+        OSError: if the cache cannot be written or does not fit on the disk.
     """
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
+    parent = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
+    folder, parts = parent / fingerprint, range(0, len(prompts), PART)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = _whole(folder, fingerprint)
-        if found is None:
-            with locked(folder / f"{fingerprint}.lock", wait=True) as held:
-                for leftover in folder.glob(f"{PARTIAL}{fingerprint}*") if held else ():
-                    leftover.unlink()  # a killed process's
-                found = _whole(folder, fingerprint) or _make(folder, fingerprint, teacher, prompts, batch_size)
-        return CachedEmbeddings(found, len(prompts))
+        found = whole_parts(folder)
+        if len(found) < len(parts):
+            with locked(parent / f"{fingerprint}.lock", wait=True) as held:
+                if held:
+                    remove_unfinished(folder)
+                _remove_old(parent, fingerprint)
+                found = whole_parts(folder, "The cached prompt embeddings {path} are damaged; they are made anew.")
+                _encode(folder, found, teacher, prompts, batch_size)
+        return CachedEmbeddings([found[number] for number in range(len(parts))])
     except OSError as error:
         raise OSError(
             f"The prompt embeddings could not be cached in {folder} ({error}); free some space there, name another "
@@ -140,79 +138,45 @@ def fingerprint_of(teacher: Teacher, prompts: Sequence[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _whole(folder: Path, fingerprint: str) -> Path | None:
-    """The cache whose contents match the digest in its name, if there is one."""
-    caches = sorted(folder.glob(f"{fingerprint}-*{SUFFIX}"))
-    return next((path for path in caches if path.stem.endswith(f"-{_digest(path)}")), None)
-
-
-def _digest(path: Path) -> str:
-    try:
-        return digest_of_file(path)[:32]
-    except OSError:
-        return "unreadable"
-
-
-def _make(folder: Path, fingerprint: str, teacher: Teacher, prompts: Sequence[str], batch_size: int) -> Path:
-    """Removes the caches that cannot be used, makes one aside, and puts it in its place."""
-    useless = sorted(path for path in folder.glob(f"{fingerprint}*") if path.suffix in (SUFFIX, OLD_SUFFIX))
-    if useless:
-        warnings.warn(
-            f"The cached prompt embeddings {useless[0]} are damaged or of an older version; they are made anew.",
-            stacklevel=4,
-        )
-    for path in useless:
+def _remove_old(parent: Path, fingerprint: str) -> None:
+    for path in parent.glob(f"{fingerprint}*{OLD_SUFFIX}"):
+        warnings.warn(f"The cached prompt embeddings {path} are of version 0.1.0; they are made anew.", stacklevel=4)
         path.unlink(missing_ok=True)
-    partial = folder / f"{PARTIAL}{fingerprint}-{os.getpid()}"  # its own, where nothing can be locked
-    try:
-        digest = _write(partial, teacher, prompts, batch_size)
-        return partial.replace(folder / f"{fingerprint}-{digest}{SUFFIX}")
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def _write(path: Path, teacher: Teacher, prompts: Sequence[str], batch_size: int) -> str:
-    """Writes the embeddings as `CachedEmbeddings` reads them; the digest of the file."""
-    digest = hashlib.sha256()
-    sizes: list[list[int]] = []
-    with open(path, "wb") as file, tqdm(total=len(prompts), desc="encode", unit="prompt", delay=PATIENCE) as bar:
-        for batch in _batches(prompts, batch_size):
-            tensors = {name: tensor.cpu() for name, tensor in teacher.encode_prompts(batch).tensors.items()}
-            rows = [[_stored(tensor[i]) for tensor in tensors.values()] for i in range(len(batch))]
-            parts = [part for row in rows for part in row]
-            if not sizes:
-                _check_space(path.parent, len(prompts) * sum(map(len, parts)) // len(batch), len(prompts))
-                parts.insert(0, _header(tensors))
-            for part in parts:
-                file.write(part)
-                digest.update(part)
-            sizes += [[len(part) for part in row] for row in rows]
-            bar.update(len(batch))
-        last = np.array(sizes, np.int64).tobytes()
-        file.write(last)
-        digest.update(last)
-    return digest.hexdigest()[:32]
+def _encode(folder: Path, found: dict[int, Path], teacher: Teacher, prompts: Sequence[str], batch_size: int) -> None:
+    """Writes the parts that are not yet `found`, and adds them."""
+    count = len(prompts)
+    with tqdm(total=count, initial=min(len(found) * PART, count), desc="encode", unit="prompt", delay=PATIENCE) as bar:
+        for number in range(-(-count // PART)):
+            if number in found:
+                continue
+            tensors: dict[str, Tensor] = {}
+            part = prompts[number * PART : (number + 1) * PART]
+            for batch in _batches(range(len(part)), batch_size):
+                encoded = teacher.encode_prompts([part[i] for i in batch]).tensors
+                tensors |= {f"{i}/{name}": _trimmed(e[j]) for name, e in encoded.items() for j, i in enumerate(batch)}
+                if batch[0] == 0:
+                    size = sum(tensor.nbytes for tensor in tensors.values()) / len(batch)
+                    _check_space(folder, size * (count - len(found) * PART), count)
+                bar.update(len(batch))
+            shapes = json.dumps({name: list(tensor.shape[1:]) for name, tensor in encoded.items()})
+            found[number] = write_part(folder, number, tensors, {"shapes": shapes})
 
 
-def _batches(prompts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+def _batches(prompts: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
 
-def _header(tensors: dict[str, Tensor]) -> bytes:
-    layout = {name: (str(each.dtype).removeprefix("torch."), each.shape[1:]) for name, each in tensors.items()}
-    return json.dumps(layout).encode().ljust(HEADER)
+def _trimmed(row: Tensor) -> Tensor:
+    """A copy without the zeros in which the first dimension ends."""
+    if row.ndim == 0:
+        return row.cpu().clone()
+    filled = row.flatten(1).any(1) if row.ndim > 1 else row != 0
+    return row[: int(filled.nonzero().max()) + 1 if filled.any() else 0].cpu().clone()
 
 
-def _stored(row: Tensor) -> bytes:
-    """The bytes of a tensor, without blocks of zeros at the end, such as the padding of a short prompt."""
-    content = row.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    end = len(content)
-    while content[max(end - len(PADDING), 0) : end] == PADDING:
-        end -= len(PADDING)
-    return content[:end]
-
-
-def _check_space(folder: Path, size: int, count: int) -> None:
+def _check_space(folder: Path, size: float, count: int) -> None:
     """Raises OSError if so many bytes do not fit on the disk."""
     free = shutil.disk_usage(folder).free
     if size > free:

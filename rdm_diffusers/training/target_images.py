@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,22 +12,23 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..distillation import Draws, draw_samples
 from ..families import Conditioning, Teacher
-from ..folders import aside_of, digest_of_file
 from ..networks import TEACHER
 from ..sharding import gather
 from .assembly import DTYPES, make_scheduler
+from .cache_parts import whole_parts, write_part
 from .prompts import PromptGroups
 from .updates import Distillation
 
 FOLDER = "rdm_target_images"
 PART = 64  # images in a file
+DAMAGED = "The teacher's images in {path} are damaged; they are drawn again."
 SEED = 0  # of all runs, so that they share the images
 
 
@@ -81,17 +80,17 @@ def draw_target_images(
                 prompts.conditioning(parts[number]),
                 micro_batch_size=run.micro_batch_size,
             )
-            _write(folder, number, latents.to("cpu", DTYPES[config.memory.mixed_precision]))
+            write_part(folder, number, {"latents": latents.to("cpu", DTYPES[config.memory.mixed_precision])})
         accelerator.wait_for_everyone()
-        found = [_whole(folder, number) for number in range(len(parts))]
+        found = whole_parts(folder)
     except OSError as error:
         raise OSError(
             f"The teacher's images could not be cached in {folder} ({error}); free some space there, or name another "
             "folder with --cache_dir."
         ) from error
-    if None in found:
+    if len(found) < len(parts):
         raise OSError(f"Images of the teacher are missing in {folder}; name a --cache_dir that all processes share.")
-    latents = torch.cat([load_file(path)["latents"] for path in found if path is not None])
+    latents = torch.cat([load_file(found[number])["latents"] for number in range(len(parts))])
     return TargetImages(folder, latents, prompts)
 
 
@@ -108,7 +107,8 @@ def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, steps: i
 
 def _share(folder: Path, parts: list[range], accelerator: Accelerator) -> Iterator[int]:
     """The parts that this process is to draw; the same number on each, because shards of weights need all of them."""
-    missing = [number for number in range(len(parts)) if _whole(folder, number) is None]
+    found = whole_parts(folder, DAMAGED)
+    missing = [number for number in range(len(parts)) if number not in found]
     (missing,) = broadcast_object_list([missing])
     size, index = accelerator.num_processes, accelerator.process_index
     total = sum(len(part) for part in parts)
@@ -118,18 +118,3 @@ def _share(folder: Path, parts: list[range], accelerator: Accelerator) -> Iterat
             turn = missing[start : start + size]
             yield turn[min(index, len(turn) - 1)]
             bar.update(sum(len(parts[number]) for number in turn))
-
-
-def _whole(folder: Path, number: int) -> Path | None:
-    """A part whose contents match the digest in its name, if there is one."""
-    for path in folder.glob(f"{number:06d}-*.safetensors"):
-        if path.stem.endswith(f"-{digest_of_file(path)[:32]}"):
-            return path
-        warnings.warn(f"The teacher's images in {path} are damaged; they are drawn again.", stacklevel=3)
-    return None
-
-
-def _write(folder: Path, number: int, latents: Tensor) -> None:
-    partial_file = aside_of(folder / f"{number:06d}-{os.getpid()}")
-    save_file({"latents": latents.contiguous()}, partial_file)
-    partial_file.replace(folder / f"{number:06d}-{digest_of_file(partial_file)[:32]}.safetensors")
