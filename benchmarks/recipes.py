@@ -26,7 +26,8 @@ from parts_configs import write_configs
 
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
-from rdm_diffusers.training.memory_plan import GIB, MemoryPlan, plan_memory
+from rdm_diffusers.training.memory_plan import plan_memory
+from rdm_diffusers.training.memory_table import GIB, MemoryPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"

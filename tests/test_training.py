@@ -69,10 +69,10 @@ def test_a_run_that_does_not_reuse_rollouts_is_the_plain_loop(argv, tmp_path: Pa
     for update in range(2):
         batch = collect(plain.distillation, update)
         student_update(plain.distillation, batch, plain.state.statistics)
-        step(plain.state, STUDENT)
+        step(plain.state, STUDENT, plain.distillation.checks)
         for repeat in range(2):
             fake_score_update(plain.distillation, batch, repeat)
-            step(plain.state, FAKE_SCORE)
+            step(plain.state, FAKE_SCORE, plain.distillation.checks)
         plain.state.update += 1
     for role in (STUDENT, FAKE_SCORE):
         assert all(torch.equal(a, b) for a, b in zip(weights(looped, role), weights(plain, role), strict=True))
