@@ -61,7 +61,7 @@ SDXL_BLOCKS = dict(
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sd15": (
         dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768),
-        dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=64),
+        dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=64, layers_per_block=1),
     ),
     "sd_mid": (  # our own, a tenth of sd15
         dict(sample_size=64, block_out_channels=(128, 256, 384, 384), cross_attention_dim=384),
