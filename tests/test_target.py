@@ -22,7 +22,7 @@ from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.training import target_images
 from rdm_diffusers.training.updates import collect
 
-IMAGES = 80  # two parts
+IMAGES, DRAWN = 80, 128  # two parts of 64
 STUDENTS = pytest.mark.parametrize("student", ["lora", "full"])
 
 
@@ -128,6 +128,10 @@ def test_images_and_target_are_made_once_and_an_interrupted_drawing_goes_on(
     assert again.networks.calls == {}
     assert all(torch.equal(a, b) for a, b in zip(*(predictions(it, TARGET) for it in (straight, again)), strict=True))
 
+    fewer = make_run(argv("fewer", num_target_images=70))
+    assert "teacher forward" in fewer.networks.calls and fewer.networks.calls["teacher forward"] == 2 * 3
+    assert [part.read_bytes() for part in parts] == before
+
     write = target_images.write_part
 
     def interrupted(*part) -> None:
@@ -195,7 +199,7 @@ def test_the_tiny_teachers_are_imitated_at_the_guidance_that_they_are_sampled_at
 def test_a_run_counts_the_calls_of_images_and_target(argv) -> None:
     it = make_run(argv())
     calls = dict(it.networks.calls)
-    assert calls["teacher forward"] == 2 * 3 * IMAGES + 2 * 4  # guided: the images, and the held-out loss
+    assert calls["teacher forward"] == 2 * 3 * DRAWN + 2 * 4  # guided: the images, and the held-out loss
     change(it, "optimisation", max_train_steps=1)
     assert train_run(it) == 0
     assert it.networks.calls["teacher forward"] == calls["teacher forward"]

@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..distillation import Draws, fake_score_direction
-from ..folders import aside_of, write_whole
+from ..folders import write_whole
 from ..networks import TARGET, TEACHER
 from ..prediction import output_weight
 from ..sharding import gather
+from .cache_parts import whole_parts, write_part
 from .checkpoints import copy_into
 from .finite import NonFiniteError
 from .optimizers import make_optimizer
 from .target_images import TargetImages
 from .updates import Distillation, denoising_times
 
+DAMAGED = "The target in {path} is damaged; it is trained again."
 RECORD = "target.json"  # in the run's folder
 HELD_OUT = 20  # every so many-th image is held out
 MOST_HELD_OUT = 512
@@ -53,9 +54,10 @@ def learn_target(
         NonFiniteError: if the loss is not finite.
     """
     parameters = run.networks.parameters(TARGET)
-    file = images.folder / f"target-{_digest(run, images, config)}.safetensors"
-    if file.exists():
-        with safe_open(file, "pt") as saved:
+    cache = images.folder / f"target-{_digest(run, images, config)}"
+    found = whole_parts(cache, DAMAGED)
+    if found:
+        with safe_open(found[0], "pt") as saved:
             record = json.loads(saved.metadata()["record"])
             for i, parameter in enumerate(parameters):
                 copy_into(parameter, saved.get_tensor(str(i)))
@@ -63,9 +65,8 @@ def learn_target(
         record = _train(run, images, config, accelerator, parameters)
         weights = {str(i): gather(p.detach()).cpu().contiguous() for i, p in enumerate(parameters)}
         if accelerator.is_main_process:
-            partial_file = aside_of(file)
-            save_file(weights, partial_file, metadata={"record": json.dumps(record)})
-            partial_file.replace(file)
+            cache.mkdir(exist_ok=True)
+            write_part(cache, 0, weights, {"record": json.dumps(record)})
     if accelerator.is_main_process:
         write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
     accelerator.wait_for_everyone()

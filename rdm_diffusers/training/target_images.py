@@ -68,7 +68,7 @@ def draw_target_images(
     count, steps = config.target.num_target_images, config.target.target_inference_steps
     parent = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
     folder = parent / _digest(run, teacher, prompts, steps)
-    parts = [range(start, min(start + PART, count)) for start in range(0, count, PART)]
+    parts = [range(start, start + PART) for start in range(0, count, PART)]  # whole ones, which any run can share
     sampler = make_scheduler(teacher, steps, eta=0.0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def draw_target_images(
     if len(found) < len(parts):
         raise OSError(f"Images of the teacher are missing in {folder}; name a --cache_dir that all processes share.")
     latents = torch.cat([load_file(found[number])["latents"] for number in range(len(parts))])
-    return TargetImages(folder, latents, prompts)
+    return TargetImages(folder, latents[:count], prompts)
 
 
 def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, steps: int) -> str:
@@ -111,10 +111,10 @@ def _share(folder: Path, parts: list[range], accelerator: Accelerator) -> Iterat
     missing = [number for number in range(len(parts)) if number not in found]
     (missing,) = broadcast_object_list([missing])
     size, index = accelerator.num_processes, accelerator.process_index
-    total = sum(len(part) for part in parts)
-    done = total - sum(len(parts[number]) for number in missing)
+    total = len(parts) * PART
+    done = total - len(missing) * PART
     with tqdm(total=total, initial=done, desc="teacher's images", disable=not accelerator.is_main_process) as bar:
         for start in range(0, len(missing), size):
             turn = missing[start : start + size]
             yield turn[min(index, len(turn) - 1)]
-            bar.update(sum(len(parts[number]) for number in turn))
+            bar.update(len(turn) * PART)
