@@ -27,8 +27,8 @@ class Draws:
     Args:
         seed: the run's seed.
         group_size: G, the number of samples in a group.
-        device: where the numbers go; they are drawn on the CPU, so that every device gets the same. That takes .04 s of
-            an update for SDXL at 1024 pixels and .08 s for FLUX, in groups of 4 (`benchmarks/host.py`); SDXL's whole
+        device: where the numbers go; they are drawn on the CPU, so that every device gets the same. That takes .01 s of
+            an update for SDXL at 1024 pixels and .06 s for FLUX, in groups of 4 (`benchmarks/host.py`); SDXL's whole
             update took 11.6 s on an H200.
     """
 
