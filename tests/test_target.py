@@ -20,6 +20,7 @@ from rdm_diffusers.families import LORA_FILE
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.training import target_images
+from rdm_diffusers.training.run_folder import check_resumable
 from rdm_diffusers.training.updates import collect
 
 IMAGES, DRAWN = 80, 128  # two parts of 64
@@ -203,3 +204,11 @@ def test_a_run_counts_the_calls_of_images_and_target(argv) -> None:
     change(it, "optimisation", max_train_steps=1)
     assert train_run(it) == 0
     assert it.networks.calls["teacher forward"] == calls["teacher forward"]
+
+
+def test_a_checkpoint_from_before_there_were_targets_is_resumed_without_one_alone() -> None:
+    now = parse_args(["--guidance_scale", "3"]).as_arguments()
+    older = {name: value for name, value in now.items() if "target" not in name}
+    check_resumable(now, older)
+    with pytest.raises(ValueError, match=r"--teacher_target \(was score, is samples\)"):
+        check_resumable(parse_args(["--guidance_scale", "3", "--teacher_target", "samples"]).as_arguments(), older)

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config import OutputConfig, RunConfig, all_settings
-from ..config.presets import TEACHER, VAE
+from ..config.presets import DERIVED, TEACHER, VAE
 from ..config.retired import without_retired
 from ..families import full_name
 from ..folders import LOCK, locked
@@ -111,7 +111,10 @@ def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     then = without_retired(saved)
     # Older releases recorded folders as they were given.
     names = {name: full_name(then[name]) for name in (TEACHER, VAE) if then.get(name)}
-    then = {"dataset_split": "train", "reward_vae": None, **then, **names}
+    # What an older release did not record was as the defaults are; what follows from other flags follows from those.
+    settings = (each for each in all_settings(now["student"]) if each.name not in DERIVED)
+    usual = {each.name: None if each.is_repeatable else each.default for each in settings}
+    then = {**usual, **then, **names}
     free = FREE_ON_RESUME - (set() if now["lr_scheduler"].startswith("constant") else {"max_train_steps"})
     free |= PROMPTS if {PROMPTS_DIGEST} <= now.keys() & then.keys() else {PROMPTS_DIGEST}  # version 0.1.0 had none
     changed = [name for name in then if name not in free and now.get(name) != then[name]]
