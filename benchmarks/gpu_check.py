@@ -101,7 +101,7 @@ def result(output: Path, name: str, said: str) -> dict[str, Any]:
 def command(args: argparse.Namespace, name: str) -> list[str]:
     """A step's command line."""
     if name == TESTS:
-        workers = ["-n", "6"] if find_spec("xdist") else []
+        workers = ["-n", "6"] if find_spec("xdist") and not args.small else []
         return [sys.executable, "-m", "pytest", "tests/gpu", "-rfE", "--tb=short", *workers]
     if name in MAIN:
         flags = ["--output_dir", str(args.output / name), "--report_to", "none", "--validation_steps", "700"]

@@ -54,12 +54,8 @@ def flags_of(name: str, small: bool) -> dict[str, Any]:
     _, layout, changes = TEACHERS[name]
     flags = {**COMMON, **changes}
     if small:
-        flags |= {
-            "resolution": 128,
-            "num_student_steps": 2,
-            "base_quantization": None,
-            "rank": None if layout == "full" else 4,
-        }
+        flags |= dict(resolution=128, group_size=2, gradient_accumulation_steps=2, num_student_steps=2)
+        flags |= {"base_quantization": None, "rank": None if layout == "full" else 4}
         flags |= {"torch_compile_backend": "aot_eager"} if "torch_compile" in flags else {}
     return flags
 
