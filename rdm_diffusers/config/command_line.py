@@ -83,6 +83,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
             parser.error(retirement(flag))
     given = {name: value for name, value in vars(parser.parse_within(BOUNDS, argv)).items() if value is not None}
     file, token = given.pop("config", None), given.pop("hub_token", None)
+    use_token(token)  # the configuration may read the header of a LoRA on the Hub
     try:
         config = RunConfig.of(student, **given) if file is None else RunConfig.from_yaml(file, student, **given)
         use_given_token(token, config.output.report_to)
