@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_cards import snippets
 
+import train_rdm_lora
 from rdm_diffusers.commands import export
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import FAMILIES, LORA_FILE, Lora, LoraLayers, add_layers, load_teacher, read_lora
-from rdm_diffusers.hub import write_card
+from rdm_diffusers.hub import check_student, write_card
 from rdm_diffusers.hub.comfyui import as_comfyui
 from rdm_diffusers.hub.joined_lora import join_loras
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER
@@ -319,3 +322,17 @@ def test_a_run_resumes_with_the_same_loras_alone(argv, loras: dict, tmp_path: Pa
         pytest.raises(ValueError, match="--teacher_lora"),
     ):
         trainer.check()
+
+
+def test_a_run_with_a_lora_of_the_text_encoder_draws_and_reloads_its_student(
+    argv, loras: dict, recwarn: pytest.WarningsRecorder
+) -> None:
+    train_rdm_lora.main(argv(teacher_lora=f"{loras['with text']}:0.5", student_base="teacher"))
+    folder = Path(argv()[argv().index("--output_dir") + 1])
+    assert (folder / "samples.png").exists() and not [each for each in recwarn if "is safe" in str(each.message)]
+    own = StudentConfig.load(str(folder))
+    entries = {"name": str(loras["with text"] / LORA_FILE), "scale": 0.5}
+    assert [{name: lora[name] for name in entries} for lora in own.base_loras] == [entries]
+    replace(own, base_model_name_or_path="me/teacher").save(folder)
+    with pytest.raises(ValueError, match=re.escape(f"needs {loras['with text']}, a folder that others do not have")):
+        check_student(folder)

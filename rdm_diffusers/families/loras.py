@@ -262,4 +262,4 @@ def add_layers(network: nn.Module, layers: LoraLayers) -> None:
     """Adds B A to the weights of a network's layers, in place."""
     for name, (down, up) in layers.items():
         weight = network.get_submodule(name).get_parameter("weight")
-        weight += (up.float().flatten(1) @ down.float().flatten(1)).view_as(weight).to(weight)
+        weight.add_((up.float().flatten(1) @ down.float().flatten(1)).view_as(weight))
