@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ class Lora:
             number = math.nan
         if not name or not math.isfinite(number) or number == 0:
             raise ValueError(f"The scale {scale!r} in {text!r} must be a finite number other than 0; write {FORM}.")
-        return cls(str(Path(name).resolve()) if Path(name).exists() else name, number)
+        return cls(os.path.abspath(name) if Path(name).exists() else name, number)  # files in the cache are links
 
     def __str__(self) -> str:
         return self.name if self.scale == 1 else f"{self.name}:{self.scale:g}"
@@ -132,7 +133,7 @@ def _chosen(name: str, files: Sequence[str]) -> str:
 
 def rank_of(name: str) -> int:
     """The highest rank in a LoRA's file, by its header. Raises ValueError as `Lora.file`."""
-    return max(shape[0] for shape in _downs(Lora.parse(name).file()).values())
+    return max(max(shape[:1], default=1) for shape in _downs(Lora.parse(name).file()).values())
 
 
 def _downs(path: Path) -> dict[str, list[int]]:
