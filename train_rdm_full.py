@@ -9,6 +9,7 @@ What it does, and the flags that steer it:
 - student, fake score and teacher are separate networks; the trained two have float32 weights and compute in
   --mixed_precision; the teacher is kept in it, or in --teacher_quantization int8, fp8 or nf4
 - method, rewards, prompts, health and checkpoints: all flags of train_rdm_lora.py but those of the LoRAs
+- LoRAs in the teacher's weights (docs/sharing.md): --teacher_lora PATH_OR_ID[:scale]
 - memory: --gradient_checkpointing, --use_8bit_adam, --train_batch_size with --gradient_accumulation_steps, --offload,
   --no-use_ema, --enable_vae_tiling, --enable_vae_slicing; over several GPUs (docs/many_gpus.md): accelerate launch
   --use_fsdp --fsdp_version 2, --ddp_timeout, --sync_each_batch

@@ -12,6 +12,8 @@ What it does, and the flags that steer it:
   --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
 - the target: the guided teacher's score, or with --teacher_target samples the score of its images, which a LoRA learns
   first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank
+- LoRAs to begin with (docs/sharing.md): the teacher's, --teacher_lora PATH_OR_ID[:scale], with --student_base plain or
+  teacher; the student's, --init_lora
 - groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,
   --num_renoisings
 - external rewards: --reward name[=weights][:weight], --reward_dtype, --reward_share, --reward_combination,

@@ -78,6 +78,21 @@ def folded_weights(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, T
     return weights
 
 
+@torch.no_grad()
+def fill_adapter(layers: Mapping[str, LoraLayer], adapter: str, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Makes a fresh adapter compute what another LoRA does.
+
+    Args:
+        layers: of a network, by name.
+        adapter: its name; its B is 0. What its rank is above the other's stays as it is.
+        matrices: the other's A `[r, in, ...]` and B `[out, r, ...]`, at a scale of 1, of some of the layers.
+    """
+    for name, (down, up) in matrices.items():
+        layer, rank = layers[name], len(down)
+        layer.lora_A[adapter].weight[:rank] = down
+        layer.lora_B[adapter].weight[:, :rank] = up / layer.scaling[adapter]
+
+
 class AdapterSwitch:
     """Turns a network's adapters on, one at a time.
 

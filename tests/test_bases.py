@@ -28,7 +28,7 @@ import rdm_diffusers.pipelines.saving
 from rdm_diffusers import RdmDistillationPipeline, RdmScheduler, RdmStableDiffusionPipeline
 from rdm_diffusers.families import FAMILIES, rebuilt
 from rdm_diffusers.pipelines import CLASSES
-from rdm_diffusers.pipelines.pipeline_rdm import check_noise_schedule
+from rdm_diffusers.pipelines.bases import check_noise_schedule
 from rdm_diffusers.pipelines.student_config import StudentConfig
 from rdm_diffusers.tiny import resolve_teacher
 

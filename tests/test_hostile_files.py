@@ -147,7 +147,7 @@ def test_a_students_configuration_of_wrong_types_or_sizes_names_the_entry(
 
 
 def test_a_newer_students_entries_are_not_judged(student: Path) -> None:
-    change(student / "rdm_config.json", format_version=2, version="9.9", scheduler="elsewhere")
+    change(student / "rdm_config.json", format_version=3, version="9.9", scheduler="elsewhere")
     assert "was made by rdm-diffusers 9.9, which is newer" in refusal(StudentConfig.load, str(student))
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import export
-from rdm_diffusers.families import LORA_FILE, load_teacher
+from rdm_diffusers.families import LORA_FILE, Lora, load_teacher
 from rdm_diffusers.prompts import read_captions
 
 TOLERANCE = 1e-5  # of a picture in [0, 1]
@@ -71,6 +71,10 @@ def visit(prompts_file: Path, folder: Path) -> None:
             outcomes[f"{state} {kind}"] = outcome(loader, f"me/{state}-{kind}", **options)
     load_student = RdmDistillationPipeline.from_pretrained
     outcomes["student of a gated teacher"] = outcome(load_student, "me/of-gated")
+    for name in ("me/student", f"me/student/{LORA_FILE}"):
+        assert Lora.parse(f"{name}:0.5").exact() == Lora(f"me/student/{LORA_FILE}", 0.5)
+    outcomes["no LoRA"] = outcome(Lora("me/teacher").file)
+    outcomes["missing LoRA"] = outcome(Lora("me/missing-lora/style.safetensors").file)
     outcomes["no student"] = outcome(load_student, "me/teacher")
     outcomes["newer student"] = outcome(load_student, "me/newer")
     outcomes["missing revision"] = outcome(load_student, "me/student", revision="nowhere")
@@ -173,7 +177,7 @@ def visited(teacher_folder: Path, student: Path, prompts_file: Path, tmp_path_fa
         "me/with-vae": as_repository(student, root / "with-vae", "me/teacher", vae="me/private-vae"),
         "me/private-vae": as_repository(teacher_folder / "vae", root / "vae"),
         "me/pictures": write_pictures(root / "pictures"),
-        "me/newer": as_repository(student, root / "newer", format_version=2, version="9.9"),
+        "me/newer": as_repository(student, root / "newer", format_version=3, version="9.9"),
     }
     repositories["me/private-teacher"] = repositories["me/teacher"]
     repositories["me/private-student"] = repositories["me/student"]
@@ -224,6 +228,8 @@ def test_a_student_is_loaded_by_its_revision(visited: Visit, student: Path) -> N
             "student of a gated teacher",
             "The teacher 'me/gated-teacher' is gated; accept its terms at https://huggingfac",
         ),
+        ("no LoRA", "me/teacher holds no LoRA; give a safetensors file, or a folder or Hub id with one."),
+        ("missing LoRA", "The LoRA 'me/missing-lora' is not a local folder and was not found on the Hub; check its"),
         ("no student", "The student 'me/teacher' lacks a file that every student has; check its name."),
         ("newer student", "me/newer was made by rdm-diffusers 9.9, which is newer than this "),
         (

@@ -109,7 +109,7 @@ def test_a_damaged_student_configuration_is_one_clear_sentence(copy_of, damage: 
 
 
 def test_a_student_that_a_newer_release_made_says_so(copy_of, student: Path) -> None:
-    config = json.loads((student / "rdm_config.json").read_text()) | {"format_version": 2, "version": "9.9"}
+    config = json.loads((student / "rdm_config.json").read_text()) | {"format_version": 3, "version": "9.9"}
     with pytest.raises(ValueError, match=r"was made by rdm-diffusers 9\.9, which is newer than this .*; upgrade with"):
         RdmDistillationPipeline.from_pretrained(copy_of(json.dumps(config).encode()))
 

@@ -1,10 +1,9 @@
 """The typed configuration of a run; flags, YAML files and records are made from it."""
 
 from .run_config import RunConfig, all_settings
+from .students import FullStudentConfig, LoraStudentConfig
 from .subjects import (
-    FullStudentConfig,
     HubConfig,
-    LoraStudentConfig,
     MemoryConfig,
     MethodConfig,
     OptimisationConfig,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
+from ..families import Lora
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
+from .students import LoraStudentConfig
 from .subjects import ETA, SHARE
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ def check(config: RunConfig) -> None:
     """Checks what needs neither teacher nor files; ValueError or ImportError, one sentence on what to do."""
     _check_algorithm(config)
     _check_target(config)
+    _check_loras(config)
     _check_reuse(config)
     _check_memory(config)
     _check_rates_and_output(config)
@@ -57,6 +60,22 @@ def _check_target(config: RunConfig) -> None:
     for name, value in usual.items():
         if getattr(target, name) != value:
             raise ValueError(f"--{name} would have no effect; leave it out, or add --teacher_target samples.")
+
+
+def _check_loras(config: RunConfig) -> None:
+    loras, student = config.teacher.teacher_lora, config.student
+    if len({Lora.parse(each).name for each in loras}) < len(loras):
+        raise ValueError("--teacher_lora names one LoRA twice; name each once, with one scale.")
+    if loras and student.quantization:
+        raise ValueError(
+            f"--teacher_lora cannot be added exactly to weights in {student.quantization}; leave the quantisation out."
+        )
+    if not isinstance(student, LoraStudentConfig):
+        return
+    if student.student_base != "plain" and not loras:
+        raise ValueError("--student_base would have no effect; leave it out, or add --teacher_lora.")
+    if student.init_lora and Lora.parse(student.init_lora).scale != 1:
+        raise ValueError(f"--init_lora {student.init_lora} has a scale, which only --teacher_lora takes; leave it out.")
 
 
 def _check_reuse(config: RunConfig) -> None:
@@ -124,7 +143,8 @@ def _check_rates_and_output(config: RunConfig) -> None:
             f"--num_validation_images is {output.num_validation_images}, too few to show all {asked} that "
             f"--validation_prompt gives; it must be at least {asked}."
         )
-    if output.num_eval_images and not is_tiny(config.teacher.pretrained_model_name_or_path):
+    teacher = config.teacher
+    if output.num_eval_images and (teacher.teacher_lora or not is_tiny(teacher.pretrained_model_name_or_path)):
         print("warning: --num_eval_images measures students of the embedded teachers alone; use rdm-evaluate.")
 
 

@@ -15,6 +15,7 @@ from .record import command_line
 from .retired import RETIRED, retirement
 from .run_config import RunConfig, all_settings, read_yaml, subjects_of
 from .secrecy import refuse_secrets
+from .subjects import OutputConfig
 
 TOKEN_SAFE_TRACKERS = ("tensorboard", "none")  # the others keep the command line
 FEW = 7  # names that the help lists
@@ -84,8 +85,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     given = {name: value for name, value in vars(parser.parse_within(BOUNDS, argv)).items() if value is not None}
     file, token = given.pop("config", None), given.pop("hub_token", None)
     try:
+        said = {**({} if file is None else read_yaml(file)), **given}
+        use_given_token(token, said.get("report_to", OutputConfig.report_to))  # first: a LoRA may be on the Hub
         config = RunConfig.of(student, **given) if file is None else RunConfig.from_yaml(file, student, **given)
-        use_given_token(token, config.output.report_to)
         words = [*_words_of(file, given, student), *(sys.argv[1:] if argv is None else argv)]
         return replace(config, command=command_line(f"train_rdm_{student}.py", words))
     except (ValueError, ImportError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..families import full_name
+from ..families import Lora, full_name, rank_of
 from ..tiny import is_tiny
 from ..tiny.reference import REFERENCES
 
@@ -44,6 +44,7 @@ DERIVED = (
 def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
     values = {**defaults, **_tiny_defaults(student, {**defaults, **given}), **given}
+    values |= _loras(values, rank_is_given="rank" in given)
     preset = values["preset"] or ALGORITHM_PRESETS.get(values["algorithm"], "gndm")
     follows = {
         **PRESETS[preset],
@@ -62,6 +63,16 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     return values
 
 
+def _loras(values: Mapping[str, Any], rank_is_given: bool) -> dict[str, Any]:
+    """The LoRAs by their full paths, and the rank of the one that the student starts from."""
+    found: dict[str, Any] = {"teacher_lora": tuple(str(Lora.parse(each)) for each in values["teacher_lora"])}
+    if values.get("init_lora"):
+        found["init_lora"] = str(Lora.parse(values["init_lora"]))
+        if not rank_is_given:
+            found["rank"] = rank_of(found["init_lora"])
+    return found
+
+
 def _tiny_defaults(student: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if not is_tiny(values[TEACHER]):
         return {}
@@ -70,6 +81,8 @@ def _tiny_defaults(student: str, values: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {**TINY_DEFAULTS, **own, **scale}
     if values["teacher_target"] == "samples":
         chosen |= {"guidance_scale": scale["sample_guidance_scale"], "target_learning_rate": 1e-3}
+    if values["teacher_lora"]:
+        chosen.pop("num_eval_images")  # the shipped references are of the teachers alone
     if values["mixed_precision"] != "no":
         chosen.pop("fold_adapters", None)  # adapters are folded in float32 alone
     return chosen

@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 
 from ..bounds import did_you_mean
+from ..families import Lora
 from ..untrusted import INSTEAD, check_kinds, has_secret
 from .checks import check
 from .fields import Setting, settings_of
 from .presets import DERIVED, filled
 from .retired import without_retired
+from .students import FullStudentConfig, LoraStudentConfig
 from .subjects import (
-    FullStudentConfig,
     HubConfig,
-    LoraStudentConfig,
     MemoryConfig,
     MethodConfig,
     OptimisationConfig,
@@ -31,7 +31,7 @@ from .target import TargetConfig
 
 STUDENTS = {"lora": LoraStudentConfig, "full": FullStudentConfig}
 # What a checkpoint records of a run beside its configuration.
-CIRCUMSTANCES = ("command", "num_processes", "prompts_sha256")
+CIRCUMSTANCES = ("command", "num_processes", "prompts_sha256", "loras_sha256")
 ONE_TIME = ("resume_from_checkpoint", "dry_run")  # no part of what a file repeats
 
 
@@ -136,6 +136,17 @@ class RunConfig:
     def fold_adapters(self) -> bool:
         """Whether adapters are folded into the base's weights; a full student has none."""
         return isinstance(self.student, LoraStudentConfig) and self.student.fold_adapters
+
+    @property
+    def student_base(self) -> str:
+        """What an exported LoRA is for: the teacher without its LoRAs (`plain`), or the `teacher` with them."""
+        return self.student.student_base if isinstance(self.student, LoraStudentConfig) else "plain"
+
+    @property
+    def loras(self) -> list[Lora]:
+        """The LoRAs that the run begins with: the teacher's, then the student's."""
+        start = self.student.init_lora if isinstance(self.student, LoraStudentConfig) else None
+        return [Lora.parse(each) for each in (*self.teacher.teacher_lora, *([start] if start else []))]
 
     def changed(self, subject: str, **values: Any) -> RunConfig:
         """A copy with other values of one subject, unchecked."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
 
 from accelerate.utils import LoggerType
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -34,7 +33,6 @@ from ..bounds import (
     whole,
 )
 from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
-from ..families import QUANTIZATIONS
 from ..tiny import TINY_NAME
 from .fields import flag
 from .presets import PRESETS
@@ -45,7 +43,7 @@ ETA = real("[0, 1]", says="be 1 or 0, because no stock scheduler samples in betw
 FACTOR = whole("[1, 1000]")
 FOLDER_OR_ID = Text("a folder or a Hub id")
 ON_THE_FLY = "on_the_fly"
-KIND_OF_WEIGHTS = OneOf(tuple(QUANTIZATIONS))
+LORA = Text("a LoRA's file, folder or Hub id")
 RATE = real("(0, inf)")
 SHARE = real("[0, 1]", says="lie in [0, 1), or be 1 with --projection_guard")
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)
@@ -70,6 +68,9 @@ class TeacherConfig:
         None, "another autoencoder than the teacher's: a folder or a Hub id", FOLDER_OR_ID, is_path=True)
     revision: str | None = flag(None, "the teacher's Hub revision", REVISION)
     variant: str | None = flag(None, "the teacher's weight variant, for example fp16", VARIANT)
+    teacher_lora: tuple[str, ...] = flag(
+        (), "PATH_OR_ID[:scale], repeatable: a LoRA that is added to the teacher's weights; a safetensors file, a "
+        "folder, a Hub id, or a Hub id with /FILE.safetensors", LORA, is_path=True)
     max_sequence_length: int | None = flag(
         None, "tokens of a T5 text encoder; the stock pipeline's number by default", TOKENS)
     resolution: int | None = flag(None, "pixels per side; the teacher's own by default", SIDE)
@@ -157,35 +158,6 @@ class RewardsConfig:
         "Hub id", FOLDER_OR_ID, is_path=True)
     reward_tilt: float = flag(
         0.25, "kappa, by how many of their standard deviations rewards without gradients are to rise, about", RATE)
-
-
-@dataclass(frozen=True)
-class LoraStudentConfig:
-    """A student that is a LoRA on the frozen teacher, and the fake score another."""
-
-    kind: ClassVar[str] = "lora"
-
-    rank: int = flag(64, "rank of both LoRAs", whole("[1, 8192]"), "--lora_rank")
-    lora_alpha: int = flag(None, "LoRA alpha; the rank by default", whole("[1, 100000]"))
-    lora_layers: str | None = flag(
-        None, "comma-separated names of modules, or the ends of their names; a wide set by default",
-        Text("names of modules with commas between them"))
-    fold_adapters: bool = flag(
-        False, "run with W + scale B A instead of separate adapter layers: faster where memory allows")
-    quantization: str | None = flag(
-        None, "keep the frozen base in so few bits, best with --gradient_checkpointing; the LoRAs stay float32",
-        KIND_OF_WEIGHTS, name="base_quantization")
-
-
-@dataclass(frozen=True)
-class FullStudentConfig:
-    """A student with weights of its own, and a fake score with its own, too."""
-
-    kind: ClassVar[str] = "full"
-
-    quantization: str | None = flag(
-        None, "keep the teacher in so few bits; student and fake score stay float32", KIND_OF_WEIGHTS,
-        name="teacher_quantization")
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,15 @@ from .loading import (
     pipeline_config,
     schedule_of,
 )
+from .loras import Lora, LoraLayers, add_layers, fuse_loras, rank_of, read_lora
 from .quantization import QUANTIZATIONS
 from .registry import FAMILIES, family_of
 from .suitability import check_lora, check_no_checkpoint
 
 __all__ = [
-    "CARD", "FAMILIES", "INDEX", "LORA_FILE", "QUANTIZATIONS", "STUDENT_CONFIG", "Conditioning", "Family",
-    "PromptOptions", "Teacher", "absent_components", "check_kinds_of_files", "check_lora", "check_no_checkpoint",
-    "check_pipeline", "explain_hub_errors", "family_of", "fetch", "full_name", "load_denoiser", "load_options",
-    "load_scheduler", "load_teacher", "load_tiny_vae", "load_vae", "options_for", "pipeline_config", "rebuilt",
-    "schedule_of", "use_token",
+    "CARD", "FAMILIES", "INDEX", "LORA_FILE", "QUANTIZATIONS", "STUDENT_CONFIG", "Conditioning", "Family", "Lora",
+    "LoraLayers", "PromptOptions", "Teacher", "absent_components", "add_layers", "check_kinds_of_files", "check_lora",
+    "check_no_checkpoint", "check_pipeline", "explain_hub_errors", "family_of", "fetch", "full_name", "fuse_loras",
+    "load_denoiser", "load_options", "load_scheduler", "load_teacher", "load_tiny_vae", "load_vae", "options_for",
+    "pipeline_config", "rank_of", "read_lora", "rebuilt", "schedule_of", "use_token",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
 from ..untrusted import read_object
 from .base import INDEX, STUDENT_CONFIG, Conditioning, Family, PromptOptions
 from .hub_files import explain_hub_errors, fetch, repository_files
+from .loras import Lora, LoraLayers, fuse_loras
 from .quantization import quantized_loading
 from .registry import FAMILIES, family_of
 from .suitability import check_folder, check_teacher
@@ -35,6 +36,8 @@ class Teacher:
         name: the folder, Hub id or embedded teacher's name that it was loaded by.
         options: how prompts are read, by teacher and student alike.
         vae: the folder or Hub id of the autoencoder, if it is not the teacher's own.
+        loras: those that are in its weights.
+        lora_layers: what they added to the denoiser.
     """
 
     pipeline: DiffusionPipeline
@@ -42,6 +45,8 @@ class Teacher:
     name: str
     options: PromptOptions = DEFAULT_OPTIONS
     vae: str | None = None
+    loras: Sequence[Lora] = ()
+    lora_layers: LoraLayers = field(default_factory=dict, compare=False)
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -237,6 +242,7 @@ def load_teacher(
     vae: str | None = None,
     quantization: str | None = None,
     device: torch.device | str = "cpu",
+    loras: Sequence[Lora] = (),
 ) -> Teacher:
     """Loads a teacher from a folder, from the Hub, or an embedded one by its name; safetensors only.
 
@@ -248,9 +254,11 @@ def load_teacher(
         vae: another autoencoder than the teacher's, a folder or a Hub id.
         quantization: one of `QUANTIZATIONS` for the denoiser; None leaves it in `dtype`.
         device: where bitsandbytes quantises it; it is on the CPU afterwards in any case.
+        loras: are added to the weights of denoiser and text encoders; not to quantised ones.
 
     Raises:
-        ValueError: as `pipeline_config`, `family_of`, `check_pipeline`, `check_teacher` and `quantized_loading`.
+        ValueError: as `pipeline_config`, `family_of`, `check_pipeline`, `check_teacher`, `quantized_loading` and
+            `fuse_loras`.
         ImportError: if the library that quantises is missing.
     """
     if (Path(resolve_teacher(name_or_path)) / STUDENT_CONFIG).exists():
@@ -264,9 +272,10 @@ def load_teacher(
     loading = {"revision": revision, "variant": variant, "dtype": dtype, **load_options(config), **replaced}
     pipeline = family.pipeline_class.from_pretrained(resolve_teacher(name_or_path), **loading)
     check_teacher(name_or_path, pipeline)
+    lora_layers = fuse_loras(pipeline, family, loras)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     if not family.embeds_guidance(pipeline):
         options = replace(options, embedded_guidance=None)
-    return Teacher(pipeline, family, name_or_path, options_for(name_or_path, options), vae)
+    return Teacher(pipeline, family, name_or_path, options_for(name_or_path, options), vae, loras, lora_layers)

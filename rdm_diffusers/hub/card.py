@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 from safetensors import SafetensorError, safe_open
 
-from ..families import CARD, FAMILIES, LORA_FILE, absent_components, family_of, pipeline_config
+from ..families import CARD, FAMILIES, LORA_FILE, Lora, absent_components, family_of, pipeline_config
 from ..pipelines import StudentConfig
 from ..pipelines.student_config import REMEDY
 from ..tiny import is_tiny
@@ -50,6 +50,8 @@ MARK = "\n<!-- written by rdm-diffusers; edited since, if this is not its digest
 # The table of the training. A row is left out if one of its values is unknown.
 ROWS = {
     "student": "{size}; {num_student_steps} steps, eta {eta}",
+    "started from": "{init_lora}",
+    "teacher's LoRAs": "{teacher_loras}",
     "R_dm": "{algorithm}, groups of {group_size}, lambda {gndm_lambda}, teacher's guidance {guidance_scale}",
     "rewards": "{rewards}; share {reward_share}",
     "updates": "{updates}, of {batch} samples",
@@ -186,6 +188,9 @@ def render(facts: CardFacts) -> ModelCard:
         scheduler_class=scheduler_class,
         imports=Markdown(", ".join(sorted(filter(None, classes)))),
         base_arguments=Markdown(", ".join([*_base_arguments(facts), *absent, FLOAT32])),
+        base_loras=[_lora_arguments(lora) for lora in student.loras],
+        adapters=Markdown(_adapters(student.loras)),
+        lora_sentence=_lora_sentence(student),
         full_arguments=Markdown(", ".join(["student", *absent, FLOAT32])),
         call_arguments=Markdown(", ".join(f"{name}={value}" for name, value in call.items())),
         comfyui_file=code(facts.comfyui),
@@ -232,6 +237,7 @@ def _derived(facts: CardFacts) -> dict[str, Any]:
     return {
         "size": {"lora": lora, "full": "full weights"}.get(own.get("student", "")),
         "rewards": ", ".join(own.get("reward") or []) or None,
+        "teacher_loras": ", ".join(own.get("teacher_lora") or []) or None,
         "updates": training.get("updates"),
         "batch": None if None in sizes else math.prod(sizes),
         "adam": "AdamW in 8 bits" if own.get("use_8bit_adam") else "AdamW",
@@ -249,6 +255,28 @@ def _base_arguments(facts: CardFacts) -> list[str]:
     vae = [f"vae={facts.vae_class}.from_pretrained({quoted(student.vae)})"] if facts.vae_class else []
     options = {"revision": student.revision, "variant": student.variant}
     return [base, *(f"{name}={quoted(value)}" for name, value in options.items() if value), *vae]
+
+
+def _lora_arguments(lora: Lora) -> Markdown:
+    """The arguments with which stock diffusers loads a LoRA of the base model, as code."""
+    place, file = lora.place
+    return Markdown(f"{quoted(place)}, weight_name={quoted(file)}")
+
+
+def _adapters(loras: Sequence[Lora]) -> str:
+    """The arguments of `set_adapters` for a base model's LoRAs and the student's."""
+    names = [f"base_{i}" for i in range(len(loras))]
+    return f"{[*names, 'student']}, {[*(lora.scale for lora in loras), 1.0]}"
+
+
+def _lora_sentence(student: StudentConfig) -> Markdown:
+    """What the card says of the LoRAs that the teacher had; nothing if it had none."""
+    if student.loras:
+        named = (lora.name if is_hub_id(lora.place[0]) else Path(lora.name).name for lora in student.loras)
+        shown = " and ".join(f"{code(name)} at {lora.scale:g}" for name, lora in zip(named, student.loras, strict=True))
+        return Markdown(f" It needs its base model with the LoRA {shown}: load both, as below.")
+    own = " and ".join(map(code, student.arguments.get("teacher_lora") or []))
+    return Markdown(f" Its teacher had the LoRA {own}; this student includes that." if own else "")
 
 
 def _teacher_link(facts: CardFacts) -> Markdown:

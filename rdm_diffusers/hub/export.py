@@ -13,7 +13,6 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers.training_utils import _collate_lora_metadata
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from ..schedulers import RdmScheduler
 from ..untrusted import digest_of
 from .card_text import license_of
 from .comfyui import comfyui_name, has_comfyui, read_lora, write_comfyui
+from .joined_lora import join_loras
 from .student_files import copy_files, read_scheduler
 
 COMFYUI_FOLDER = "comfyui"  # in a LoRA student's
@@ -104,7 +104,12 @@ def _move_out(path: Path, replaced: Path) -> None:
 
 
 def export_lora(
-    folder: Path, teacher: Teacher, weights: Mapping[str, Tensor], scheduler: RdmScheduler, **origin
+    folder: Path,
+    teacher: Teacher,
+    weights: Mapping[str, Tensor],
+    scheduler: RdmScheduler,
+    student_base: str = "plain",
+    **origin,
 ) -> None:
     """Writes `pytorch_lora_weights.safetensors`, `scheduler/`, `rdm_config.json`, and if possible a file for ComfyUI.
 
@@ -113,6 +118,7 @@ def export_lora(
         teacher: the teacher that the LoRA belongs to, with its adapters.
         weights: the student's (`Networks.student_weights`).
         scheduler: the student's sampler with its trained grid.
+        student_base: `plain` makes the teacher's own LoRAs part of the file; with `teacher` users load them, too.
         origin: `revision` and `variant` of the teacher, if any; `training`, as in `StudentConfig`.
 
     Raises:
@@ -121,9 +127,17 @@ def export_lora(
     family, component = teacher.family, teacher.family.denoiser_name
     stock = family.stock_scheduler(teacher.pipeline.scheduler, len(scheduler.timesteps), scheduler.config.eta)
     names = {"base_model_name_or_path": full_name(teacher.name), "vae": teacher.vae and full_name(teacher.vae)}
+    adapter = teacher.denoiser.peft_config["default"]
+    if teacher.lora_layers and student_base == "plain":
+        weights, adapter = join_loras(teacher.denoiser, teacher.lora_layers, weights, adapter)
+    elif teacher.loras:
+        origin["base_loras"] = [
+            {"name": each.exact().name, "scale": each.scale, "sha256": each.digest()} for each in teacher.loras
+        ]
     with replacing(folder) as new:
         layers = {f"{component}_lora_layers": dict(weights)}
-        family.pipeline_class.save_lora_weights(new, **layers, **_collate_lora_metadata({component: teacher.denoiser}))
+        described = {f"{component}_lora_adapter_metadata": adapter.to_dict()}
+        family.pipeline_class.save_lora_weights(new, **layers, **described)
         stock.save_pretrained(new / "scheduler")
         names["weights_sha256"] = digest_of_lora(new / LORA_FILE)
         names["scheduler_sha256"] = digest_of(read_scheduler(new))

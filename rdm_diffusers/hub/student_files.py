@@ -85,7 +85,8 @@ def check_student(folder: Path) -> StudentConfig:
     if not is_student(folder) or not any((folder / name).is_file() for name in (LORA_FILE, INDEX)):
         raise ValueError(f"{folder} holds no student; give the --output_dir of a finished training run.")
     student = check_complete(folder)
-    check_available_to_others(student.base_model_name_or_path, student.vae)
+    loras = [lora.place[0] for lora in student.loras]
+    check_available_to_others(student.base_model_name_or_path, student.vae, *loras)
     return student
 
 

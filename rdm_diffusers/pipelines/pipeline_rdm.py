@@ -31,10 +31,10 @@ from ..families import (
     load_vae,
     pipeline_config,
     rebuilt,
-    schedule_of,
 )
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
+from .bases import add_loras, check_noise_schedule, shown
 from .lora_file import check_lora_file
 from .saving import remove_origins, stock_scheduler, without_adapters
 from .student_config import StudentConfig, is_student
@@ -45,7 +45,6 @@ CLASSES: dict[str, type[RdmDistillationPipeline]] = {}
 TRAINED = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-TOLERANCE = 1e-5  # of squared alphas; zero terminal SNR is 0 in some stock schedulers and 6e-8 in others
 
 
 class RdmDistillationPipeline(DiffusionPipeline):
@@ -154,6 +153,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
         shared = rebuilt(target, pipeline, **kwargs)
         if student is not None:
             check_noise_schedule(config, "the pipeline", shared.scheduler)
+            if config.base_loras:
+                logger.warning("The pipeline must have %s, on which the student was trained.", shown(config.loras))
             shared._add_lora(str(student), config, hub)
         return shared._as(config)
 
@@ -178,6 +179,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         pipeline = cls._load_stock("teacher", base, base_hub, options)
+        add_loras(pipeline, student, {**hub, "revision": None})
         pipeline._add_lora(name, student, hub)
         return pipeline
 
@@ -217,7 +219,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
         hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if key in kwargs}
         stock.save_pretrained(folder, **kwargs)
         remove_origins(folder)
-        alone = replace(student, base_model_name_or_path=None, revision=None, variant=None, vae=None)
+        alone = replace(student, base_model_name_or_path=None, revision=None, variant=None, vae=None, base_loras=[])
         alone.save(folder)
         if push:
             self.push_to_hub(hub.pop("repo_id", folder.resolve().name), **hub)
@@ -269,32 +271,3 @@ def _register_for_auto_pipelines(pipeline_class: type[DiffusionPipeline], stock:
         for mapping in (AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING):
             if key in mapping:
                 mapping[f"rdm-{key}"] = mapping[key]
-
-
-def check_noise_schedule(student: StudentConfig, name: str, scheduler: SchedulerMixin) -> None:
-    """Refuses a base model on which a student would draw noise, because its outputs mean something else.
-
-    Args:
-        student: its configuration.
-        name: of the base model, for the error.
-        scheduler: the base model's, of any solver.
-
-    Raises:
-        ValueError: if the prediction type or the noise schedule is not the teacher's.
-    """
-    family, own = FAMILIES[student.pipeline_class], RdmScheduler.from_config(student.scheduler)
-    prediction_type = family.prediction_type(scheduler)
-    if prediction_type != own.config.prediction_type:
-        raise ValueError(
-            f"The student was distilled from a teacher of prediction type {own.config.prediction_type}, and {name} is "
-            f"of {prediction_type}; give a base of {own.config.prediction_type}."
-        )
-    ours, theirs = own.schedule, schedule_of(family, scheduler)
-    same = ours.num_train_timesteps == theirs.num_train_timesteps
-    if same and ours.alphas_cumprod is not None and theirs.alphas_cumprod is not None:
-        same = torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod.cpu().float(), rtol=0, atol=TOLERANCE)
-    if not same:
-        raise ValueError(
-            f"The student was distilled with another noise schedule than that of {name}; give a base with the "
-            "teacher's betas (see its scheduler_config.json)."
-        )

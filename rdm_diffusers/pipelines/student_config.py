@@ -11,18 +11,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..families import STUDENT_CONFIG, check_no_checkpoint, fetch
+from ..families import STUDENT_CONFIG, Lora, check_no_checkpoint, fetch
 from ..folders import ASIDE
 from ..untrusted import Kinds, check_kinds, described, digest_of, is_kind, read_object
 
 DIGEST = "digest"
-FORMAT_VERSION = 1  # raised only when older releases would sample a student wrongly
+FORMAT_VERSION = 2  # raised only when older releases would sample a student wrongly
+WITHOUT_LORAS = 1  # the version of students whose base has no LoRAs
+MOST_LORAS = 16
 REMEDY = "download or export the student again"
 TEXT: Kinds = (str, type(None))
 STUDENT_KINDS: dict[str, Kinds] = {
     "base_model_name_or_path": TEXT, "pipeline_class": str, "scheduler": dict, "num_inference_steps": int,
     "call_arguments": dict, "revision": TEXT, "variant": TEXT, "vae": TEXT, "license": dict, "training": dict,
-    "weights_sha256": TEXT, "scheduler_sha256": TEXT, "version": TEXT, "format_version": int,
+    "weights_sha256": TEXT, "scheduler_sha256": TEXT, "version": TEXT, "format_version": int, "base_loras": list,
 }  # fmt: skip
 TRAINING_KINDS: dict[str, Kinds] = {
     "command": TEXT, "arguments": dict, "updates": (int, type(None)), "averaged": (bool, type(None)),
@@ -30,8 +32,9 @@ TRAINING_KINDS: dict[str, Kinds] = {
 ARGUMENT_KINDS: dict[str, Kinds] = {  # of the arguments that code reads
     "pretrained_model_name_or_path": TEXT, "student": TEXT, "algorithm": TEXT, "reward": (list, type(None)),
     "resolution": (int, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
-    "gradient_accumulation_steps": (int, type(None)),
+    "gradient_accumulation_steps": (int, type(None)), "teacher_lora": (list, type(None)), "init_lora": TEXT,
 }  # fmt: skip
+LORA_KINDS: dict[str, Kinds] = {"name": str, "scale": float, "sha256": str}
 SCHEDULER_KINDS: dict[str, Kinds] = {
     "_class_name": str, "num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": str,
     "trained_betas": (list, type(None)), "rescale_betas_zero_snr": bool, "prediction_type": str, "eta": float,
@@ -84,6 +87,7 @@ class StudentConfig:
             `averaged`, and all `arguments`; empty if unknown.
         weights_sha256, scheduler_sha256: digests of a LoRA student's weights and of its stock scheduler's
             configuration, which reveal damage; None if unknown.
+        base_loras: `name`, `scale` and `sha256` of the LoRAs that a LoRA student's base model must have.
         version: the release of this package that made it.
         format_version: of this file.
     """
@@ -100,8 +104,17 @@ class StudentConfig:
     training: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
     scheduler_sha256: str | None = None
+    base_loras: list[dict[str, Any]] = field(default_factory=list)
     version: str | None = field(default_factory=package_version)
-    format_version: int = FORMAT_VERSION
+    format_version: int = WITHOUT_LORAS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format_version", FORMAT_VERSION if self.base_loras else WITHOUT_LORAS)
+
+    @property
+    def loras(self) -> list[Lora]:
+        """The LoRAs that its base model must have."""
+        return [Lora(each["name"], each["scale"]) for each in self.base_loras]
 
     @property
     def is_lora(self) -> bool:
@@ -188,8 +201,18 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     check_kinds(training, TRAINING_KINDS, "training's ")
     arguments = training.get("arguments", {})
     check_kinds(arguments, ARGUMENT_KINDS, "training's argument ")
-    if not all(isinstance(reward, str) for reward in arguments.get("reward") or []):
-        raise ValueError("training's argument reward should hold text")
+    _check_loras(entries.get("base_loras", []))
+    for name in ("reward", "teacher_lora"):
+        if not all(isinstance(each, str) for each in arguments.get(name) or []):
+            raise ValueError(f"training's argument {name} should hold text")
+
+
+def _check_loras(loras: list[Any]) -> None:
+    whole = all(isinstance(each, dict) and each.keys() == LORA_KINDS.keys() for each in loras)
+    if len(loras) > MOST_LORAS or not whole:
+        raise ValueError("base_loras should hold a few LoRAs, each with name, scale and sha256")
+    for each in loras:
+        check_entries(each, LORA_KINDS, {"scale": (-1000, 1000)}, "base_loras' ")
 
 
 def check_scheduler(config: Mapping[str, Any], inside: str = "") -> None:

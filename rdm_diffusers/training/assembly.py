@@ -12,10 +12,23 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
+from ..adapters import fill_adapter
 from ..config import LoraStudentConfig, RunConfig
 from ..distillation import GNDM, Draws, RunningMeans, draw_samples
-from ..families import Conditioning, Family, PromptOptions, Teacher, check_lora, load_denoiser, load_teacher
-from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
+from ..families import (
+    Conditioning,
+    Family,
+    Lora,
+    LoraLayers,
+    PromptOptions,
+    Teacher,
+    add_layers,
+    check_lora,
+    load_denoiser,
+    load_teacher,
+    read_lora,
+)
+from ..networks import ADAPTERS, FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..rewards import WeightedReward
 from ..schedulers import RdmScheduler
 from ..sharding import is_sharded, is_sharded_launch
@@ -48,16 +61,18 @@ def load(config: RunConfig, device: torch.device) -> Teacher:
         teacher.pretrained_vae_model_name_or_path,
         config.student.quantization,
         device,
+        [Lora.parse(each) for each in teacher.teacher_lora],
     )
     prepare_vae(loaded.pipeline.vae, config.memory)
     return loaded
 
 
-def load_trained(config: RunConfig) -> ModelMixin:
+def load_trained(config: RunConfig, teacher: Teacher) -> ModelMixin:
     """The network that a full student begins with: the teacher's, in float32."""
-    teacher = config.teacher
-    source = (teacher.pretrained_model_name_or_path, torch.float32, teacher.revision, teacher.variant)
-    return load_denoiser(*source).eval()
+    source = config.teacher
+    denoiser = load_denoiser(teacher.name, torch.float32, source.revision, source.variant).eval()
+    add_layers(denoiser, teacher.lora_layers)
+    return denoiser
 
 
 def make_scheduler(teacher: Teacher, num_steps: int, eta: float) -> RdmScheduler:
@@ -120,17 +135,23 @@ def make_networks(
 
 def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, accelerator: Accelerator) -> Networks:
     """A run's networks, on its devices, compiled if that is asked for; `nothing` is the empty prompt, of length 1."""
+    student = config.student
+    start: LoraLayers = {}
+    if isinstance(student, LoraStudentConfig) and student.init_lora:
+        start = read_lora(teacher.pipeline, Lora.parse(student.init_lora))[teacher.family.denoiser_name]
     networks = make_networks(
         config,
         teacher.family,
         teacher.denoiser,
-        partial(load_trained, config),
+        partial(load_trained, config, teacher),
         schedule=teacher.schedule.to(accelerator.device),
         prediction_type=teacher.prediction_type,
         null_conditioning=nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision]),
         guidance_scale=guidance_outside(config, teacher.family, teacher.pipeline),
         compute_dtype=None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision],
     )
+    if start and isinstance(networks, SharedBase):
+        fill_adapter(networks.layers, ADAPTERS[STUDENT], start)
     place(networks, accelerator)
     for denoiser in networks.modules:
         if config.memory.channels_last:

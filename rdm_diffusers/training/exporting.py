@@ -87,7 +87,7 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
         config.changed("memory", gradient_checkpointing=False),
         teacher.family,
         teacher.denoiser,
-        lru_cache(partial(load_trained, config)),  # so one network serves as every role
+        lru_cache(partial(load_trained, config, teacher)),  # so one network serves as every role
         schedule=teacher.schedule,
         prediction_type=teacher.prediction_type,
         null_conditioning=Conditioning({}),
@@ -105,7 +105,7 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
     weights, scheduler = networks.student_weights(), make_scheduler(teacher, method.num_student_steps, method.eta)
     if config.is_lora:
         origin = {"revision": source.revision, "variant": source.variant, "training": training}
-        export_lora(folder, teacher, weights, scheduler, **origin)
+        export_lora(folder, teacher, weights, scheduler, student_base=config.student_base, **origin)
     else:
         export_full(folder, teacher, weights, teacher.denoiser.config, scheduler, training)
 

@@ -61,6 +61,8 @@ def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: 
     stock, name = teacher.pipeline, teacher.family.denoiser_name
     # The student shares all networks but its own with its teacher.
     parts = {key: part for key, part in stock.components.items() if isinstance(part, torch.nn.Module) and key != name}
+    if teacher.loras and config.student_base == "teacher":
+        parts = {"vae": stock.vae}  # the student's pipeline adds the LoRAs to its text encoders itself
     if config.student.quantization and config.is_lora:
         origin = (source.pretrained_model_name_or_path, dtype, source.revision, source.variant)
         parts[name] = load_denoiser(*origin, config.student.quantization, device)
@@ -71,7 +73,7 @@ def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: 
     arguments = shown_arguments(config.as_arguments())
     metrics = save_samples(output_dir / "samples.png", stock, student, scale, shown, at_once)
     write_metrics(output_dir / "metrics.json", metrics, arguments, shown)
-    if is_tiny(teacher.name) and config.output.num_eval_images:
+    if is_tiny(teacher.name) and not teacher.loras and config.output.num_eval_images:
         metrics = tiny_metrics(stock, student, scale, config.output.num_eval_images, teacher.name)
         write_metrics(output_dir / "metrics.json", metrics, arguments, shown)
     print(f"\n{as_table(metrics)}")

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config import RunConfig
+from ..families import Lora
 from ..folders import aside
 from ..hub import check_push, check_student, push_student, write_card
 from ..hub.push import existing_tags, retry_command, unfinished
@@ -31,7 +32,10 @@ def check_hub(config: RunConfig, accelerator: Accelerator) -> None:
     if not hub.push_to_hub or config.output.dry_run or not accelerator.is_main_process:
         return
     if config.is_lora:
-        check_available_to_others(teacher.pretrained_model_name_or_path, teacher.pretrained_vae_model_name_or_path)
+        loras = [Lora.parse(each).place[0] for each in teacher.teacher_lora]
+        own = loras if config.student_base == "teacher" else []
+        names = (teacher.pretrained_model_name_or_path, teacher.pretrained_vae_model_name_or_path, *own)
+        check_available_to_others(*names)
     check_push(repository(config), private=hub.hub_private_repo, revision=hub.hub_revision)
 
 

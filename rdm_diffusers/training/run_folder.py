@@ -28,6 +28,7 @@ FREE_ON_RESUME = {each.name for each in all_settings() if each.flag.free} | {"co
 PROMPTS, PROMPTS_DIGEST = {
     "prompts_file", "dataset_name", "dataset_config_name", "dataset_split", "caption_column", "max_train_samples",
 }, "prompts_sha256"  # fmt: skip
+LORAS_DIGEST = "loras_sha256"
 
 
 def make_writable(folder: str | Path, flag: str) -> None:
@@ -120,7 +121,8 @@ def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     changed = [name for name in then if name not in free and now.get(name) != then[name]]
     if changed:
         differences = {name: f"--{name} (was {then[name]}, is {now.get(name)})" for name in changed}
-        flags = ", ".join((differences | {PROMPTS_DIGEST: "other prompts"})[name] for name in changed)
+        named = {PROMPTS_DIGEST: "other prompts", LORAS_DIGEST: "other contents of --teacher_lora or --init_lora"}
+        flags = ", ".join((differences | named)[name] for name in changed)
         raise ValueError(f"The checkpoint was made with other arguments: {flags}; set them back or start a new run.")
 
 

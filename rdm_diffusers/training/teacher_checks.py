@@ -19,6 +19,7 @@ from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .assembly import lora_config, make_scheduler, prompt_options
 from .devices import prepare_denoiser, prepare_vae
+from .lora_checks import check_loras
 from .memory_model import meta_models, meta_pipeline
 from .run_folder import make_writable
 
@@ -37,6 +38,8 @@ def check_with_teacher(config: RunConfig) -> None:
     family = family_of(index)
     if config.is_lora:
         check_lora(family)
+    if config.loras:
+        check_loras(config, index, family)
     family.check_options(prompt_options(config))
     networks, scheduler = _on_meta(config.teacher, index, family)
     if {family.denoiser_name, "vae"} <= networks.keys():  # else loading says what is missing

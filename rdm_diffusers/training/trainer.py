@@ -144,6 +144,8 @@ class Trainer:
             "num_processes": accelerator.num_processes,
             "prompts_sha256": digest_of_texts(self.prompts),
         }
+        if config.loras:
+            self.arguments["loras_sha256"] = [lora.digest() for lora in config.loras]
         if self.checkpoint:
             check_resumable(self.arguments, read_record(self.checkpoint)["arguments"])
         check_with_teacher(config)
@@ -234,7 +236,8 @@ class Trainer:
             export_full(self.folder, self.teacher, weights, trained, scheduler, training)
         else:
             origin = {"revision": source.revision, "variant": source.variant, "training": training}
-            export_lora(self.folder, self.teacher, weights, scheduler, **origin)
+            base = self.config.student_base
+            export_lora(self.folder, self.teacher, weights, scheduler, student_base=base, **origin)
         return self.folder
 
     def evaluate(self) -> None:
