@@ -230,7 +230,11 @@ class Family(ABC):
 
     @abstractmethod
     def stock_scheduler(
-        self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
+        self,
+        teacher_scheduler: SchedulerMixin,
+        num_student_steps: int,
+        eta: float = 1.0,
+        grid: Sequence[float] = (),
     ) -> SchedulerMixin:
         """A scheduler of diffusers itself whose saved configuration samples the student without further arguments.
 
@@ -238,4 +242,6 @@ class Family(ABC):
             teacher_scheduler: any scheduler with the teacher's noise schedule.
             num_student_steps: K.
             eta: the student's stochasticity, 1 or 0; stock schedulers support nothing in between.
+            grid: timesteps, or sigmas of flow, that the pipeline's call will name, as `timesteps` or `sigmas`; by
+                default it names none, and the scheduler lays the even grid.
         """

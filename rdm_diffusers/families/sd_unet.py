@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from .base import Conditioning, Family, PromptOptions, encoding_device
@@ -57,16 +64,25 @@ class StableDiffusionFamily(Family):
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def stock_scheduler(
-        self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
+        self,
+        teacher_scheduler: SchedulerMixin,
+        num_student_steps: int,
+        eta: float = 1.0,
+        grid: Sequence[float] = (),
     ) -> SchedulerMixin:
-        scheduler = LCMScheduler if eta else DDIMScheduler
-        settings = {"original_inference_steps": num_student_steps} if eta else {"set_alpha_to_one": True}
-        accepted = inspect.signature(scheduler.__init__).parameters
-        return scheduler.from_config(
-            {name: value for name, value in teacher_scheduler.config.items() if name in accepted},
-            timestep_spacing="trailing",
-            steps_offset=1,  # stock pipelines insist on it; trailing grids do not use it
-            clip_sample=False,
-            thresholding=False,
-            **settings,
-        )
+        scheduler: Any = LCMScheduler if eta else DDIMScheduler
+        known = inspect.signature(scheduler.__init__).parameters
+        config = {name: value for name, value in teacher_scheduler.config.items() if name in known}
+        usual = {"timestep_spacing": "trailing", "steps_offset": 1, "thresholding": False}  # pipelines want the offset
+        if grid and not eta:  # DDIMScheduler takes no timesteps; of order 1 this one is the same
+            scheduler, own = DPMSolverMultistepScheduler, {"solver_order": 1}
+            known = inspect.signature(scheduler.__init__).parameters
+            config = {name: value for name, value in config.items() if name in known}
+        elif grid:  # any timestep may be told, and even x0 at timestep 1 is what the network says
+            known_times = len(teacher_scheduler.alphas_cumprod)
+            own = {"original_inference_steps": known_times, "timestep_scaling": 1e4, "clip_sample": False}
+        elif eta:
+            own = {"original_inference_steps": num_student_steps, "clip_sample": False}
+        else:
+            own = {"set_alpha_to_one": True, "clip_sample": False}
+        return scheduler.from_config(config, **usual, **own)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, full_name, rebuilt
 from ..folders import aside, clear_aside, sync, sync_tree
-from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
+from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig, stock_scheduler
 from ..pipelines.lora_file import digest_of_lora
 from ..schedulers import RdmScheduler
 from ..untrusted import digest_of
@@ -119,7 +119,7 @@ def export_lora(
         WritingError: for example on a full disk.
     """
     family, component = teacher.family, teacher.family.denoiser_name
-    stock = family.stock_scheduler(teacher.pipeline.scheduler, len(scheduler.timesteps), scheduler.config.eta)
+    stock = stock_scheduler(scheduler, family, teacher.pipeline.scheduler)
     names = {"base_model_name_or_path": full_name(teacher.name), "vae": teacher.vae and full_name(teacher.vae)}
     with replacing(folder) as new:
         layers = {f"{component}_lora_layers": dict(weights)}

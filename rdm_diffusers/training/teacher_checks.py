@@ -17,7 +17,7 @@ from ..config import LoraStudentConfig, RunConfig, TeacherConfig
 from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, load_tiny_vae, pipeline_config
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
-from .assembly import lora_config, make_scheduler, prompt_options
+from .assembly import lora_config, prompt_options, student_scheduler, teacher_shift
 from .devices import prepare_denoiser, prepare_vae
 from .memory_model import meta_models, meta_pipeline
 from .run_folder import make_writable
@@ -78,8 +78,20 @@ def _check_steps(config: RunConfig, teacher: Teacher) -> None:
         raise ValueError(
             f"--num_student_steps is {steps}; this teacher knows {times} times, so it must be at most that."
         )
+    is_flow, own = teacher.schedule.is_flow, config.times
+    if own.student_timesteps and is_flow:
+        raise ValueError("--student_timesteps is for other teachers than this one of flow; give --student_sigmas.")
+    if own.student_sigmas and not is_flow:
+        raise ValueError("--student_sigmas is for teachers of flow, which this one is not; give --student_timesteps.")
+    if max(own.student_timesteps, default=0) >= times:
+        raise ValueError(
+            f"--student_timesteps has {max(own.student_timesteps)}; this teacher knows {times} times, so each must be "
+            f"below {times}."
+        )
+    if own.student_grid == "shifted" and teacher_shift(teacher, config) == 1:
+        raise ValueError("--student_grid shifted would have no effect, as this teacher has no shift; leave it out.")
     try:
-        make_scheduler(teacher, steps, config.method.eta)
+        student_scheduler(teacher, config)
     except ValueError as error:
         raise ValueError(
             f"--num_student_steps is {steps}, for which the stock scheduler of --eta {config.method.eta:g} lays no "
