@@ -28,6 +28,8 @@ def check(config: RunConfig) -> None:
     _check_memory(config)
     _check_rates_and_output(config)
     _check_grid(config)
+    _check_guidance(config)
+    _check_distributions(config)
     _check_groups(config)
 
 
@@ -159,4 +161,27 @@ def _check_grid(config: RunConfig) -> None:
             raise ValueError(
                 f"--num_student_steps is {config.method.num_student_steps}, and --{name} has {len(grid)} steps; leave "
                 "--num_student_steps out, which follows from it."
+            )
+
+
+def _check_guidance(config: RunConfig) -> None:
+    interval = config.times.guidance_interval
+    if interval and not (len(interval) == 2 and interval[0] < interval[1]):
+        raise ValueError(f"--guidance_interval is {' '.join(map(str, interval))}; give two numbers, the lower first.")
+    for name in ("guidance_interval", "decoupled_guidance"):
+        if getattr(config.times, name) and config.target.teacher_target == "samples":
+            raise ValueError(f"--{name} is for --teacher_target score, because a target is not guided; leave it out.")
+        if getattr(config.times, name) and config.method.guidance_scale == 1:
+            raise ValueError(f"--{name} would have no effect with --guidance_scale 1, which is no guidance.")
+
+
+def _check_distributions(config: RunConfig) -> None:
+    times = config.times
+    if "logit_normal" in (times.renoising_time_distribution, times.fake_time_distribution):
+        return
+    for name, usual in (("logit_mean", 0), ("logit_std", 1)):
+        if getattr(times, name) != usual:
+            raise ValueError(
+                f"--{name} would have no effect; leave it out, or add --renoising_time_distribution logit_normal or "
+                "--fake_time_distribution logit_normal."
             )

@@ -150,8 +150,8 @@ class Family(ABC):
         """Arguments of the stock pipeline for a student: guidance off, or the value that is its denoiser's input."""
         return {"guidance_scale": 0.0}
 
-    def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
-        """The guided output u + w (c - u), from the outputs without and with the prompt `[B, C, H, W]`."""
+    def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
+        """The guided output u + w (c - u), without and with the prompt `[B, C, H, W]`; w may be `[B, 1, 1, 1]`."""
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:

@@ -70,19 +70,15 @@ class StableDiffusionFamily(Family):
         eta: float = 1.0,
         grid: Sequence[float] = (),
     ) -> SchedulerMixin:
-        scheduler: Any = LCMScheduler if eta else DDIMScheduler
-        known = inspect.signature(scheduler.__init__).parameters
-        config = {name: value for name, value in teacher_scheduler.config.items() if name in known}
-        usual = {"timestep_spacing": "trailing", "steps_offset": 1, "thresholding": False}  # pipelines want the offset
-        if grid and not eta:  # DDIMScheduler takes no timesteps; of order 1 this one is the same
-            scheduler, own = DPMSolverMultistepScheduler, {"solver_order": 1}
-            known = inspect.signature(scheduler.__init__).parameters
-            config = {name: value for name, value in config.items() if name in known}
-        elif grid:  # any timestep may be told, and even x0 at timestep 1 is what the network says
-            known_times = len(teacher_scheduler.alphas_cumprod)
-            own = {"original_inference_steps": known_times, "timestep_scaling": 1e4, "clip_sample": False}
-        elif eta:
-            own = {"original_inference_steps": num_student_steps, "clip_sample": False}
-        else:
-            own = {"set_alpha_to_one": True, "clip_sample": False}
-        return scheduler.from_config(config, **usual, **own)
+        usual: Any = LCMScheduler if eta else DDIMScheduler
+        kind = usual
+        own: dict[str, Any] = {"original_inference_steps": num_student_steps} if eta else {"set_alpha_to_one": True}
+        if grid and eta:  # any timestep may be told, and even at timestep 1 the network's x0 is taken as it is
+            own = {"original_inference_steps": len(teacher_scheduler.alphas_cumprod), "timestep_scaling": 1e4}
+        elif grid:  # DDIMScheduler takes no timesteps; of order 1 this one is the same
+            kind, own = DPMSolverMultistepScheduler, {"solver_order": 1}
+        accepted, known = (inspect.signature(each.__init__).parameters for each in (usual, kind))
+        config = {name: value for name, value in teacher_scheduler.config.items() if name in accepted}
+        config |= {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
+        config |= {"steps_offset": 1}  # stock pipelines insist on it; trailing grids do not use it
+        return kind.from_config({name: value for name, value in config.items() if name in known}, **own)

@@ -61,7 +61,7 @@ def stock_scheduler(scheduler: SchedulerMixin, family: Family, like: SchedulerMi
     return family.stock_scheduler(like or scheduler, len(own or range(STEPS)), config.eta, grid)
 
 
-def stock_grid(scheduler: RdmScheduler, family: Family) -> dict[str, list]:
+def stock_grid(scheduler: RdmScheduler, family: Family) -> dict[str, Any]:
     """What a stock pipeline must be called with to lay the student's grid: its `timesteps`, or for flow its `sigmas`.
 
     Empty where the exported scheduler lays it by itself, given the number of steps.

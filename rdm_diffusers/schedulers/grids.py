@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+Level = TypeVar("Level", float, Tensor)
 TOLERANCE = 1e-6  # two float32 sigmas this close count as equal
 
 
@@ -56,7 +59,7 @@ def _shifted_sigmas(config: Any, count: int, sigmas: Sequence[float], mu: float 
     return [1 - (1 - s) * (1 - config.shift_terminal) / length for s in result]
 
 
-def shifted(level: Any, shift: float) -> Any:
+def shifted(level: Level, shift: float) -> Level:
     """Noise levels in [0, 1], a number or a tensor, with the shift of flow schedulers: above 1 is towards noise."""
     return shift * level / (1 + (shift - 1) * level)
 

@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from ..config import LoraStudentConfig, RunConfig
-from ..distillation import GNDM, Draws, RunningMeans, draw_samples
+from ..distillation import GNDM, Draws, RunningMeans, TimeDistribution, draw_samples
 from ..families import Conditioning, Family, PromptOptions, Teacher, check_lora, load_denoiser, load_teacher
 from ..networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..rewards import WeightedReward
@@ -88,8 +88,9 @@ def teacher_shift(teacher: Teacher, config: RunConfig) -> float:
     if not settings.get("use_dynamic_shifting"):
         return settings.get("shift", settings.get("flow_shift", 1.0)) if teacher.schedule.is_flow else 1.0
     _, height, width = teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution)
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    mu = calculate_shift(height * width // 4, *(settings[name] for name in names))  # patches of 2 x 2 in all of them
+    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    bounds = (settings.get(name, value) for name, value in usual.items())
+    mu = calculate_shift(height * width // 4, *bounds)  # all such teachers read patches of 2 x 2
     return math.exp(mu) if settings.time_shift_type == "exponential" else mu
 
 
@@ -149,6 +150,7 @@ def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, 
         prediction_type=teacher.prediction_type,
         null_conditioning=nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision]),
         guidance_scale=guidance_outside(config, teacher.family, teacher.pipeline),
+        guidance_interval=config.times.guidance_interval,
         compute_dtype=None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision],
     )
     place(networks, accelerator)
@@ -180,6 +182,8 @@ def make_distillation(
     """Gathers what stays the same through a run."""
     method, optimisation = config.method, config.optimisation
     draws = Draws(optimisation.seed, method.group_size, accelerator.device)
+    times, shift = config.times, teacher_shift(teacher, config)
+    distribution = partial(TimeDistribution, mean=times.logit_mean, std=times.logit_std, shift=shift)
     return Distillation(
         networks=networks,
         scheduler=student_scheduler(teacher, config),
@@ -192,6 +196,9 @@ def make_distillation(
         micro_batch_size=optimisation.train_batch_size,
         rewards=join_rewards(rewards, teacher, draws.device, config) if rewards else None,
         num_renoisings=method.num_renoisings,
+        renoising_distribution=distribution(times.renoising_time_distribution),
+        fake_distribution=distribution(times.fake_time_distribution),
+        decoupled_guidance=times.decoupled_guidance,
         importance_weighting=method.importance_weighting,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
