@@ -13,6 +13,8 @@ What it does, and the flags that steer it:
   --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
 - the target: the guided teacher's score, or with --teacher_target samples the score of its images, which a LoRA learns
   first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank
+- guidance of that score by noise level: --guidance_interval, --decoupled_guidance; times of R_dm and of the fake score:
+  --renoising_time_distribution, --fake_time_distribution, --logit_mean, --logit_std
 - groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,
   --num_renoisings
 - external rewards: --reward name[=weights][:weight], --reward_dtype, --reward_share, --reward_combination,

@@ -10,13 +10,14 @@ import diffusers
 import pytest
 import torch
 from parts import PROMPTS, run_arguments, train_only
+from parts_families import CALLS, MAKERS, make_pipeline
 from parts_sd3 import TOKENS, make_sd3_pipeline
 from torch import Tensor
 
 from rdm_diffusers import RdmDistillationPipeline, RdmScheduler
 from rdm_diffusers.config import RunConfig, TimesConfig
 from rdm_diffusers.config.command_line import parse_args
-from rdm_diffusers.families import FAMILIES
+from rdm_diffusers.families import FAMILIES, PromptOptions
 from rdm_diffusers.hub import write_card
 from rdm_diffusers.hub.comfyui import comfyui_node, comfyui_sigmas
 from rdm_diffusers.pipelines import StudentConfig, stock_grid, stock_scheduler
@@ -77,6 +78,24 @@ def test_the_cards_call_of_the_stock_pipeline_draws_what_ours_draws(
     ours.save_pretrained(tmp_path / "full")
     full = type(ours).__bases__[1].from_pretrained(tmp_path / "full", **missing)
     assert float((draw(full, **told) - pictures).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_stock_pipeline_takes_the_grid_with_its_exported_scheduler(name: str) -> None:
+    pipeline, family = make_pipeline(name), FAMILIES[name]
+    prediction_type = family.prediction_type(pipeline.scheduler)
+    is_flow = prediction_type == "flow_prediction"
+    grid = {"student_sigmas": [1.0, 0.6]} if is_flow else {"student_timesteps": [999, 300]}
+    settings = {**pipeline.scheduler.config, "steps_offset": 0}
+    ours = RdmScheduler.from_config(settings, prediction_type=prediction_type, eta=0.0, **grid)
+    call = {**CALLS.get(name, {}), **family.unguided(pipeline, PromptOptions()), "output_type": "latent"}
+    told, stock = stock_grid(ours, family), stock_scheduler(ours, family)
+    latents = []
+    for scheduler, steps in ((ours, {"num_inference_steps": 2}), (stock, told)):
+        pipeline.scheduler = scheduler
+        generator = torch.Generator().manual_seed(0)
+        latents.append(pipeline("a red seven", generator=generator, **call, **steps).images)
+    assert float((latents[0] - latents[1]).abs().max()) < TOLERANCE * float(latents[0].abs().max())
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
