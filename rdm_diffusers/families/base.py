@@ -108,7 +108,7 @@ class Family(ABC):
         has_lora: whether the stock pipeline loads LoRAs; if not, students are full ones.
         has_tiny_vae: whether the stock pipeline decodes with an `AutoencoderTiny` in its autoencoder's place.
         bins_resolutions: whether the stock pipeline rounds to the nearest of its own resolutions by default.
-        comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's grid is even.
+        comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's usual grid is even.
         comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
             paths (`kohya`, `stability`), as diffusers does, or None if ComfyUI cannot read one.
         architecture_name: the network's name in ModelSpec, or else among its users.
