@@ -7,11 +7,14 @@
 
 What it does, and the flags that steer it:
 - the objective: --algorithm gndm (group-normalised R_dm, the default), dmd (DMD2's), or gndmr with --reward
-- the student: --num_student_steps, --eta, --rank, --lora_alpha, --lora_layers
+- the student: --num_student_steps, --eta, --rank, --lora_alpha, --lora_layers; its times: --student_timesteps,
+  --student_sigmas or --student_grid
 - the teacher, of any family in the README's table: --resolution, --max_sequence_length,
   --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
 - the target: the guided teacher's score, or with --teacher_target samples the score of its images, which a LoRA learns
   first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank
+- guidance of that score by noise level: --guidance_interval, --decoupled_guidance; times of R_dm and of the fake score:
+  --renoising_time_distribution, --fake_time_distribution, --logit_mean, --logit_std
 - LoRAs to begin with (docs/sharing.md): the teacher's, --teacher_lora PATH_OR_ID[:scale], with --student_base plain or
   teacher; the student's, --init_lora
 - groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,

@@ -24,13 +24,12 @@ from torch.func import functional_call
 
 from .adapters import AdapterSwitch, adapter_parameters, add_adapters, folded_weights
 from .families import Conditioning, Family
-from .prediction import NoiseSchedule, to_x0
-from .sharding import gather
+from .prediction import NoiseSchedule, expand, to_x0
+from .sharding import whole_copies
 
 STUDENT, FAKE_SCORE, TEACHER = ROLES = ("student", "fake_score", "teacher")
 TARGET = "target"  # the teacher with a LoRA that learns from images
 ADAPTERS = {STUDENT: "default", FAKE_SCORE: "fake_score", TARGET: "target"}  # `default` is the name of what is exported
-SEEDS = {ADAPTERS[TARGET]: 0}  # of the target's first weights: runs of all seeds share it
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -43,12 +42,13 @@ class Networks(ABC):
         prediction_type: what the denoisers' output means.
         null_conditioning: the empty prompt, of length 1, for the teacher's guidance.
         guidance_scale: w in u + w (c - u), for the teacher alone; 1 is off.
+        guidance_interval: the times, as shares of the timesteps, between which the teacher is guided; () for all.
         compute_dtype: what trained full networks are cast to (`acting_as`); by default they are not, or not here.
         target_config: the shape of the target's LoRA, which is added to the teacher's network; None for no target.
 
     Attributes:
         calls: samples that went through each role, as `{"student forward": ..., ...}`; a guided one counts twice.
-        step_embedding: the fake score's vector of each student step `[K, D]`, if it has them (`add_step_embedding`).
+        step_embedding: the fake score's vector of each student step `[K, D]`, if it has them.
     """
 
     family: Family
@@ -56,6 +56,7 @@ class Networks(ABC):
     prediction_type: str
     null_conditioning: Conditioning
     guidance_scale: float
+    guidance_interval: tuple[float, ...] = ()
     compute_dtype: torch.dtype | None = None
     target_config: LoraConfig | None = None
     calls: Counter[str] = field(default_factory=Counter, init=False)
@@ -89,26 +90,30 @@ class Networks(ABC):
         return TEACHER if self.target_config is None else TARGET
 
     def predict(
-        self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None = None
-    ) -> Tensor:
+        self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None = None,
+        guided: bool = True,
+    ) -> Tensor:  # fmt: skip
         """The role's x0 for noisy samples.
 
         Args:
-            role: `student`, `fake_score`, `teacher` or `target`; only the teacher is guided.
+            role: `student`, `fake_score`, `teacher` or `target`; only the teacher is guided, unless `guided` is false.
             x_t: `[B, C, H, W]`.
             t: times `[B]`.
             conditioning: of length B.
-            step: which of the student's steps each sample comes from `[B]`; read by a fake score with a step
-                embedding, ignored otherwise.
+            step: the student's step of each sample `[B]`; read by a fake score with a step embedding only.
 
         Returns:
-            x0 `[B, C, H, W]`, float32. Gradients flow to the role's trainable parameters and to x_t; walk them with
-            `backward` only.
+            x0 `[B, C, H, W]`, float32. Gradients flow to the role's parameters and to x_t, by `backward` only.
         """
         self._step = step if role == FAKE_SCORE else None
-        guided = role == TEACHER and self.guidance_scale != 1
-        output = self._guided(x_t, t, conditioning) if guided else self._output(role, x_t, t, conditioning)
+        guided = guided and role == TEACHER and self.guidance_scale != 1
+        output = self._guided(x_t, t, conditioning)[0] if guided else self._output(role, x_t, t, conditioning)
         return to_x0(self.prediction_type, output, x_t, *self.schedule.scales(t, x_t))
+
+    def guidance(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """What guidance adds to the teacher's x0 `[B, C, H, W]`, float32: (w - 1) (c - u) in x0. As `predict` else."""
+        outputs, scales = self._guided(x_t, t, conditioning), self.schedule.scales(t, x_t)
+        return torch.sub(*(to_x0(self.prediction_type, output, x_t, *scales) for output in outputs))
 
     def backward(self, role: str, x0: Tensor, direction: Tensor) -> None:
         """Adds the gradient of `(x0 * direction).sum()` to the role's parameters, with the role restored.
@@ -178,16 +183,14 @@ class Networks(ABC):
         with self.acting_as(role):
             return self.family.denoise(self._network(role), x_t, t, conditioning).float()
 
-    def _guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """The teacher's outputs with guidance and without."""
         both = Conditioning.cat([self.null_conditioning.expand(len(x_t)), conditioning])
         unconditional, conditional = self._output(TEACHER, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return self.family.guide(unconditional, conditional, self.guidance_scale)
-
-
-def _float32_copies(weights: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole, in float32, on the CPU, and unchanged by later updates."""
-    whole = ((name, gather(tensor.detach())) for name, tensor in weights.items())  # every process gathers
-    return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in whole if keep}
+        scale: float | Tensor = self.guidance_scale
+        if self.guidance_interval:
+            scale = expand(torch.where(self.schedule.lie_between(t, *self.guidance_interval), scale, 1.0), x_t)
+        return self.family.guide(unconditional, conditional, scale), conditional
 
 
 @dataclass(eq=False, repr=False)
@@ -204,7 +207,7 @@ class SeparateNetworks(Networks):
     def __post_init__(self) -> None:
         teacher: Any = self.denoisers[TEACHER].requires_grad_(False)
         if self.target_config is not None:
-            add_adapters(teacher, {ADAPTERS[TARGET]: self.target_config}, SEEDS)
+            add_adapters(teacher, {ADAPTERS[TARGET]: self.target_config})
         self._switch = AdapterSwitch(teacher)
 
     def _own_parameters(self, role: str) -> list[nn.Parameter]:
@@ -216,7 +219,7 @@ class SeparateNetworks(Networks):
         return self._switch.on(ADAPTERS[TARGET] if role == TARGET else None)
 
     def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
-        return _float32_copies(self.denoisers[STUDENT].state_dict(), keep)
+        return whole_copies(self.denoisers[STUDENT].state_dict(), keep)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -233,13 +236,12 @@ class SharedBase(Networks):
     Args:
         denoiser: the teacher's network; it is frozen, and both adapters are added to it. The meta device will do.
         lora_config: the shape of both adapters.
-        fold_adapters: compute `W + scale B A` once per update and run the base with those weights, instead of the
-            adapters' own small layers. The same numbers to rounding and fewer operations, at the price of one more copy
-            of the adapted weights per role.
+        fold_adapters: compute `W + scale B A` once per update and run the base with that, instead of the adapters' own
+            small layers: the same to rounding, in fewer operations, for one more copy of the adapted weights per role.
 
     Raises:
-        ValueError: if adapters are to be folded while gradient checkpointing is on, whose recomputation would not see
-            the folded weights, or into a base that is not float32, which would round them away.
+        ValueError: if adapters are to be folded under gradient checkpointing, whose recomputation would not see them,
+            or into a base that is not float32, which would round them away.
     """
 
     denoiser: ModelMixin
@@ -253,8 +255,7 @@ class SharedBase(Networks):
             raise ValueError("--fold_adapters needs a float32 base: a coarser one rounds the adapters away.")
         shapes = {STUDENT: self.lora_config, FAKE_SCORE: self.lora_config, TARGET: self.target_config}
         self.adapters = {role: ADAPTERS[role] for role, shape in shapes.items() if shape is not None}
-        present = {ADAPTERS[role]: shape for role, shape in shapes.items() if shape is not None}
-        add_adapters(self.denoiser.requires_grad_(False), present, SEEDS)
+        add_adapters(self.denoiser.requires_grad_(False), {ADAPTERS[r]: s for r, s in shapes.items() if s is not None})
         self._switch = AdapterSwitch(self.denoiser, stays_off=self.fold_adapters)
         self.layers = self._switch.layers
         self._find_trainable()
@@ -264,7 +265,7 @@ class SharedBase(Networks):
         return self._trainable.get(role, [])
 
     def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
-        return _float32_copies(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]), keep)
+        return whole_copies(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]), keep)
 
     @property
     def modules(self) -> list[nn.Module]:

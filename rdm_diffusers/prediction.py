@@ -47,6 +47,10 @@ class NoiseSchedule:
         """True for flow matching, where `sigma = t / num_train_timesteps` and `alpha = 1 - sigma`."""
         return self.alphas_cumprod is None
 
+    def lie_between(self, t: Tensor, low: float, high: float) -> Tensor:
+        """Whether times lie between two shares of the timesteps in [0, 1], both included; of the shape of `t`."""
+        return (low * self.num_train_timesteps <= t) & (t <= high * self.num_train_timesteps)
+
     def alpha(self, t: Tensor) -> Tensor:
         """Signal scale at times `t`, float32, of the shape of `t`."""
         return 1 - self.sigma(t) if self.is_flow else self._alphas_cumprod(t).sqrt()

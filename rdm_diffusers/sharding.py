@@ -7,6 +7,7 @@ hold whole tensors, so that a file does not depend on the number of processes.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
@@ -53,6 +54,12 @@ def average_in_backward(network: nn.Module, averages: bool) -> None:
 def gather(tensor: Tensor) -> Tensor:
     """A sharded tensor as a whole one on every process, all of which must call this; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_copies(weights: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole copies of tensors, float32, on the CPU. Every process must call this; without `keep` it gets none."""
+    whole = ((name, gather(tensor.detach())) for name, tensor in weights.items())
+    return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in whole if keep}
 
 
 def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from .subjects import (
     TeacherConfig,
 )
 from .target import TargetConfig
+from .times import TimesConfig
 
 __all__ = [
     "FullStudentConfig", "HubConfig", "LoraStudentConfig", "MemoryConfig", "MethodConfig", "OptimisationConfig",
-    "OutputConfig", "PromptsConfig", "RewardsConfig", "RunConfig", "TargetConfig", "TeacherConfig", "all_settings",
+    "OutputConfig", "PromptsConfig", "RewardsConfig", "RunConfig", "TargetConfig", "TeacherConfig", "TimesConfig",
+    "all_settings",
 ]  # fmt: skip

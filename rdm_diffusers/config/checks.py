@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
@@ -29,6 +30,9 @@ def check(config: RunConfig) -> None:
     _check_reuse(config)
     _check_memory(config)
     _check_rates_and_output(config)
+    _check_grid(config)
+    _check_guidance(config)
+    _check_distributions(config)
     _check_groups(config)
 
 
@@ -163,3 +167,41 @@ def _check_groups(config: RunConfig) -> None:
             f"An update has {samples} samples (--train_batch_size x --gradient_accumulation_steps), which is not a "
             f"multiple of {unit} (--group_size x --steps_per_rollout); change one of these four."
         )
+
+
+def _check_grid(config: RunConfig) -> None:
+    times = config.times
+    grids = {name: getattr(times, name) for name in ("student_sigmas", "student_timesteps") if getattr(times, name)}
+    if len(grids) + (times.student_grid != "even") > 1:
+        raise ValueError("--student_sigmas, --student_timesteps and --student_grid exclude each other; give one.")
+    for name, grid in grids.items():
+        if any(earlier <= later for earlier, later in pairwise(grid)):
+            raise ValueError(f"--{name} is {' '.join(map(str, grid))}; each must be below the one before.")
+        if len(grid) != config.method.num_student_steps:
+            raise ValueError(
+                f"--num_student_steps is {config.method.num_student_steps}, and --{name} has {len(grid)} steps; leave "
+                "--num_student_steps out, which follows from it."
+            )
+
+
+def _check_guidance(config: RunConfig) -> None:
+    interval = config.times.guidance_interval
+    if interval and not (len(interval) == 2 and interval[0] < interval[1]):
+        raise ValueError(f"--guidance_interval is {' '.join(map(str, interval))}; give two numbers, the lower first.")
+    for name in ("guidance_interval", "decoupled_guidance"):
+        if getattr(config.times, name) and config.target.teacher_target == "samples":
+            raise ValueError(f"--{name} is for --teacher_target score, because a target is not guided; leave it out.")
+        if getattr(config.times, name) and config.method.guidance_scale == 1:
+            raise ValueError(f"--{name} would have no effect with --guidance_scale 1, which is no guidance.")
+
+
+def _check_distributions(config: RunConfig) -> None:
+    times = config.times
+    if "logit_normal" in (times.renoising_time_distribution, times.fake_time_distribution):
+        return
+    for name, usual in (("logit_mean", 0), ("logit_std", 1)):
+        if getattr(times, name) != usual:
+            raise ValueError(
+                f"--{name} would have no effect; leave it out, or add --renoising_time_distribution logit_normal or "
+                "--fake_time_distribution logit_normal."
+            )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..bounds import PATH, TOKEN, Bound, OneOf, Parser, set_bounds
+from ..bounds import PATH, TOKEN, Bound, Interval, OneOf, Parser, set_bounds
 from ..families import use_token
 from .fields import Setting, settings_of
 from .record import command_line
@@ -65,6 +65,8 @@ def _options(setting: Setting) -> dict[str, Any]:
         return options | {"action": argparse.BooleanOptionalAction}
     if isinstance(bound, OneOf) and isinstance(bound.names, tuple) and len(bound.names) <= FEW:
         options["metavar"] = f"{{{','.join(bound.names)}}}"
+    if setting.is_repeatable and isinstance(bound, Interval):
+        return options | {"action": "extend", "nargs": "+"}
     return options | ({"action": "append"} if setting.is_repeatable else {})
 
 

@@ -55,21 +55,23 @@ class Setting:
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether the flag may be given several times."""
+        """Whether the flag takes several values."""
         return bool(self.default == ())
 
     @property
     def kinds(self) -> tuple[type, ...]:
         """The types that the value has in JSON."""
         bound, empty = self.flag.bound, (type(None),) if self.default in (None, ()) else ()
+        if self.is_repeatable:
+            return (list, *empty)
         if isinstance(bound, Interval):
             return (int if bound.whole else float, *empty)
-        return (list if self.is_repeatable else bool if bound is None else str, *empty)
+        return (bool if bound is None else str, *empty)
 
     def checked(self, value: Any) -> Any:
         """A value of a file, of Python or of the command line as the field holds it; ValueError if it is none."""
         if self.is_repeatable:
-            return tuple(self._checked(one) for one in ([value] if isinstance(value, str) else value))
+            return tuple(self._checked(one) for one in ([value] if isinstance(value, str | float | int) else value))
         return self._checked(value)
 
     def _checked(self, value: Any) -> Any:

@@ -45,6 +45,9 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
     values = {**defaults, **_tiny_defaults(student, {**defaults, **given}), **given}
     values |= _loras(values, rank_is_given="rank" in given)
+    grid = values["student_sigmas"] or values["student_timesteps"]
+    if grid and "num_student_steps" not in given:
+        values["num_student_steps"] = len(grid)
     preset = values["preset"] or ALGORITHM_PRESETS.get(values["algorithm"], "gndm")
     follows = {
         **PRESETS[preset],

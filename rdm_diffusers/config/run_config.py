@@ -28,6 +28,7 @@ from .subjects import (
     TeacherConfig,
 )
 from .target import TargetConfig
+from .times import TimesConfig
 
 STUDENTS = {"lora": LoraStudentConfig, "full": FullStudentConfig}
 # What a checkpoint records of a run beside its configuration.
@@ -40,7 +41,7 @@ class RunConfig:
     """A run's configuration; make one with `RunConfig.of`, which fills in and checks.
 
     Args:
-        teacher, prompts, target, method, rewards, student, optimisation, memory, output, hub: the subjects.
+        teacher, prompts, target, method, times, rewards, student, optimisation, memory, output, hub: the subjects.
         command: the command line that it came from, as others may see it; None where there was none.
     """
 
@@ -48,6 +49,7 @@ class RunConfig:
     prompts: PromptsConfig
     target: TargetConfig
     method: MethodConfig
+    times: TimesConfig
     rewards: RewardsConfig
     student: LoraStudentConfig | FullStudentConfig
     optimisation: OptimisationConfig
@@ -183,8 +185,8 @@ def subjects_of(student: str) -> dict[str, type]:
     """The subjects of a run of a LoRA or a full student, by their names in a `RunConfig`."""
     return {
         "teacher": TeacherConfig, "prompts": PromptsConfig, "target": TargetConfig, "method": MethodConfig,
-        "rewards": RewardsConfig, "student": STUDENTS[student], "optimisation": OptimisationConfig,
-        "memory": MemoryConfig, "output": OutputConfig, "hub": HubConfig,
+        "times": TimesConfig, "rewards": RewardsConfig, "student": STUDENTS[student],
+        "optimisation": OptimisationConfig, "memory": MemoryConfig, "output": OutputConfig, "hub": HubConfig,
     }  # fmt: skip
 
 

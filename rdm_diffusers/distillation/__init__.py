@@ -2,7 +2,7 @@
 
 from .advantages import BIAS_ESTIMATORS, NORMALIZATIONS, fake_score_bias, grouped, leave_one_out_mean, normalizer
 from .combination import COMBINATIONS, GNDMR
-from .distribution_matching import RewardEstimate, estimate_reward, renoising_times
+from .distribution_matching import RewardEstimate, estimate_reward
 from .draws import Draws
 from .importance import IMPORTANCE_WEIGHTINGS, importance_health, importance_weights, log_ratios, revisit
 from .objectives import DMD, GNDM, Advantage, fake_score_direction
@@ -10,12 +10,13 @@ from .reward_gradients import Decode, RewardGradient, differentiable_gradients, 
 from .rollout import Place, Samples, Step, collect_samples, draw_samples, rollout, trained_places
 from .statistics import RunningMeans
 from .tilting import standardised_advantage, tilted_weight
+from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, guidance_times, renoising_times
 
 __all__ = [
-    "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "NORMALIZATIONS", "Advantage",
-    "Decode", "Draws", "Place", "RewardEstimate", "RewardGradient", "RunningMeans", "Samples", "Step",
-    "collect_samples", "differentiable_gradients", "draw_samples", "estimate_reward", "fake_score_bias",
-    "fake_score_direction", "grouped", "importance_health", "importance_weights", "leave_one_out_mean", "log_ratios",
-    "normalizer", "renoising_times", "revisit", "reward_values", "rollout", "standardised_advantage", "tilted_weight",
-    "trained_places",
+    "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "NORMALIZATIONS",
+    "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "Place", "RewardEstimate", "RewardGradient",
+    "RunningMeans", "Samples", "Step", "TimeDistribution", "collect_samples", "differentiable_gradients",
+    "draw_samples", "estimate_reward", "fake_score_bias", "fake_score_direction", "grouped", "guidance_times",
+    "importance_health", "importance_weights", "leave_one_out_mean", "log_ratios", "normalizer", "renoising_times",
+    "revisit", "reward_values", "rollout", "standardised_advantage", "tilted_weight", "trained_places",
 ]  # fmt: skip

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..networks import FAKE_SCORE, Networks
-from ..prediction import NoiseSchedule
+from ..networks import FAKE_SCORE, TEACHER, Networks
 from .rollout import Samples
-
-TAU_RANGE = (0.02, 0.98)  # of the training timesteps, as in DMD2
 
 
 @dataclass(frozen=True)
@@ -57,16 +54,14 @@ class RewardEstimate:
         return (to_fake - to_teacher).flatten(1).mean(1)
 
 
-def renoising_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """tau from uniform numbers in [0, 1): uniform over `TAU_RANGE`, whole numbers unless the schedule is flow."""
-    low, high = (bound * schedule.num_train_timesteps for bound in TAU_RANGE)
-    tau = low + uniform * (high - low)
-    return tau if schedule.is_flow else tau.long()
-
-
 @torch.no_grad()
 def estimate_reward(
-    networks: Networks, samples: Samples, tau: Tensor, noise: Tensor, micro_batch_size: int | None = None
+    networks: Networks,
+    samples: Samples,
+    tau: Tensor,
+    noise: Tensor,
+    micro_batch_size: int | None = None,
+    guidance: tuple[Tensor, Tensor] | None = None,
 ) -> RewardEstimate:
     """Evaluates the real score (the teacher, or its target) and the fake score at x_tau = alpha x̂ + sigma noise.
 
@@ -78,14 +73,21 @@ def estimate_reward(
         tau: re-noising times `[M]`.
         noise: `[M, C, H, W]`.
         micro_batch_size: how many samples go through a network at once; all by default.
+        guidance: times `[M]` and noises `[M, C, H, W]` of its own for what guidance adds to the teacher's x0
+            (Decoupled DMD); by default it is estimated at tau, too.
     """
     x_tau = networks.schedule.add_noise(samples.x0, noise, tau)
-    x0: dict[str, list[Tensor]] = {networks.real_score: [], FAKE_SCORE: []}
+    real, fake = [], []
     for part in samples.micro_batches(micro_batch_size or len(samples)):
-        chunk = samples[part]
-        for role, predictions in x0.items():
-            predictions.append(networks.predict(role, x_tau[part], tau[part], chunk.conditioning, chunk.step))
-    teacher_x0, fake_x0 = torch.cat(x0[networks.real_score]), torch.cat(x0[FAKE_SCORE])
+        chunk, inputs = samples[part], (x_tau[part], tau[part])
+        if guidance is None:
+            real.append(networks.predict(networks.real_score, *inputs, chunk.conditioning, chunk.step))
+        else:
+            t, other_noise = (each[part] for each in guidance)
+            added = networks.guidance(networks.schedule.add_noise(chunk.x0, other_noise, t), t, chunk.conditioning)
+            real.append(networks.predict(TEACHER, *inputs, chunk.conditioning, guided=False) + added)
+        fake.append(networks.predict(FAKE_SCORE, *inputs, chunk.conditioning, chunk.step))
+    teacher_x0, fake_x0 = torch.cat(real), torch.cat(fake)
     schedule, share = networks.schedule, tau / networks.schedule.num_train_timesteps
     scales = schedule.alpha(tau), schedule.sigma(tau)
     return RewardEstimate(samples.x0, teacher_x0, fake_x0, *scales, share, samples.step, samples.weight)

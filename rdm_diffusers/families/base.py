@@ -108,7 +108,7 @@ class Family(ABC):
         has_lora: whether the stock pipeline loads LoRAs; if not, students are full ones.
         has_tiny_vae: whether the stock pipeline decodes with an `AutoencoderTiny` in its autoencoder's place.
         bins_resolutions: whether the stock pipeline rounds to the nearest of its own resolutions by default.
-        comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's grid is even.
+        comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's usual grid is even.
         comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
             paths (`kohya`, `stability`), as diffusers does, or None if ComfyUI cannot read one.
         architecture_name: the network's name in ModelSpec, or else among its users.
@@ -150,8 +150,8 @@ class Family(ABC):
         """Arguments of the stock pipeline for a student: guidance off, or the value that is its denoiser's input."""
         return {"guidance_scale": 0.0}
 
-    def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
-        """The guided output u + w (c - u), from the outputs without and with the prompt `[B, C, H, W]`."""
+    def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
+        """The guided output u + w (c - u), without and with the prompt `[B, C, H, W]`; w may be `[B, 1, 1, 1]`."""
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:
@@ -230,7 +230,11 @@ class Family(ABC):
 
     @abstractmethod
     def stock_scheduler(
-        self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
+        self,
+        teacher_scheduler: SchedulerMixin,
+        num_student_steps: int,
+        eta: float = 1.0,
+        grid: Sequence[float] = (),
     ) -> SchedulerMixin:
         """A scheduler of diffusers itself whose saved configuration samples the student without further arguments.
 
@@ -238,4 +242,6 @@ class Family(ABC):
             teacher_scheduler: any scheduler with the teacher's noise schedule.
             num_student_steps: K.
             eta: the student's stochasticity, 1 or 0; stock schedulers support nothing in between.
+            grid: timesteps, or sigmas of flow, that the pipeline's call will name, as `timesteps` or `sigmas`; by
+                default it names none, and the scheduler lays the even grid.
         """

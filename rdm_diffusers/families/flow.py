@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SchedulerMixin
@@ -26,12 +27,17 @@ class FlowFamily(Family):
         return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def stock_scheduler(
-        self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
+        self,
+        teacher_scheduler: SchedulerMixin,
+        num_student_steps: int,
+        eta: float = 1.0,
+        grid: Sequence[float] = (),
     ) -> SchedulerMixin:
-        """As in `Family`; its sigmas are 1, 1 - 1/K, ..., 1/K, whatever shift the teacher is sampled with."""
+        """As in `Family`; its own sigmas are 1, 1 - 1/K, ..., 1/K, whatever shift the teacher is sampled with."""
+        last = grid[-1] if grid else 1 / num_student_steps
         return FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=teacher_scheduler.config.num_train_timesteps,
-            shift_terminal=1 / num_student_steps if num_student_steps > 1 else None,  # 1 would divide 0 by 0
+            shift_terminal=last if num_student_steps > 1 else None,  # one sigma of 1 would divide 0 by 0
             stochastic_sampling=bool(eta),
         )
 

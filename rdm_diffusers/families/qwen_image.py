@@ -38,7 +38,7 @@ class QwenImageFamily(PackedFlowFamily):
     def unguided(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, Any]:
         return {"true_cfg_scale": 1.0}
 
-    def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+    def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
         """As in `Family`, then each patch is rescaled to its norm without guidance, as in the stock pipeline."""
         guided = pack(super().guide(unconditional, conditional, guidance_scale))
         norm = pack(conditional).norm(dim=-1, keepdim=True)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from .base import Conditioning, Family, PromptOptions, encoding_device
@@ -57,16 +64,21 @@ class StableDiffusionFamily(Family):
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def stock_scheduler(
-        self, teacher_scheduler: SchedulerMixin, num_student_steps: int, eta: float = 1.0
+        self,
+        teacher_scheduler: SchedulerMixin,
+        num_student_steps: int,
+        eta: float = 1.0,
+        grid: Sequence[float] = (),
     ) -> SchedulerMixin:
-        scheduler = LCMScheduler if eta else DDIMScheduler
-        settings = {"original_inference_steps": num_student_steps} if eta else {"set_alpha_to_one": True}
-        accepted = inspect.signature(scheduler.__init__).parameters
-        return scheduler.from_config(
-            {name: value for name, value in teacher_scheduler.config.items() if name in accepted},
-            timestep_spacing="trailing",
-            steps_offset=1,  # stock pipelines insist on it; trailing grids do not use it
-            clip_sample=False,
-            thresholding=False,
-            **settings,
-        )
+        usual: Any = LCMScheduler if eta else DDIMScheduler
+        kind = usual
+        own: dict[str, Any] = {"original_inference_steps": num_student_steps} if eta else {"set_alpha_to_one": True}
+        if grid and eta:  # any timestep may be told, and even at timestep 1 the network's x0 is taken as it is
+            own = {"original_inference_steps": len(teacher_scheduler.alphas_cumprod), "timestep_scaling": 1e4}
+        elif grid:  # DDIMScheduler takes no timesteps; of order 1 this one is the same
+            kind, own = DPMSolverMultistepScheduler, {"solver_order": 1}
+        accepted, known = (inspect.signature(each.__init__).parameters for each in (usual, kind))
+        config = {name: value for name, value in teacher_scheduler.config.items() if name in accepted}
+        config |= {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
+        config |= {"steps_offset": 1}  # stock pipelines insist on it; trailing grids do not use it
+        return kind.from_config({name: value for name, value in config.items() if name in known}, **own)

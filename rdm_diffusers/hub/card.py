@@ -20,8 +20,9 @@ from jinja2 import Environment
 from safetensors import SafetensorError, safe_open
 
 from ..families import CARD, FAMILIES, LORA_FILE, Lora, absent_components, family_of, pipeline_config
-from ..pipelines import StudentConfig
+from ..pipelines import StudentConfig, stock_grid
 from ..pipelines.student_config import REMEDY
+from ..schedulers import RdmScheduler
 from ..tiny import is_tiny
 from ..untrusted import described, write_inside
 from .card_text import (
@@ -38,7 +39,7 @@ from .card_text import (
     read_measurements,
     results,
 )
-from .comfyui import comfyui_node, comfyui_sampler
+from .comfyui import comfyui_node, comfyui_sampler, comfyui_sigmas
 from .student_files import is_hub_id, read_scheduler, student_files
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
@@ -173,7 +174,8 @@ def render(facts: CardFacts) -> ModelCard:
     """The card of a student."""
     student, scheduler_class = facts.student, facts.scheduler["_class_name"]
     absent = [f"{name}=None" for name in facts.absent]
-    call = {"num_inference_steps": student.num_inference_steps, **student.call_arguments}
+    grid = stock_grid(RdmScheduler.from_config(student.scheduler), FAMILIES[student.pipeline_class])
+    call = {**(grid or {"num_inference_steps": student.num_inference_steps}), **student.call_arguments}
     classes = [student.pipeline_class, *([scheduler_class] if student.is_lora else []), facts.vae_class]
     template = Environment(finalize=escaped).from_string(TEMPLATE.read_text("utf-8"))
     content = template.render(
@@ -195,8 +197,10 @@ def render(facts: CardFacts) -> ModelCard:
         call_arguments=Markdown(", ".join(f"{name}={value}" for name, value in call.items())),
         comfyui_file=code(facts.comfyui),
         comfyui_link=Markdown(quote(facts.comfyui or "")),
+        grid=next(iter(grid), None),
         comfyui_sampler=comfyui_sampler(student),
         comfyui_node=Markdown(comfyui_node(student) or ""),
+        comfyui_sigmas=", ".join(f"{sigma:.6g}" for sigma in comfyui_sigmas(student)),
         results=results(facts.metrics, facts.evaluation),
         hyperparameters=hyperparameters(facts),
     )

@@ -26,14 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..families import FAMILIES, LORA_FILE, Family, fetch, pipeline_config
-from ..pipelines import StudentConfig
+from ..pipelines import StudentConfig, stock_grid
 from ..pipelines.student_config import REMEDY
+from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from ..untrusted import read_object
 
 logger = logging.get_logger(__name__)
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+LEAST_SIGNAL = 4.8973451890853435e-08**0.5  # of ComfyUI's schedules of zero terminal SNR
 DISCRETE = {"v_prediction": "v_prediction", "sample": "x0"}  # ComfyUI's names of predictions, if not epsilon
 OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
@@ -238,8 +240,10 @@ def _metadata(title: str, family: Family, student: StudentConfig, weights: Mappi
     """The file's metadata, in the terms of ModelSpec and of kohya's tools."""
     widths = [tensor.shape[1] for name, tensor in weights.items() if name.endswith(f"attn2.to_k{DOWN}")]
     prediction_type, guidance = student.scheduler["prediction_type"], student.call_arguments.get("guidance_scale")
+    sigmas = ", ".join(f"{sigma:.6g}" for sigma in comfyui_sigmas(student))
     hints = (  # in ComfyUI's terms, where a CFG of 1 is off
         f"{student.num_inference_steps} steps, CFG 1, sampler {comfyui_sampler(student)}",
+        f"ManualSigmas {sigmas}" if sigmas else "",
         (comfyui_node(student) or "").replace("*", ""),
         f"embedded guidance {guidance}" if guidance else "",
     )
@@ -264,9 +268,22 @@ def comfyui_node(student: StudentConfig) -> str | None:
     """The node that makes ComfyUI use the student's prediction type and times; None if it needs none."""
     sampling = DISCRETE.get(student.scheduler.get("prediction_type", ""))
     if sampling is None:
-        return FAMILIES[student.pipeline_class].comfyui_shift
+        return None if comfyui_sigmas(student) else FAMILIES[student.pipeline_class].comfyui_shift
     zsnr = "on" if student.scheduler.get("rescale_betas_zero_snr") else "off"
     return f"*ModelSamplingDiscrete* with {sampling} and zsnr {zsnr}"
+
+
+def comfyui_sigmas(student: StudentConfig) -> list[float]:
+    """The noise levels, 0 at the end, that ComfyUI must be told; empty where its scheduler `simple` has the same.
+
+    They are flow's sigmas, or else `sqrt((1 - a^2) / a^2)`, the noise of a sample of unscaled signal.
+    """
+    scheduler = RdmScheduler.from_config(student.scheduler)
+    if not stock_grid(scheduler, FAMILIES[student.pipeline_class]):
+        return []
+    alpha, sigma = scheduler.schedule.alpha(scheduler.timesteps), scheduler.sigmas[:-1]
+    levels = sigma if scheduler.schedule.is_flow else sigma / alpha.clamp(min=LEAST_SIGNAL)
+    return [*levels.tolist(), 0.0]
 
 
 def comfyui_sampler(student: StudentConfig) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..families import FAMILIES, LORA_FILE, STUDENT_CONFIG, Teacher, full_name, rebuilt
 from ..folders import aside, clear_aside, sync, sync_tree
-from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig
+from ..pipelines import CLASSES, RdmDistillationPipeline, StudentConfig, stock_scheduler
 from ..pipelines.lora_file import digest_of_lora
 from ..schedulers import RdmScheduler
 from ..untrusted import digest_of
@@ -125,7 +125,7 @@ def export_lora(
         WritingError: for example on a full disk.
     """
     family, component = teacher.family, teacher.family.denoiser_name
-    stock = family.stock_scheduler(teacher.pipeline.scheduler, len(scheduler.timesteps), scheduler.config.eta)
+    stock = stock_scheduler(scheduler, family, teacher.pipeline.scheduler)
     names = {"base_model_name_or_path": full_name(teacher.name), "vae": teacher.vae and full_name(teacher.vae)}
     adapter = teacher.denoiser.peft_config["default"]
     if teacher.lora_layers and student_base == "plain":

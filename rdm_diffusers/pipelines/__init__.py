@@ -1,6 +1,7 @@
 """Sampling students."""
 
 from .pipeline_rdm import CLASSES, RdmDistillationPipeline
+from .saving import stock_grid, stock_scheduler
 from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
     RdmFluxPipeline,
@@ -27,4 +28,6 @@ __all__ = [
     "RdmZImagePipeline",
     "StudentConfig",
     "is_student",
+    "stock_grid",
+    "stock_scheduler",
 ]

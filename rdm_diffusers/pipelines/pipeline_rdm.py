@@ -212,8 +212,7 @@ class RdmDistillationPipeline(DiffusionPipeline):
             parts["scheduler"] = stock_scheduler(self.scheduler, family)
             rebuilt(family.pipeline_class, self, **parts).save_pretrained(save_directory, **kwargs)
             return
-        steps, eta = student.num_inference_steps, student.scheduler["eta"]
-        parts["scheduler"] = family.stock_scheduler(self.scheduler, steps, eta)
+        parts["scheduler"] = stock_scheduler(RdmScheduler.from_config(student.scheduler), family, self.scheduler)
         stock = rebuilt(family.pipeline_class, self, **parts)
         folder, push = Path(save_directory), kwargs.pop("push_to_hub", False)
         hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if key in kwargs}

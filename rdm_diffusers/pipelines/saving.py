@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.utils import logging, recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -42,15 +43,38 @@ def _merge_adapters(network: Any) -> Any:
     return network
 
 
-def stock_scheduler(scheduler: SchedulerMixin, family: Family) -> SchedulerMixin:
-    """The scheduler of diffusers that samples as this one does."""
+def stock_scheduler(scheduler: SchedulerMixin, family: Family, like: SchedulerMixin | None = None) -> SchedulerMixin:
+    """The scheduler of diffusers that samples as this one does, in a call with the `stock_grid`.
+
+    Args:
+        scheduler: any; only an `RdmScheduler` is replaced.
+        family: the teacher's.
+        like: a scheduler with the same noise schedule, from which other settings are taken; the same one by default.
+    """
     if not isinstance(scheduler, RdmScheduler):
         return scheduler
     config, own = scheduler.config, scheduler.student_grid
     if own is None and scheduler.schedule.is_flow:
         settings = {name: config[name] for name in FLOW}
         return FlowMatchEulerDiscreteScheduler(**settings, stochastic_sampling=bool(config.eta))
-    return family.stock_scheduler(scheduler, len(own or range(STEPS)), config.eta)
+    (grid,) = stock_grid(scheduler, family).values() or [()]
+    return family.stock_scheduler(like or scheduler, len(own or range(STEPS)), config.eta, grid)
+
+
+def stock_grid(scheduler: RdmScheduler, family: Family) -> dict[str, Any]:
+    """What a stock pipeline must be called with to lay the student's grid: its `timesteps`, or for flow its `sigmas`.
+
+    Empty where the exported scheduler lays it by itself, given the number of steps.
+    """
+    own = scheduler.student_grid
+    if own is None:
+        return {}
+    usual = family.stock_scheduler(scheduler, len(own), scheduler.config.eta)
+    usual.set_timesteps(len(own))
+    if torch.allclose(usual.timesteps.double(), torch.tensor(own, dtype=torch.float64), atol=1e-3):
+        return {}
+    name = "sigmas" if scheduler.schedule.is_flow else "timesteps"
+    return {name: list(scheduler.config[f"student_{name}"])}
 
 
 def remove_origins(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The student's few-step sampler."""
 
+from .grids import shifted
 from .scheduling_rdm import RdmScheduler
 from .transitions import RdmSchedulerOutput
 
-__all__ = ["RdmScheduler", "RdmSchedulerOutput"]
+__all__ = ["RdmScheduler", "RdmSchedulerOutput", "shifted"]

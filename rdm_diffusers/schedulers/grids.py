@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+Level = TypeVar("Level", float, Tensor)
 TOLERANCE = 1e-6  # two float32 sigmas this close count as equal
 
 
@@ -49,11 +52,16 @@ def _shifted_sigmas(config: Any, count: int, sigmas: Sequence[float], mu: float 
         if mu is None:
             raise ValueError("use_dynamic_shifting needs mu; give it, or set use_dynamic_shifting to false.")
         shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
-    shifted = [shift * s / (1 + (shift - 1) * s) for s in sigmas or _even_sigmas(count)]
-    length = 1 - shifted[-1]
+    result = [shifted(sigma, shift) for sigma in sigmas or _even_sigmas(count)]
+    length = 1 - result[-1]
     if not config.shift_terminal or not length:
-        return shifted
-    return [1 - (1 - s) * (1 - config.shift_terminal) / length for s in shifted]
+        return result
+    return [1 - (1 - s) * (1 - config.shift_terminal) / length for s in result]
+
+
+def shifted(level: Level, shift: float) -> Level:
+    """Noise levels in [0, 1], a number or a tensor, with the shift of flow schedulers: above 1 is towards noise."""
+    return shift * level / (1 + (shift - 1) * level)
 
 
 def check_grid(grid: Sequence[float], top: float, whole: bool) -> None:

@@ -123,7 +123,7 @@ class RdmScheduler(SchedulerMixin, ConfigMixin):
 
         With another number of steps than it was trained with, a student is sampled on the grid of its exported stock
         scheduler, if that has one: for flow even from its first sigma to its last, for other stochastic students
-        fewer of its own steps.
+        fewer of its own steps. (Students of an explicit grid are exported with a scheduler that expects to be told it.)
 
         Args:
             num_inference_steps: the number of steps; the trained number gives the student's own grid.

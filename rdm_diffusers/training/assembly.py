@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from ..adapters import fill_adapter
 from ..config import LoraStudentConfig, RunConfig
-from ..distillation import GNDM, Draws, RunningMeans, draw_samples
+from ..distillation import GNDM, Draws, RunningMeans, TimeDistribution, draw_samples
 from ..families import (
     Conditioning,
     Family,
@@ -30,7 +32,7 @@ from ..families import (
 )
 from ..networks import ADAPTERS, FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..rewards import WeightedReward
-from ..schedulers import RdmScheduler
+from ..schedulers import RdmScheduler, shifted
 from ..sharding import is_sharded, is_sharded_launch
 from .checkpoints import TrainState
 from .devices import compile_blocks, place, prepare_denoiser, prepare_vae, use_channels_last
@@ -75,17 +77,36 @@ def load_trained(config: RunConfig, teacher: Teacher) -> ModelMixin:
     return denoiser
 
 
-def make_scheduler(teacher: Teacher, num_steps: int, eta: float) -> RdmScheduler:
-    """A few-step sampler on the very grid that the exported stock scheduler will have."""
-    stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, num_steps, eta)
-    stock.set_timesteps(num_steps)
-    if teacher.schedule.is_flow:
-        grid = {"student_sigmas": stock.sigmas[:-1].tolist()}
-    else:
-        grid = {"student_timesteps": stock.timesteps.tolist()}
+def make_scheduler(teacher: Teacher, num_steps: int, eta: float, grid: Sequence[float] = ()) -> RdmScheduler:
+    """A few-step sampler on a grid of timesteps or flow sigmas; by default on that of the exported stock scheduler."""
+    if not grid:
+        stock = teacher.family.stock_scheduler(teacher.pipeline.scheduler, num_steps, eta)
+        stock.set_timesteps(num_steps)
+        grid = (stock.sigmas[:-1] if teacher.schedule.is_flow else stock.timesteps).tolist()
+    own = {"student_sigmas" if teacher.schedule.is_flow else "student_timesteps": list(grid)}
     config = {**teacher.pipeline.scheduler.config, "timestep_spacing": "trailing", "steps_offset": 0}
-    scheduler: RdmScheduler = RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=eta, **grid)
+    scheduler: RdmScheduler = RdmScheduler.from_config(config, prediction_type=teacher.prediction_type, eta=eta, **own)
     return scheduler
+
+
+def student_scheduler(teacher: Teacher, config: RunConfig) -> RdmScheduler:
+    """The sampler of a run's student, on its grid."""
+    count, grid = config.method.num_student_steps, config.times.student_sigmas or config.times.student_timesteps
+    if config.times.student_grid == "shifted":
+        grid = tuple(shifted((count - i) / count, teacher_shift(teacher, config)) for i in range(count))
+    return make_scheduler(teacher, count, config.method.eta, grid)
+
+
+def teacher_shift(teacher: Teacher, config: RunConfig) -> float:
+    """The shift s of a teacher's noise levels, at the run's resolution: u becomes s u / (1 + (s - 1) u). 1 is none."""
+    settings = teacher.pipeline.scheduler.config
+    if not settings.get("use_dynamic_shifting"):
+        return settings.get("shift", settings.get("flow_shift", 1.0)) if teacher.schedule.is_flow else 1.0
+    _, height, width = teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution)
+    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    bounds = (settings.get(name, value) for name, value in usual.items())
+    mu = calculate_shift(height * width // 4, *bounds)  # all such teachers read patches of 2 x 2
+    return math.exp(mu) if settings.time_shift_type == "exponential" else mu
 
 
 def lora_config(family: Family, student: LoraStudentConfig) -> LoraConfig:
@@ -148,6 +169,7 @@ def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, 
         prediction_type=teacher.prediction_type,
         null_conditioning=nothing.to(accelerator.device, DTYPES[config.memory.mixed_precision]),
         guidance_scale=guidance_outside(config, teacher.family, teacher.pipeline),
+        guidance_interval=config.times.guidance_interval,
         compute_dtype=None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision],
     )
     if start and isinstance(networks, SharedBase):
@@ -181,9 +203,11 @@ def make_distillation(
     """Gathers what stays the same through a run."""
     method, optimisation = config.method, config.optimisation
     draws = Draws(optimisation.seed, method.group_size, accelerator.device)
+    times, shift = config.times, teacher_shift(teacher, config)
+    distribution = partial(TimeDistribution, mean=times.logit_mean, std=times.logit_std, shift=shift)
     return Distillation(
         networks=networks,
-        scheduler=make_scheduler(teacher, method.num_student_steps, method.eta),
+        scheduler=student_scheduler(teacher, config),
         objective=make_objective(config),
         prompts=PromptGroups(texts.prompts, texts.embeddings, draws, DTYPES[config.memory.mixed_precision]),
         draws=draws,
@@ -193,6 +217,9 @@ def make_distillation(
         micro_batch_size=optimisation.train_batch_size,
         rewards=join_rewards(rewards, teacher, draws.device, config) if rewards else None,
         num_renoisings=method.num_renoisings,
+        renoising_distribution=distribution(times.renoising_time_distribution),
+        fake_distribution=distribution(times.fake_time_distribution),
+        decoupled_guidance=times.decoupled_guidance,
         importance_weighting=method.importance_weighting,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,

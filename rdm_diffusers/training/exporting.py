@@ -16,7 +16,7 @@ from ..families import Conditioning
 from ..hub import export_full, export_lora
 from ..networks import STUDENT
 from ..untrusted import check_kinds, read_object, real_path
-from .assembly import load, load_trained, make_networks, make_scheduler
+from .assembly import load, load_trained, make_networks, student_scheduler
 from .checkpoint_files import RECORD, damage, files_of, read_part, read_record
 from .checkpoints import copy_into
 
@@ -81,7 +81,7 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
     """
     chosen = chosen_weights(checkpoint, use_ema)
     config = config.changed("student", quantization=None)
-    source, method = config.teacher, config.method
+    source = config.teacher
     teacher = load(config, torch.device("cpu"))
     networks = make_networks(  # with the student's parameters in the order of the run; nothing is sampled with these
         config.changed("memory", gradient_checkpointing=False),
@@ -102,7 +102,7 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, folder: Path, use_ema
         ) from error
     record = read_record(checkpoint)
     training = training_record(record["arguments"], record["update"], chosen == AVERAGED)
-    weights, scheduler = networks.student_weights(), make_scheduler(teacher, method.num_student_steps, method.eta)
+    weights, scheduler = networks.student_weights(), student_scheduler(teacher, config)
     if config.is_lora:
         origin = {"revision": source.revision, "variant": source.variant, "training": training}
         export_lora(folder, teacher, weights, scheduler, student_base=config.student_base, **origin)

@@ -196,7 +196,7 @@ class _Planner:
         """An update's states, predictions, noises and prompts, about."""
         method, samples = self.run.method, self.run.optimisation.samples_per_update
         prompt = sum(tensor.nbytes for tensor in self.prompt.tensors.values())
-        latents = 4 * method.num_student_steps + 8 + 6 * method.num_renoisings
+        latents = 4 * method.num_student_steps + 8 + (6 + self.run.times.decoupled_guidance) * method.num_renoisings
         return int(samples * (latents * self.latent_size + 3 * prompt))
 
     def _trajectory(self, pictures: int, steps: int) -> int:

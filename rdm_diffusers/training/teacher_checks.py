@@ -17,7 +17,7 @@ from ..config import LoraStudentConfig, RunConfig, TeacherConfig
 from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, load_tiny_vae, pipeline_config
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
-from .assembly import lora_config, make_scheduler, prompt_options
+from .assembly import lora_config, prompt_options, student_scheduler, teacher_shift
 from .devices import prepare_denoiser, prepare_vae
 from .lora_checks import check_loras
 from .memory_model import meta_models, meta_pipeline
@@ -81,13 +81,33 @@ def _check_steps(config: RunConfig, teacher: Teacher) -> None:
         raise ValueError(
             f"--num_student_steps is {steps}; this teacher knows {times} times, so it must be at most that."
         )
+    _check_times(config, teacher)
     try:
-        make_scheduler(teacher, steps, config.method.eta)
+        student_scheduler(teacher, config)
     except ValueError as error:
         raise ValueError(
             f"--num_student_steps is {steps}, for which the stock scheduler of --eta {config.method.eta:g} lays no "
             "grid of as many times; choose another number, 1 to 8 is usual."
         ) from error
+
+
+def _check_times(config: RunConfig, teacher: Teacher) -> None:
+    own, is_flow, count = config.times, teacher.schedule.is_flow, teacher.schedule.num_train_timesteps
+    if own.student_timesteps and is_flow:
+        raise ValueError("--student_timesteps is for other teachers than this one of flow; give --student_sigmas.")
+    if own.student_sigmas and not is_flow:
+        raise ValueError("--student_sigmas is for teachers of flow, which this one is not; give --student_timesteps.")
+    if max(own.student_timesteps, default=0) >= count:
+        raise ValueError(
+            f"--student_timesteps has {max(own.student_timesteps)}; this teacher knows {count} times, so each must be "
+            f"below {count}."
+        )
+    for name in ("student_grid", "renoising_time_distribution", "fake_time_distribution"):
+        if getattr(own, name) == "shifted" and teacher_shift(teacher, config) == 1:
+            raise ValueError(f"--{name} shifted would have no effect, as this teacher has no shift; leave it out.")
+    for name in ("guidance_interval", "decoupled_guidance"):
+        if getattr(own, name) and teacher.family.embeds_guidance(teacher.pipeline):
+            raise ValueError(f"--{name} would have no effect: this teacher is guided inside its network; leave it out.")
 
 
 def _check_decoder(config: RunConfig, family: Family, pipeline: DiffusionPipeline, channels: int) -> None:

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from ..distillation import (
     GNDM,
+    UNIFORM,
     Draws,
     Place,
     RunningMeans,
     Samples,
     Step,
+    TimeDistribution,
     collect_samples,
     estimate_reward,
     fake_score_direction,
+    guidance_times,
     importance_health,
     importance_weights,
     log_ratios,
@@ -53,6 +56,9 @@ class Distillation:
     micro_batch_size: int  # samples in one forward or backward
     rewards: ExternalRewards | None = None  # join R_dm
     num_renoisings: int = 1  # how many re-noised copies of each x̂ estimate R_dm
+    renoising_distribution: TimeDistribution = UNIFORM  # of their times
+    fake_distribution: TimeDistribution = UNIFORM  # of the times of the fake score's loss
+    decoupled_guidance: bool = False  # whether the guidance's part of R_dm is estimated at times of its own
     importance_weighting: str = "none"  # of `IMPORTANCE_WEIGHTINGS`, for rollouts that serve several updates
     process_index: int = 0
     num_processes: int = 1  # a group stays whole on one process
@@ -177,9 +183,14 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
     """
     samples, copies = batch.samples, run.num_renoisings
     draws = [batch.visit * copies + copy for copy in range(copies)]
-    tau = torch.cat([renoising_times(run.draws.uniform(f"tau/{n}", batch.keys), run.networks.schedule) for n in draws])
-    noise = torch.cat([run.draws.normal(f"tau_noise/{n}", batch.keys, run.latent_shape) for n in draws])
-    estimate = estimate_reward(run.networks, samples.repeat(copies), tau, noise, run.micro_batch_size)
+    schedule = run.networks.schedule
+    uniform, noise = _draw(run, batch, "tau", draws)
+    tau, all_samples = renoising_times(uniform, schedule, run.renoising_distribution), samples.repeat(copies)
+    guidance = None
+    if run.decoupled_guidance:
+        uniform, guidance_noise = _draw(run, batch, "guidance", draws)
+        guidance = guidance_times(uniform, all_samples.t, schedule), guidance_noise
+    estimate = estimate_reward(run.networks, all_samples, tau, noise, run.micro_batch_size, guidance)
     advantage = run.objective.advantage(estimate, statistics)
     run.checks.note("R_dm", advantage.value, batch.name_of)
     ascent = advantage.value.unflatten(0, (copies, len(samples))).mean(0)
@@ -199,6 +210,12 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
     return health
 
 
+def _draw(run: Distillation, batch: Batch, purpose: str, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """Uniform numbers `[N * M]` and noises `[N * M, C, H, W]` for N copies of a batch, by their numbers."""
+    uniform = torch.cat([run.draws.uniform(f"{purpose}/{n}", batch.keys) for n in numbers])
+    return uniform, torch.cat([run.draws.normal(f"{purpose}_noise/{n}", batch.keys, run.latent_shape) for n in numbers])
+
+
 def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str, Tensor]:
     """Accumulates the fake score's gradients: its denoising loss on the same samples, at fresh times and noises.
 
@@ -206,7 +223,7 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     `run.checks`, which the optimiser's step requires.
     """
     samples, schedule = batch.samples, run.networks.schedule
-    t = denoising_times(run.draws.uniform(f"fake_time/{repeat}", batch.keys), schedule)
+    t = denoising_times(run.draws.uniform(f"fake_time/{repeat}", batch.keys), schedule, run.fake_distribution)
     noise = run.draws.normal(f"fake_noise/{repeat}", batch.keys, run.latent_shape)
     x_t = schedule.add_noise(samples.x0, noise, t)
     weight = output_weight(run.networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
@@ -223,10 +240,10 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     return fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
 
 
-def denoising_times(uniform: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Times of a denoising loss `[B]`, from uniform numbers in [0, 1): uniform over all training timesteps.
+def denoising_times(uniform: Tensor, schedule: NoiseSchedule, distribution: TimeDistribution = UNIFORM) -> Tensor:
+    """Times of a denoising loss `[B]`, from uniform numbers in [0, 1): distributed over all training timesteps.
 
     For flow matching they are never quite 0, where the output is undefined.
     """
-    t = uniform * schedule.num_train_timesteps
+    t = distribution.shares(uniform) * schedule.num_train_timesteps
     return t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()

@@ -1,0 +1,40 @@
+"""Noise levels: where the student steps, R_dm is estimated, the fake score learns, and the teacher is guided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..bounds import OneOf, real, whole
+from ..distillation import TIME_DISTRIBUTIONS
+from .fields import flag
+
+GRIDS = ("even", "shifted")
+
+
+# fmt: off
+@dataclass(frozen=True)
+class TimesConfig:
+    """The student's grid, the distributions of other times, and the teacher's guidance by noise level."""
+
+    student_grid: str = flag(
+        "even", "even: evenly spaced times; shifted: for flow, even noise levels with the teacher's shift",
+        OneOf(GRIDS))
+    student_sigmas: tuple[float, ...] = flag(
+        (), "for flow, the noise levels of the student's steps, descending; they set --num_student_steps",
+        real("(0, 1]"))
+    student_timesteps: tuple[int, ...] = flag(
+        (), "for other teachers, the timesteps of the student's steps, descending; they set --num_student_steps",
+        whole("[1, 100000]"))
+    renoising_time_distribution: str = flag(
+        "uniform", "of the times at which R_dm is estimated; shifted: by the shift of a flow teacher",
+        OneOf(TIME_DISTRIBUTIONS))
+    fake_time_distribution: str = flag(
+        "uniform", "of the times of the fake score's loss", OneOf(TIME_DISTRIBUTIONS))
+    logit_mean: float = flag(0.0, "of logit_normal; above 0 there is more noise", real("[-20, 20]"))
+    logit_std: float = flag(1.0, "of logit_normal", real("(0, 20]"))
+    guidance_interval: tuple[float, ...] = flag(
+        (), "two shares of the timesteps, between which R_dm's teacher is guided; elsewhere it is not; 1 is noise",
+        real("[0, 1]"))
+    decoupled_guidance: bool = flag(
+        False, "estimate what guidance adds to R_dm at noise levels of its own, below the student's own step")
+# fmt: on
