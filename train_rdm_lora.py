@@ -11,7 +11,9 @@ What it does, and the flags that steer it:
 - the teacher, of any family in the README's table: --resolution, --max_sequence_length,
   --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
 - the target: the guided teacher's score, or with --teacher_target samples the score of its images, which a LoRA learns
-  first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank
+  first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank;
+  your own images in it: --train_data_dir, or --dataset_name with --image_column; --caption_column, --target_weight,
+  --center_crop, --random_flip
 - groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,
   --num_renoisings
 - external rewards: --reward name[=weights][:weight], --reward_dtype, --reward_share, --reward_combination,
@@ -27,7 +29,7 @@ What it does, and the flags that steer it:
   --channels_last
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2; --ddp_timeout,
   --sync_each_batch
-- prompts, no images: --prompts_file, or --dataset_name with --caption_column, --dataset_split; --encode_prompts,
+- prompts: --prompts_file, or --dataset_name with --caption_column, --dataset_split; --encode_prompts,
   --encode_batch_size, --cache_dir
 - checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C, SIGTERM and SIGHUP save one too
 - the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,

@@ -114,11 +114,11 @@ def draw_target_images(
         ) from error
     if len(found) < len(parts):
         raise OSError(f"Images of the teacher are missing in {folder}; name a --cache_dir that all processes share.")
-    latents = [load_file(found[number])["latents"] for number in range(len(parts))]
+    drawn = [load_file(found[number])["latents"] for number in range(len(parts))]
     numbers = torch.arange(count)
     prompt_of = torch.tensor([prompts.index(number) for number in range(count)], dtype=torch.long)
     empty = torch.empty(0, *run.latent_shape, dtype=DTYPES[config.memory.mixed_precision])
-    whole = torch.cat([empty, *latents])[:count]
+    whole = torch.cat([empty, *drawn])[:count]
     return TargetImages(folder, whole, prompts, prompt_of, ((1.0, numbers[:, None]),))
 
 
