@@ -70,10 +70,11 @@ def images_of(it) -> target_images.TargetImages:
 
 
 def test_each_image_is_learnt_with_its_own_caption_and_the_teacher_draws_none(argv, tmp_path: Path) -> None:
-    it = make_run(argv(center_crop=True, random_flip=True))
+    it = make_run(argv(center_crop=True, random_flip=True, monitor_images=1))
     assert it.prompts == it.images.captions and sorted(it.prompts) == sorted(CAPTIONS[:IMAGES])
     assert it.networks.calls["teacher forward"] == 2 * 2 * (IMAGES // 20)  # guided: the held-out loss alone
     images = images_of(it)
+    assert it.state.monitor.teacher_contrast == images.latents.std().item()  # the student's is compared with theirs
     numbers = torch.tensor([0, 3, 69])
     small = [picture(CAPTIONS.index(it.prompts[i])).resize((40, 32), Image.Resampling.LANCZOS) for i in numbers]
     squares = [image.crop((4, 0, 36, 32)) for image in small]  # as the example scripts do it
@@ -179,6 +180,7 @@ def path_bytes(number: int) -> bytes:
     ("content", "sentence"),
     [
         ("cut", r"is damaged \(.*\); replace it, or take it out\."),
+        ("gone", r"cannot be read \(No such file or directory\); take it out\."),
         ("noise", r"is no image that can be read here; use PNG, JPEG"),
         ("eps", r"is no image that can be read here; use PNG, JPEG"),
         ("bomb", r"has 9,000 x 9,000 pixels; make it smaller than 67,108,864 in all\."),
@@ -190,11 +192,15 @@ def test_an_image_that_cannot_be_used_is_named_in_one_sentence(content: str, sen
         path.write_bytes(path.read_bytes()[:300])
     elif content == "noise":
         path.write_bytes(b"no image")
+    elif content == "gone":
+        pass
     elif content == "eps":
         picture(4).save(path, "EPS")
     else:
         Image.new("1", (9000, 9000)).save(path)
     images = read(train_data_dir=folder)
+    if content == "gone":
+        path.unlink()
     row = next(i for i in range(IMAGES) if images.captions[i] == CAPTIONS[4]) + 1
     with pytest.raises(
         ValueError, match=rf"--train_data_dir .*: the image of row {row} \(.*04\.png\) {sentence}"

@@ -197,6 +197,8 @@ class Trainer:
         """
         run = (self.distillation, self.teacher, self.config, self.accelerator)
         images = draw_target_images(*run) if self.images is None else user_target_images(self.images, *run)
+        if self.images is not None and self.state.monitor.teacher_contrast is not None:
+            self.state.monitor.teacher_contrast = images.latents.float().std().item()  # whose the student's is to be
         learn_target(self.distillation, images, self.config, self.accelerator, self.folder)
 
     def train(self) -> TrainOutput:

@@ -46,12 +46,14 @@ class UserImages:
     Args:
         rows: the images' files, or the bytes of them, in the column `column`.
         column: as above.
+        numbers: the rows of the images.
         texts: the captions of each image.
         source: the flag that names the images, and its value, for error messages.
     """
 
     rows: Dataset
     column: str
+    numbers: list[int]
     texts: list[list[str]]
     source: str
 
@@ -78,8 +80,9 @@ class UserImages:
         """
         digest = hashlib.sha256()
         for i in tqdm(range(len(self)), desc="read", unit="image", delay=PATIENCE):
-            digest.update(repr((hashlib.sha256(self._bytes(i)).digest(), self.texts[i])).encode())
-            self._open(i).close()
+            content = self._bytes(i)
+            self._open(i, content).close()
+            digest.update(repr((hashlib.sha256(content).digest(), self.texts[i])).encode())
         return digest.hexdigest()
 
     def image(self, index: int, size: int, place: tuple[float, float]) -> Tensor:
@@ -93,7 +96,7 @@ class UserImages:
         Raises:
             ValueError: naming the image, if it cannot be decoded.
         """
-        file = self._open(index)
+        file = self._open(index, self._bytes(index))
         try:
             with file:
                 turned = ImageOps.exif_transpose(file).convert("RGB")
@@ -102,23 +105,22 @@ class UserImages:
             raise ValueError(f"{self._name(index)} is damaged ({error}); replace it, or take it out.") from error
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
 
-    def _open(self, index: int) -> Image.Image:
-        """An image whose pixels are not yet decoded; ValueError if it is none, or too large."""
-        wanted = f"is no image that can be read here; use {', '.join(FORMATS)}"
+    def _open(self, index: int, content: bytes) -> Image.Image:
+        """The image in a file's `content`, not yet decoded; ValueError if it is none, or too large."""
+        problem = f"is no image that can be read here; use {', '.join(FORMATS)}"
         try:
-            image = Image.open(io.BytesIO(self._bytes(index)), formats=FORMATS)
-            width, height = image.size
-            if width * height <= MOST_PIXELS:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if image.width * image.height <= MOST_PIXELS:
                 return image
-            wanted = f"has {width:,} x {height:,} pixels; make it smaller than {MOST_PIXELS:,} in all"
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            wanted = f"has too many pixels; make it smaller than {MOST_PIXELS:,} in all"
-        except Exception as error:  # as above
-            raise ValueError(f"{self._name(index)} {wanted}.") from error
-        raise ValueError(f"{self._name(index)} {wanted}.")
+            problem = f"has {image.width:,} x {image.height:,} pixels; make it smaller than {MOST_PIXELS:,} in all"
+        except Image.DecompressionBombError:
+            problem = f"has too many pixels; make it smaller than {MOST_PIXELS:,} in all"
+        except Exception:  # as above
+            pass
+        raise ValueError(f"{self._name(index)} {problem}.")
 
     def _bytes(self, index: int) -> bytes:
-        found = self.rows[index][self.column] or {}
+        found = self._file(index)
         content = found.get("bytes")
         if content is None:
             try:
@@ -130,9 +132,12 @@ class UserImages:
             raise ValueError(f"{self._name(index)} has more than {MOST_BYTES:,} bytes; make it smaller.")
         return content
 
+    def _file(self, index: int) -> dict[str, Any]:
+        return self.rows[self.numbers[index]][self.column] or {}
+
     def _name(self, index: int) -> str:
-        path = (self.rows[index][self.column] or {}).get("path")
-        return f"{self.source}: the image of row {index + 1}{f' ({path})' if path else ''}"
+        path = self._file(index).get("path")
+        return f"{self.source}: the image of row {self.numbers[index] + 1}{f' ({path})' if path else ''}"
 
 
 def find_user_images(source: PromptsConfig) -> UserImages | None:
@@ -161,7 +166,7 @@ def find_user_images(source: PromptsConfig) -> UserImages | None:
     found = [i for i, captions in enumerate(texts) if captions]
     if len(found) < FEWEST:
         raise ValueError(f"{named} holds {len(found)} images with captions; the target needs at least {FEWEST}.")
-    return UserImages(rows.select(found), column, [texts[i] for i in found], named)
+    return UserImages(rows, column, found, [texts[i] for i in found], named)
 
 
 def _folder(place: str, named: str) -> Dataset:
@@ -206,7 +211,8 @@ def _latents(
     """All latents `[N, C, H, W]`, with their mirror images `[2N, C, H, W]`, and a digest of all that decides them."""
     dtype, vae, target = DTYPES[config.memory.mixed_precision], teacher.pipeline.vae, config.target
     size = run.latent_shape[-1] * teacher.pipeline.vae_scale_factor
-    decides = (images.digest, size, target.center_crop, target.random_flip, dict(vae.config), vae.dtype)
+    settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    decides = (images.digest, size, target.center_crop, target.random_flip, settings, vae.dtype)
     weights = [parameter.double().sum().item() for parameter in vae.parameters()]
     digest = hashlib.sha256(repr((decides, weights)).encode()).hexdigest()[:32]
     folder = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER / digest
