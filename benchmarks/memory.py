@@ -257,7 +257,7 @@ def make_three_copies(
     denoisers = {role: load_denoiser(*source).eval().requires_grad_(False) for role in (STUDENT, FAKE_SCORE)}
     for denoiser in denoisers.values():
         prepare_denoiser(denoiser, config.memory)
-        add_adapters(denoiser, {"default": lora_config(teacher.family, config.student)})
+        add_adapters(denoiser, {"default": lora_config(teacher.family, config.student)}, {})
     networks = SeparateNetworks(
         {**denoisers, TEACHER: teacher.denoiser}, **common(config, teacher, nothing, accelerator)
     )

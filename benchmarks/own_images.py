@@ -3,7 +3,7 @@
     python benchmarks/own_images.py --work_dir /tmp/own_images
 
 Writes 2,400 images with captions, trains a student of the teacher alone and one whose target are these images, for as
-many updates, and measures both against fresh images of that handwriting. It takes about 8 minutes on one free core, and
+many updates, and measures both against fresh images of that handwriting. It takes about 10 minutes on one free core, and
 goes on where it was interrupted. `results/own_images.json`, `docs/images/own_images.png`.
 """
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="where images and students go")
     parser.add_argument("--num_own_images", type=int, default=2400)
     parser.add_argument("--num_images", type=int, default=2400, help="that are measured")
-    parser.add_argument("--max_train_steps", type=int, default=100, help="of both students")
+    parser.add_argument("--max_train_steps", type=int, default=200, help="of both students")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -75,7 +75,7 @@ def main() -> None:
         write_images(images, args.num_own_images)
     plain = {
         "max_train_steps": args.max_train_steps, "validation_steps": 10_000, "report_to": "none", "num_eval_images": 0,
-        "checkpointing_steps": 25, "cache_dir": args.work_dir / "cache",
+        "checkpointing_steps": 50, "cache_dir": args.work_dir / "cache",
     }  # fmt: skip
     own = {**plain, "teacher_target": "samples", "train_data_dir": images, "target_train_steps": 400}
     classifier, references = load_classifier(), load_statistics()

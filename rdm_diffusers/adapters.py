@@ -32,18 +32,22 @@ class _Conv2d(nn.Conv2d):
 CASTING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
 
 
-def add_adapters(denoiser: ModelMixin, adapters: Mapping[str, LoraConfig]) -> None:
+def add_adapters(denoiser: ModelMixin, adapters: Mapping[str, LoraConfig], seeds: Mapping[str, int]) -> None:
     """Adds LoRAs with trainable float32 weights that compute in the dtype of their input.
 
     Args:
         denoiser: changed in place. On the meta device, its adapters are on it, too.
         adapters: the shape of each by its name; all of a denoiser's, because peft freezes those that were there before.
+        seeds: of the adapters whose first weights are not to depend on torch's global generator.
     """
     device = torch.device("meta") if denoiser.device.type == "meta" else nullcontext()
     with warnings.catch_warnings(), device:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
         for name, lora_config in adapters.items():
-            denoiser.add_adapter(lora_config, name)
+            with torch.random.fork_rng(devices=[], enabled=name in seeds):
+                if name in seeds:
+                    torch.manual_seed(seeds[name])
+                denoiser.add_adapter(lora_config, name)
     for parameter in chain(*(adapter_parameters(denoiser, name) for name in adapters)):
         parameter.requires_grad_(True)
         parameter.data = parameter.data.float()

@@ -30,6 +30,7 @@ from .sharding import gather
 STUDENT, FAKE_SCORE, TEACHER = ROLES = ("student", "fake_score", "teacher")
 TARGET = "target"  # the teacher with a LoRA that learns from images
 ADAPTERS = {STUDENT: "default", FAKE_SCORE: "fake_score", TARGET: "target"}  # `default` is the name of what is exported
+SEEDS = {ADAPTERS[TARGET]: 0}  # of the target's first weights: runs of all seeds share it
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -203,7 +204,7 @@ class SeparateNetworks(Networks):
     def __post_init__(self) -> None:
         teacher: Any = self.denoisers[TEACHER].requires_grad_(False)
         if self.target_config is not None:
-            add_adapters(teacher, {ADAPTERS[TARGET]: self.target_config})
+            add_adapters(teacher, {ADAPTERS[TARGET]: self.target_config}, SEEDS)
         self._switch = AdapterSwitch(teacher)
 
     def _own_parameters(self, role: str) -> list[nn.Parameter]:
@@ -252,7 +253,8 @@ class SharedBase(Networks):
             raise ValueError("--fold_adapters needs a float32 base: a coarser one rounds the adapters away.")
         shapes = {STUDENT: self.lora_config, FAKE_SCORE: self.lora_config, TARGET: self.target_config}
         self.adapters = {role: ADAPTERS[role] for role, shape in shapes.items() if shape is not None}
-        add_adapters(self.denoiser.requires_grad_(False), {ADAPTERS[r]: s for r, s in shapes.items() if s is not None})
+        present = {ADAPTERS[role]: shape for role, shape in shapes.items() if shape is not None}
+        add_adapters(self.denoiser.requires_grad_(False), present, SEEDS)
         self._switch = AdapterSwitch(self.denoiser, stays_off=self.fold_adapters)
         self.layers = self._switch.layers
         self._find_trainable()

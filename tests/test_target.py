@@ -212,3 +212,14 @@ def test_a_checkpoint_from_before_there_were_targets_is_resumed_without_one_alon
     check_resumable(now, older)
     with pytest.raises(ValueError, match=r"--teacher_target \(was score, is samples\)"):
         check_resumable(parse_args(["--guidance_scale", "3", "--teacher_target", "samples"]).as_arguments(), older)
+
+
+@STUDENTS
+def test_runs_of_all_seeds_share_one_target(student: str, argv, tmp_path: Path) -> None:
+    runs = [make_run(argv(f"run-{seed}", seed=seed, **own(student)), student) for seed in (1, 2)]
+    first, second = ([p.detach() for p in it.networks.parameters(TARGET)] for it in runs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (folder,) = (tmp_path / "cache").rglob("target-*")
+    folder.rename(folder.with_name("away"))
+    again = make_run(argv("again", seed=3, **own(student)), student).networks.parameters(TARGET)
+    assert all(torch.equal(a, b.detach()) for a, b in zip(first, again, strict=True))

@@ -21,6 +21,9 @@ class TargetConfig:
     num_target_images: int = flag(4800, "images of the teacher that the target learns from", whole("[40, 10000000]"))
     target_inference_steps: int = flag(25, "deterministic steps in which the teacher draws each of them", STEPS)
     target_train_steps: int = flag(1000, "updates of the target, at most", whole("[1, 1000000]"))
+    target_batch_size: int | None = flag(
+        None, "images in one update of the target, over all processes; as many as the student's update has samples, by "
+        "default", whole("[1, 65536]"))
     target_learning_rate: float = flag(
         1e-4, "the target's, which decays to 0", real("(0, inf)"))
     target_weight: float = flag(

@@ -11,7 +11,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
-from ..distillation import Draws, fake_score_direction
+from ..distillation import fake_score_direction
 from ..folders import write_whole
 from ..networks import TARGET, TEACHER
 from ..prediction import output_weight
@@ -35,6 +34,7 @@ from .target_images import TargetImages
 from .updates import Distillation, denoising_times
 
 DAMAGED = "The target in {path} is damaged; it is trained again."
+LOSS = "v_prediction"  # what the loss weighs, whatever the teacher predicts: epsilon's hardly sees high noise
 RECORD = "target.json"  # in the run's folder
 HELD_OUT = 20  # every so many-th image is held out
 MOST_HELD_OUT = 512
@@ -76,12 +76,18 @@ def _digest(run: Distillation, images: TargetImages, config: RunConfig) -> str:
     """Of all that decides the target beside the images."""
     optimisation = config.optimisation
     settings = (
-        config.target, config.student, len(images), optimisation.samples_per_update, run.num_processes,
-        optimisation.seed, optimisation.adam_beta1, optimisation.adam_beta2, optimisation.adam_weight_decay,
+        config.target, getattr(config.student, "quantization", None), len(images), _batch_size(run, config),
+        run.num_processes, optimisation.adam_beta1, optimisation.adam_beta2, optimisation.adam_weight_decay,
         optimisation.adam_epsilon, optimisation.max_grad_norm, config.memory.mixed_precision,
         config.memory.use_8bit_adam,
     )  # fmt: skip
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+
+
+def _batch_size(run: Distillation, config: RunConfig) -> int:
+    """Images in one process's part of an update of the target."""
+    whole = config.target.target_batch_size
+    return config.optimisation.samples_per_update if whole is None else -(-whole // run.num_processes)
 
 
 def _train(
@@ -91,7 +97,7 @@ def _train(
     updates, rate = config.target.target_train_steps, config.target.target_learning_rate
     schedule = config.changed("optimisation", lr_scheduler="cosine", lr_warmup_steps=0, max_train_steps=updates)
     optimizer, every = make_optimizer(parameters, rate, schedule), -(-updates // CHECKS)
-    held_out = images.held_out(HELD_OUT, MOST_HELD_OUT)
+    batch, held_out = _batch_size(run, config), images.held_out(HELD_OUT, MOST_HELD_OUT)
 
     def check(role: str) -> float:
         losses = [
@@ -104,9 +110,9 @@ def _train(
     losses, best = {0: teacher["unguided"]}, (0, [p.detach().clone() for p in parameters])
     bar = tqdm(total=updates, desc="target", disable=not accelerator.is_main_process)
     for update in range(updates):
-        first = (update * run.num_processes + run.process_index) * config.optimisation.samples_per_update
-        keys = range(first, first + config.optimisation.samples_per_update)
-        chosen = images.chosen(one_by_one(run).uniform("target_choice", keys).cpu(), HELD_OUT)
+        first = (update * run.num_processes + run.process_index) * batch
+        keys = range(first, first + batch)
+        chosen = images.chosen(images.draws.uniform("target_choice", keys).cpu(), HELD_OUT)
         _losses(run, images, TARGET, chosen, keys, "target", trains=True)
         optimizer.set_update(update)
         optimizer.step()
@@ -131,11 +137,6 @@ def _train(
     return {"images": len(images), "teacher": teacher, "target": losses, "update": best[0]}
 
 
-def one_by_one(run: Distillation) -> Draws:
-    """The run's random numbers for single images, which are in no groups."""
-    return replace(run.draws, group_size=1)
-
-
 def _losses(
     run: Distillation,
     images: TargetImages,
@@ -152,12 +153,12 @@ def _losses(
     Raises:
         NonFiniteError: if a loss is not finite.
     """
-    networks, schedule, draws = run.networks, run.networks.schedule, one_by_one(run)
+    networks, schedule, draws = run.networks, run.networks.schedule, images.draws
     t = denoising_times(draws.uniform(f"{purpose}_time", keys), schedule)
     noise = draws.normal(f"{purpose}_noise", keys, run.latent_shape)
     x0, conditioning = images.latents[indices].to(draws.device, torch.float32), images.conditioning(indices)
     x_t = schedule.add_noise(x0, noise, t)
-    weight = output_weight(networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
+    weight = output_weight(LOSS, schedule.alpha(t), schedule.sigma(t))
     losses = []
     for start in range(0, len(indices), run.micro_batch_size):
         part = slice(start, start + run.micro_batch_size)

@@ -54,6 +54,11 @@ class TargetImages:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def draws(self) -> Draws:
+        """Random numbers for single images, the same for runs of all seeds."""
+        return self.prompts.draws
+
     def conditioning(self, indices: Tensor) -> Conditioning:
         """The embeddings of the chosen images' prompts, on the device."""
         return self.prompts.once(self.prompt_of[indices].tolist())
