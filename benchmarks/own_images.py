@@ -3,8 +3,8 @@
     python benchmarks/own_images.py --work_dir /tmp/own_images
 
 Writes 2,400 images with captions, trains a student of the teacher alone and one whose target are these images, for as
-many updates, and measures both against fresh images of that handwriting. It takes about 10 minutes on one free core, and
-goes on where it was interrupted. `results/own_images.json`, `docs/images/own_images.png`.
+many updates, and measures both against fresh images of that handwriting: `results/own_images.json`, and the picture
+`docs/images/own_images.png`. An interrupted run goes on. It takes about 10 minutes on one free core.
 """
 
 from __future__ import annotations
