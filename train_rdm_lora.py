@@ -12,7 +12,10 @@ What it does, and the flags that steer it:
 - the teacher, of any family in the README's table: --resolution, --max_sequence_length,
   --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
 - the target: the guided teacher's score, or with --teacher_target samples the score of its images, which a LoRA learns
-  first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank
+  first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank,
+  --target_batch_size;
+  your own images in it: --train_data_dir, or --dataset_name with --image_column; --caption_column, --target_weight,
+  --center_crop, --random_flip
 - guidance of that score by noise level: --guidance_interval, --decoupled_guidance; times of R_dm and of the fake score:
   --renoising_time_distribution, --fake_time_distribution, --logit_mean, --logit_std
 - LoRAs to begin with (docs/sharing.md): the teacher's, --teacher_lora PATH_OR_ID[:scale], with --student_base plain or
@@ -32,7 +35,7 @@ What it does, and the flags that steer it:
   --channels_last
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2; --ddp_timeout,
   --sync_each_batch
-- prompts, no images: --prompts_file, or --dataset_name with --caption_column, --dataset_split; --encode_prompts,
+- prompts: --prompts_file, or --dataset_name with --caption_column, --dataset_split; --encode_prompts,
   --encode_batch_size, --cache_dir
 - checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C, SIGTERM and SIGHUP save one too
 - the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .program import causes
 
@@ -138,28 +138,34 @@ def read_captions(
     """
     source = f"{flags[0]} {place}"
     is_text = Path(place).is_file() and Path(place).suffix.lower() == TEXT_FILE and split == "train"
-    dataset = _read_text(Path(place), flags[0]) if is_text else _load(place, column, split, config, most, source)
-    features: Any = dataset.features
-    if column not in features:
+    dataset = _read_text(Path(place), flags[0]) if is_text else load_rows(place, split, config, source, column, most)
+    return [row for row in captions_of(dataset, column, place, flags, most) if row]
+
+
+def captions_of(
+    dataset: Dataset | IterableDataset, column: str, place: str, flags: tuple[str, str], most: int | None = None
+) -> list[list[str]]:
+    """As `read_captions`, of a dataset that is loaded; a row without captions keeps its place."""
+    if column not in (features := cast(Any, dataset.features)):
         raise ValueError(f"{flags[1]} {column} is not in {place}; its columns are {', '.join(features)}.")
     kind = _kind(features[column])
     if kind not in TEXTS and kind != "Json":
         raise ValueError(f"{flags[1]} {column} of {place} holds {kind}, not text; choose another.")
     rows: list[list[str]] = []
     count = 0
-    for i, value in enumerate(_values(dataset, column, source)):
+    for i, value in enumerate(_values(dataset, column, f"{flags[0]} {place}")):
         rows.append(list(_texts(value, f"{flags[1]} {column} of {place}", i)))
         count += len(rows[-1])
         if most is not None and count >= most:
             break
-    found = [row for row in rows if row]
-    if not found:
+    if not count:
         raise ValueError(f"The column {column} of {place} holds no prompts.")
-    if len(found) < len(rows):
-        blank = f"{len(rows) - len(found)} of {len(rows)}"
-        warnings.warn(f"{blank} rows of {place} have no text in {column}; they are left out.", stacklevel=2)
-    warn_of_long([text for row in found for text in row], source)
-    return found
+    if blank := rows.count([]):
+        warnings.warn(
+            f"{blank} of {len(rows)} rows of {place} have no text in {column}; they are left out.", stacklevel=3
+        )
+    warn_of_long([text for row in rows for text in row], f"{flags[0]} {place}")
+    return rows
 
 
 def _read_text(path: Path, flag: str) -> Dataset:
@@ -180,10 +186,14 @@ def _values(dataset: Dataset | IterableDataset, column: str, source: str) -> Ite
         raise ValueError(f"{source} is damaged ({_reason(error)}); download or write it again.") from error
 
 
-def _load(
-    place: str, column: str, split: str, config: str | None, most: int | None, source: str
+def load_rows(
+    place: str, split: str, config: str | None, source: str, column: str | None = None, most: int | None = None
 ) -> Dataset | IterableDataset:
-    """A dataset with the column, if there is one, and possibly without all others."""
+    """A dataset, possibly without the columns beside `column`, if one is named; other arguments as `read_captions`.
+
+    Raises:
+        ValueError: one sentence about the `source`, a flag and its value, if it cannot be read.
+    """
     import datasets
 
     path = Path(place)
@@ -191,7 +201,7 @@ def _load(
         if any(all((path / name).is_file() for name in names) for names in SAVED):
             return _pick(datasets.load_from_disk(place), split)
         what = _file(path) if path.is_file() else {"path": place, "name": config}
-        found = _column_of_parquet(what, column, split, most)
+        found = None if column is None else _column_of_parquet(what, column, split, most)
         if found is None and most is not None and not path.exists() and PLAIN_SPLIT.fullmatch(split):
             stream = datasets.load_dataset(**what, split=split, streaming=True)
             found = stream if stream.features is not None else None  # they are not known of texts, which are small

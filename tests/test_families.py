@@ -132,6 +132,24 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(name: str) -> None:
     assert (teacher.family.decode(teacher.pipeline, raw) - pictures).abs().max() < 1e-5
 
 
+@every
+def test_encoding_inverts_decoding_as_far_as_the_autoencoder_can(name: str) -> None:
+    teacher = make_teacher(name)
+    vae = teacher.pipeline.vae
+    if name == "StableDiffusionXLPipeline":  # as in the fine-tunes that state them
+        vae.register_to_config(latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2])
+    images = torch.rand(2, 3, 32, 32)
+    films = images.unsqueeze(2) if name == "QwenImagePipeline" else images
+    with torch.no_grad():
+        encoded = vae.encode(films * 2 - 1)
+        raw = encoded.latent if name == "SanaPipeline" else encoded.latent_dist.mode()
+        expected = (vae.decode(raw, return_dict=False)[0].reshape(images.shape) / 2 + 0.5).clamp(0, 1)
+        latents = teacher.family.encode(teacher.pipeline, images)
+        assert latents.shape[1:] == teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution)
+        assert relative_error(latents, raw.reshape(latents.shape)) > 0.01  # they are scaled
+        assert (teacher.family.decode(teacher.pipeline, latents) - expected).abs().max() < 1e-5
+
+
 @pytest.fixture(scope="module")
 def teacher_folders(tmp_path_factory: pytest.TempPathFactory):
     """Saves a family's tiny teacher once."""

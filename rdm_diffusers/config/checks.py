@@ -19,6 +19,9 @@ from .subjects import ETA, SHARE
 if TYPE_CHECKING:
     from .run_config import RunConfig
 
+IMAGES = ("train_data_dir", "image_column")  # name the user's images
+OF_IMAGES = ("target_weight", "center_crop", "random_flip")
+OF_DRAWING = ("num_target_images", "target_inference_steps")
 LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
 
 
@@ -57,13 +60,18 @@ def _check_algorithm(config: RunConfig) -> None:
 
 def _check_target(config: RunConfig) -> None:
     target = config.target
-    if target.teacher_target == "samples":
-        return
     usual = {field.name: field.default for field in fields(target)}
     usual["target_rank"] = getattr(config.student, "rank", 64)
-    for name, value in usual.items():
-        if getattr(target, name) != value:
-            raise ValueError(f"--{name} would have no effect; leave it out, or add --teacher_target samples.")
+    changed = [name for name, value in usual.items() if getattr(target, name) != value]
+    images = [name for name in IMAGES if getattr(config.prompts, name) is not None]
+    idle, remedy = [*changed, *images], "add --teacher_target samples"
+    if target.teacher_target == "samples" and not images:
+        idle, remedy = [name for name in changed if name in OF_IMAGES], "add --train_data_dir with images"
+    elif target.teacher_target == "samples":
+        idle = [name for name in changed if name in OF_DRAWING and target.target_weight == 1]
+        remedy = "have the teacher draw images, too, with a --target_weight below 1"
+    if idle:
+        raise ValueError(f"--{idle[0]} would have no effect; leave it out, or {remedy}.")
 
 
 def _check_loras(config: RunConfig) -> None:

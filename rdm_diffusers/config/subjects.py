@@ -78,20 +78,23 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where the prompts come from."""
+    """Where the prompts come from, and the images, if there are any."""
 
     prompts_file: str | None = flag(None, "text file with one prompt a line, in UTF-8", PATH, is_path=True)
     dataset_name: str | None = flag(
-        None, "dataset whose captions are the prompts, its images are not used: a Hub id, a folder (of data files, or "
-        "by save_to_disk), or one csv, json, jsonl, parquet, arrow or txt file", FOLDER_OR_ID, is_path=True)
-    dataset_config_name: str | None = flag(
-        None, "the dataset's configuration", Text("the name of a configuration"))
+        None, "dataset whose captions are the prompts: a Hub id, a folder (of data files, or by save_to_disk), or one "
+        "csv, json, jsonl, parquet, arrow or txt file", FOLDER_OR_ID, is_path=True)
+    train_data_dir: str | None = flag(
+        None, "folder of images for the target, with their captions in metadata.jsonl or .csv", PATH, is_path=True)
+    image_column: str | None = flag(
+        None, "column of --dataset_name with images for the target; not used by default", Text("the name of a column"))
+    dataset_config_name: str | None = flag(None, "the dataset's configuration", Text("the name of a configuration"))
     dataset_split: str = flag(
         "train", "the dataset's split, or a slice of one, for example validation or train[:1000]",
         Text("a split, or a slice of one, for example train[:1000]"), "--dataset_split_name", "--dataset_train_split")
     caption_column: str = flag(
         "text", "the dataset's column of captions; all of a row with several", Text("the name of a column"))
-    max_train_samples: int | None = flag(None, "use only so many prompts", COUNT)
+    max_train_samples: int | None = flag(None, "use only so many prompts, or images with theirs", COUNT)
     cache_dir: str | None = flag(
         None, "where prompt embeddings are cached; by default beside the datasets' cache", PATH, free=True,
         is_path=True)
@@ -202,7 +205,8 @@ class MemoryConfig:
         False, "keep off the device what is not at work: the moving average, the rewards with their autoencoder, and "
         "at the run's end every network", free=True)
     decode_batch_size: int = flag(
-        None, "pictures decoded and scored at once for the rewards; --train_batch_size by default", BATCH, free=True)
+        None, "pictures that are decoded and scored at once for the rewards, or encoded for the target; "
+        "--train_batch_size by default", BATCH, free=True)
     enable_vae_slicing: bool = flag(False, "decode pictures one by one", free=True)
     enable_vae_tiling: bool = flag(
         False, "decode large pictures in tiles; where tiles overlap, pictures differ a little", free=True)

@@ -79,6 +79,13 @@ def square_latents(channels: int, resolution: int, factor: int, patch: int = 1) 
     return channels, resolution // factor, resolution // factor
 
 
+@torch.no_grad()
+def raw_latents(vae: ModelMixin, images: Tensor) -> Tensor:
+    """What an autoencoder makes of images in [0, 1], float32, before it is scaled; of distributions their modes."""
+    encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1)
+    return (encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()).float()
+
+
 def rebuilt(pipeline_class: type[DiffusionPipeline], pipeline: DiffusionPipeline, **replaced) -> DiffusionPipeline:
     """A pipeline of this class with `pipeline`'s components and settings, except those replaced by name."""
     _, names = pipeline._get_signature_keys(pipeline)
@@ -227,6 +234,14 @@ class Family(ABC):
     @abstractmethod
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """Latents `[B, C, H, W]` -> images `[B, 3, H', W']` in [0, 1], float32. Gradients flow to the latents."""
+
+    def encode(self, pipeline: DiffusionPipeline, images: Tensor) -> Tensor:
+        """The inverse of `decode`: images `[B, 3, H', W']` in [0, 1] -> latents `[B, C, H, W]`, float32. No gradients.
+
+        They are the modes of the autoencoder's distributions, if it has any, so nothing is random.
+        """
+        config = pipeline.vae.config
+        return (raw_latents(pipeline.vae, images) - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     @abstractmethod
     def stock_scheduler(

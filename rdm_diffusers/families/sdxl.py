@@ -59,9 +59,20 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         return denoiser(x_t.to(embeds.dtype), t, embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        config = pipeline.vae.config
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is None or std is None:
-            return super().decode(pipeline, latents)
-        scale, shift = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in (std, mean))
-        return super().decode(pipeline, latents * scale + shift * config.scaling_factor)
+        mean, std = _moments(pipeline, latents)
+        return super().decode(pipeline, latents * std + mean)
+
+    def encode(self, pipeline: DiffusionPipeline, images: Tensor) -> Tensor:
+        latents = super().encode(pipeline, images)
+        mean, std = _moments(pipeline, latents)
+        return (latents - mean) / std
+
+
+def _moments(pipeline: DiffusionPipeline, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """The mean, scaled, and the deviation of each channel, if the autoencoder states them; else 0 and 1."""
+    config = pipeline.vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return 0.0, 1.0
+    means, stds = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in (mean, std))
+    return means * config.scaling_factor, stds

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config import OutputConfig, RunConfig, all_settings
+from ..config.checks import IMAGES
 from ..config.presets import DERIVED, TEACHER, VAE
 from ..config.retired import without_retired
 from ..families import full_name
@@ -29,6 +30,7 @@ PROMPTS, PROMPTS_DIGEST = {
     "prompts_file", "dataset_name", "dataset_config_name", "dataset_split", "caption_column", "max_train_samples",
 }, "prompts_sha256"  # fmt: skip
 LORAS_DIGEST = "loras_sha256"
+IMAGES_DIGEST = "images_sha256"  # of the user's images, wherever they are
 
 
 def make_writable(folder: str | Path, flag: str) -> None:
@@ -115,13 +117,18 @@ def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     # What an older release did not record was as the defaults are; what follows from other flags follows from those.
     settings = (each for each in all_settings(now["student"]) if each.name not in DERIVED)
     usual = {each.name: None if each.is_repeatable else each.default for each in settings}
-    then = {**usual, **then, **names}
+    then = {IMAGES_DIGEST: None, **usual, **then, **names}
     free = FREE_ON_RESUME - (set() if now["lr_scheduler"].startswith("constant") else {"max_train_steps"})
+    free |= set(IMAGES)
     free |= PROMPTS if {PROMPTS_DIGEST} <= now.keys() & then.keys() else {PROMPTS_DIGEST}  # version 0.1.0 had none
     changed = [name for name in then if name not in free and now.get(name) != then[name]]
     if changed:
         differences = {name: f"--{name} (was {then[name]}, is {now.get(name)})" for name in changed}
-        named = {PROMPTS_DIGEST: "other prompts", LORAS_DIGEST: "other contents of --teacher_lora or --init_lora"}
+        named = {
+            PROMPTS_DIGEST: "other prompts",
+            IMAGES_DIGEST: "other images",
+            LORAS_DIGEST: "other contents of --teacher_lora or --init_lora",
+        }
         flags = ", ".join((differences | named)[name] for name in changed)
         raise ValueError(f"The checkpoint was made with other arguments: {flags}; set them back or start a new run.")
 

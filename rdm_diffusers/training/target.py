@@ -97,14 +97,14 @@ def _train(
     updates, rate = config.target.target_train_steps, config.target.target_learning_rate
     schedule = config.changed("optimisation", lr_scheduler="cosine", lr_warmup_steps=0, max_train_steps=updates)
     optimizer, every = make_optimizer(parameters, rate, schedule), -(-updates // CHECKS)
-    batch = _batch_size(run, config)
-    numbers = torch.arange(len(images))
-    held_out, training = (numbers[(numbers % HELD_OUT == HELD_OUT - 1) == chosen] for chosen in (True, False))
-    held_out = held_out[:MOST_HELD_OUT]
+    batch, held_out = _batch_size(run, config), images.held_out(HELD_OUT, MOST_HELD_OUT)
 
     def check(role: str) -> float:
-        losses = _losses(run, images, role, held_out, held_out.tolist(), "target_held_out")
-        return float(accelerator.reduce(losses.mean(), "mean"))
+        losses = [
+            share * _losses(run, images, role, chosen, chosen.tolist(), "target_held_out").mean()
+            for share, chosen in held_out
+        ]
+        return float(accelerator.reduce(torch.stack(losses).sum(), "mean"))
 
     teacher = {"guided": check(TEACHER), "unguided": check(TARGET)}  # the target is not different yet
     losses, best = {0: teacher["unguided"]}, (0, [p.detach().clone() for p in parameters])
@@ -112,7 +112,7 @@ def _train(
     for update in range(updates):
         first = (update * run.num_processes + run.process_index) * batch
         keys = range(first, first + batch)
-        chosen = training[(images.draws.uniform("target_choice", keys).cpu() * len(training)).long()]
+        chosen = images.chosen(images.draws.uniform("target_choice", keys).cpu(), HELD_OUT)
         _losses(run, images, TARGET, chosen, keys, "target", trains=True)
         optimizer.set_update(update)
         optimizer.step()
@@ -130,8 +130,8 @@ def _train(
         parameter.data.copy_(kept)
     if best[0] < max(losses):
         warnings.warn(
-            f"The target fits the teacher's images better than others of their prompts since update {best[0]}, whose "
-            "weights are used; raise --num_target_images.",
+            f"The target fits its images better than others of their prompts since update {best[0]}, whose weights are "
+            "used; give it more (--num_target_images, or more of your own).",
             stacklevel=3,
         )
     return {"images": len(images), "teacher": teacher, "target": losses, "update": best[0]}

@@ -1,4 +1,4 @@
-"""The images of the teacher that its target learns from: drawn once, and cached for later runs."""
+"""The images that the target learns from; those of the teacher are drawn once, and cached for later runs."""
 
 from __future__ import annotations
 
@@ -34,17 +34,22 @@ SEED = 0  # of all runs, so that they share the images
 
 @dataclass(frozen=True)
 class TargetImages:
-    """N images of the teacher and their prompts.
+    """N images and their prompts, from one source or two.
 
     Args:
         folder: the cache, whose name is a digest of all that decides the images.
         latents: `[N, C, H, W]`, on the CPU.
-        prompts: which prompt each image has.
+        prompts: all prompts, with the embeddings of other captions behind them.
+        prompt_of: the number of each image's prompt among them `[N]`.
+        sources: the share that each source has in the training, and the numbers of its images `[M, V]`, of which each
+            has V versions, mirrored or not.
     """
 
     folder: Path
     latents: Tensor
     prompts: PromptGroups
+    prompt_of: Tensor
+    sources: tuple[tuple[float, Tensor], ...]
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -56,7 +61,26 @@ class TargetImages:
 
     def conditioning(self, indices: Tensor) -> Conditioning:
         """The embeddings of the chosen images' prompts, on the device."""
-        return self.prompts.conditioning(indices.tolist())
+        return self.prompts.once(self.prompt_of[indices].tolist())
+
+    def held_out(self, every: int, most: int) -> list[tuple[float, Tensor]]:
+        """Of each source its share and every so many-th image in all versions, but at most so many of them."""
+        return [(share, numbers[every - 1 :: every].flatten()[:most]) for share, numbers in self.sources]
+
+    def chosen(self, uniform: Tensor, every: int) -> Tensor:
+        """Images that are not held out `[B]`, from uniform numbers in [0, 1): a source by its share, one of its images.
+
+        Args:
+            uniform: `[B]`, on the CPU.
+            every: as in `held_out`.
+        """
+        found, first = torch.zeros(len(uniform), dtype=torch.long), 0.0
+        for share, numbers in self.sources:
+            training = numbers[torch.arange(len(numbers)) % every != every - 1].flatten()
+            places = ((uniform - first) / share * len(training)).long().clamp(0, len(training) - 1)
+            found = torch.where(uniform >= first, training[places], found)
+            first += share
+        return found
 
 
 def draw_target_images(
@@ -77,7 +101,7 @@ def draw_target_images(
     sampler = make_scheduler(teacher, steps, eta=0.0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number in _share(folder, parts, accelerator):
+        for number in share(folder, parts, accelerator, "teacher's images", DAMAGED):
             latents = draw_samples(
                 partial(run.networks.predict, TEACHER),
                 sampler,
@@ -95,8 +119,12 @@ def draw_target_images(
         ) from error
     if len(found) < len(parts):
         raise OSError(f"Images of the teacher are missing in {folder}; name a --cache_dir that all processes share.")
-    latents = torch.cat([load_file(found[number])["latents"] for number in range(len(parts))])
-    return TargetImages(folder, latents[:count], prompts)
+    drawn = [load_file(found[number])["latents"] for number in range(len(parts))]
+    numbers = torch.arange(count)
+    prompt_of = torch.tensor([prompts.index(number) for number in range(count)], dtype=torch.long)
+    empty = torch.empty(0, *run.latent_shape, dtype=DTYPES[config.memory.mixed_precision])
+    whole = torch.cat([empty, *drawn])[:count]
+    return TargetImages(folder, whole, prompts, prompt_of, ((1.0, numbers[:, None]),))
 
 
 def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, steps: int) -> str:
@@ -110,16 +138,24 @@ def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, steps: i
     return digest.hexdigest()[:32]
 
 
-def _share(folder: Path, parts: list[range], accelerator: Accelerator) -> Iterator[int]:
-    """The parts that this process is to draw; the same number on each, because shards of weights need all of them."""
-    found = whole_parts(folder, DAMAGED)
+def share(folder: Path, parts: list[range], accelerator: Accelerator, what: str, damaged: str) -> Iterator[int]:
+    """The parts that this process is to make; the same number on each, because shards of weights need all of them.
+
+    Args:
+        folder: the cache's, whose whole parts are not made again.
+        parts: the numbers of the images in each.
+        accelerator: of the run.
+        what: the images' name beside the progress bar.
+        damaged: the warning of a damaged part, whose path replaces `{path}`.
+    """
+    found = whole_parts(folder, damaged)
     missing = [number for number in range(len(parts)) if number not in found]
     (missing,) = broadcast_object_list([missing])
     size, index = accelerator.num_processes, accelerator.process_index
-    total = len(parts) * PART
-    done = total - len(missing) * PART
-    with tqdm(total=total, initial=done, desc="teacher's images", disable=not accelerator.is_main_process) as bar:
+    total, left = sum(map(len, parts)), sum(len(parts[number]) for number in missing)
+    disable = not accelerator.is_main_process or not parts
+    with tqdm(total=total, initial=total - left, desc=what, disable=disable) as bar:
         for start in range(0, len(missing), size):
             turn = missing[start : start + size]
             yield turn[min(index, len(turn) - 1)]
-            bar.update(len(turn) * PART)
+            bar.update(sum(len(parts[number]) for number in turn))

@@ -36,6 +36,7 @@ from .target_images import draw_target_images
 from .teacher_checks import check_with_teacher
 from .tracking import end_trackers, start_trackers
 from .updates import Distillation
+from .user_images import UserImages, find_user_images, user_target_images
 from .validation import averaged_student, validation_picture, write_picture
 
 CONFIG_FILE = "config.yaml"
@@ -93,6 +94,7 @@ class Trainer:
     distillation: Distillation
     state: TrainState
     prompts: list[str]
+    images: UserImages | None
     rewards: list[WeightedReward]
     checkpoint: Path | None
 
@@ -137,12 +139,15 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         self._held.enter_context(locked_for_run(self.folder, accelerator, changes=not config.output.dry_run))
         self.checkpoint = checkpoint_to_resume(self.folder, config)
-        self.prompts = load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path)
+        self.images = find_user_images(config.prompts)
+        captions = self.images.captions if self.images else ()
+        self.prompts = load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path, captions)
         self.arguments = {
             **config.as_arguments(),
             "command": config.command,
             "num_processes": accelerator.num_processes,
             "prompts_sha256": digest_of_texts(self.prompts),
+            "images_sha256": self.images.digest if self.images else None,
         }
         if config.loras:
             self.arguments["loras_sha256"] = [lora.digest() for lora in config.loras]
@@ -164,7 +169,8 @@ class Trainer:
             return
         config, accelerator = self.config, self.accelerator
         self.teacher = load(config, accelerator.device)
-        self.texts = read_texts(self.teacher, self.prompts, config, accelerator)
+        others = self.images.captions if self.images and config.prompts.prompts_file else ()
+        self.texts = read_texts(self.teacher, self.prompts, config, accelerator, others)
         needed = accelerator.is_main_process and not config.is_lora  # the files of a full student include them
         if not needed and config.prompts.encode_prompts != ON_THE_FLY:
             self.teacher.drop_text_encoders()
@@ -187,8 +193,14 @@ class Trainer:
         return networks_of_run(self.config, self.teacher, self.texts.nothing, self.accelerator)
 
     def learn_target(self) -> None:
-        """Draws the teacher's images and trains the target on them; what an equal run made is read from the cache."""
-        images = draw_target_images(self.distillation, self.teacher, self.config, self.accelerator)
+        """Draws the teacher's images, or encodes the user's, and trains the target on them.
+
+        What an equal run made is read from the cache.
+        """
+        run = (self.distillation, self.teacher, self.config, self.accelerator)
+        images = draw_target_images(*run) if self.images is None else user_target_images(self.images, *run)
+        if self.images is not None and self.state.monitor.teacher_contrast is not None:
+            self.state.monitor.teacher_contrast = images.latents.float().std().item()  # whose the student's is to be
         learn_target(self.distillation, images, self.config, self.accelerator, self.folder)
 
     def train(self) -> TrainOutput:
