@@ -26,7 +26,8 @@ def train(folder: Path, *more: str, updates: int = 2) -> dict[str, Any]:
     """The student's weights after a run of a few updates into `folder/run`; `more` flags override the first ones."""
     words = [
         "--pretrained_model_name_or_path", "tiny", "--output_dir", str(folder / "run"), "--max_train_steps",
-        str(updates), "--checkpointing_steps", "1", "--train_batch_size", "8", "--group_size", "2", "--rank", "2",
+        str(updates), "--teacher_target", "score",
+        "--checkpointing_steps", "1", "--train_batch_size", "8", "--group_size", "2", "--rank", "2",
         "--num_student_steps", "2", "--steps_per_rollout", "1", "--num_validation_images", "1", "--num_eval_images",
         "0", "--monitor_images", "0", "--validation_steps", "1000", "--report_to", "none",
         "--lr_scheduler", "constant", "--cache_dir", str(folder / "cache"), *more,

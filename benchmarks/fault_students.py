@@ -32,7 +32,7 @@ def trained(kind: str) -> Path:
     words = [
         "--pretrained_model_name_or_path", "tiny", "--output_dir", str(folder), "--max_train_steps", "2",
         "--checkpointing_steps", "1", "--train_batch_size", "4", "--group_size", "4", "--num_student_steps", "2",
-        "--steps_per_rollout", "1",
+        "--steps_per_rollout", "1", "--teacher_target", "score",
         "--max_train_samples", "4", "--num_validation_images", "1", "--num_eval_images", "0", "--monitor_images", "0",
         "--validation_steps", "1000", "--report_to", "none", *(["--rank", "2"] if kind == "lora" else []),
     ]  # fmt: skip

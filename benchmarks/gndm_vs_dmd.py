@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="where the runs go; finished ones are kept")
     args = parser.parse_args()
     common = ["--max_train_steps", str(args.max_train_steps), "--report_to", "none", "--num_eval_images", "0",
+              "--teacher_target", "score",
               "--fake_updates_per_step", str(args.fake_updates_per_step),
               "--checkpointing_steps", "1000000", "--validation_steps", "1000000"]  # fmt: skip
     runs = {

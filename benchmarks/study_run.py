@@ -32,8 +32,9 @@ from rdm_diffusers.training.validation import averaged_student
 
 REWARDS = ("tiny_prompt", "tiny_bold")
 COMMON = dict(
-    guidance_scale=1.0, train_batch_size=32, group_size=4, steps_per_rollout=4, learning_rate=1e-3, rank=16,
-    lr_scheduler="constant", report_to="none", num_eval_images=0, checkpointing_steps=10**9, monitor_images=0,
+    teacher_target="score", guidance_scale=1.0, train_batch_size=32, group_size=4, steps_per_rollout=4,
+    learning_rate=1e-3, rank=16, lr_scheduler="constant", report_to="none", num_eval_images=0,
+    checkpointing_steps=10**9, monitor_images=0,
 )  # fmt: skip
 
 

@@ -35,8 +35,8 @@ from rdm_diffusers.training.updates import Batch, collect
 Inputs = tuple[Tensor, Tensor, Conditioning]
 WARM_UP = 2
 TINY: dict[str, Any] = dict(
-    train_batch_size=64, group_size=4, num_student_steps=4, steps_per_rollout=4, guidance_scale=2.0, rank=16,
-    fold_adapters=False, lr_scheduler="constant",
+    teacher_target="score", train_batch_size=64, group_size=4, num_student_steps=4, steps_per_rollout=4,
+    guidance_scale=2.0, rank=16, fold_adapters=False, lr_scheduler="constant",
 )  # fmt: skip
 FULL = dict(rank=None, fold_adapters=None)
 MAIN: dict[str, dict[str, Any]] = {"lora": {}, "lora_folded": {"fold_adapters": True}, "full": FULL}

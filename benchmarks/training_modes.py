@@ -14,7 +14,15 @@ from statistics import mean, stdev
 
 from runs import train, words_of, write_result
 
-COMMON = words_of(dict(report_to="none", monitor_images=0, validation_steps=100_000, checkpointing_steps=100_000))
+COMMON = words_of(
+    dict(
+        teacher_target="score",
+        report_to="none",
+        monitor_images=0,
+        validation_steps=100_000,
+        checkpointing_steps=100_000,
+    )
+)
 LORA, FULL = "train_rdm_lora.py", "train_rdm_full.py"
 MODES: dict[str, tuple[str, list[str]]] = {
     "lora": (LORA, ["--max_train_steps", "400"]),

@@ -83,7 +83,8 @@ def run_arguments(teacher: Path | str, prompts_file: Path, output_dir: Path, **c
     options: dict = dict(
         pretrained_model_name_or_path=teacher, prompts_file=prompts_file, output_dir=output_dir, report_to="none",
         max_train_steps=2, train_batch_size=8, group_size=4, num_student_steps=2, guidance_scale=2.0, rank=2,
-        learning_rate=1e-2, num_validation_images=2, validation_steps=1000, num_eval_images=0, monitor_images=0,
+        teacher_target="score", learning_rate=1e-2, num_validation_images=2, validation_steps=1000, num_eval_images=0,
+        monitor_images=0,
     )  # fmt: skip
     words = []
     for name, value in {**options, **changes}.items():

@@ -21,6 +21,7 @@ from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.training import target_images
 from rdm_diffusers.training.run_folder import check_resumable
+from rdm_diffusers.training.target_start import nearest
 from rdm_diffusers.training.updates import collect
 
 IMAGES, DRAWN = 80, 128  # two parts of 64
@@ -54,15 +55,14 @@ def predictions(it, *roles: str) -> list[torch.Tensor]:
 
 
 @STUDENTS
-def test_the_target_alone_is_trained_and_r_dm_leads_towards_it(student: str, argv) -> None:
+def test_r_dm_leads_towards_the_target_at_which_student_and_fake_score_start(student: str, argv) -> None:
     it = make_run(argv(**own(student)), student)
     assert it.networks.real_score == TARGET
     target, teacher, trained, fake = predictions(it, TARGET, TEACHER, STUDENT, FAKE_SCORE)
     assert relative_error(target, teacher) > 1e-3
+    assert relative_error(trained, target) < 1e-5 and relative_error(fake, target) < 1e-5
     untrained = make_run(argv("other", teacher_target=None, **{n: None for n in TARGET_FLAGS}, **own(student)), student)
-    assert [torch.equal(a, b) for a, b in zip(
-        predictions(untrained, TEACHER, STUDENT, FAKE_SCORE), (teacher, trained, fake), strict=True
-    )] == [True] * 3  # fmt: skip
+    assert torch.equal(*predictions(untrained, TEACHER), teacher)
     samples = collect(it.distillation, 0).samples
     tau, noise = torch.full((len(samples),), 300), torch.randn_like(samples.x0)
     estimate = estimate_reward(it.networks, samples, tau, noise)
@@ -76,9 +76,23 @@ TARGET_FLAGS = ("num_target_images", "target_inference_steps", "target_train_ste
                 "target_rank")  # fmt: skip
 
 
+def test_a_student_of_lower_rank_starts_at_the_nearest_lora_and_one_of_higher_rank_has_room_left(argv) -> None:
+    it = make_run(argv(target_rank=4, rank=8))
+    target, student = predictions(it, TARGET, STUDENT)
+    assert relative_error(student, target) < 1e-5
+    layer = next(iter(it.networks.layers.values()))
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    assert (up[:, 4:] == 0).all() and (down[4:] != 0).all()
+    a, b = (side["target"].weight.detach().flatten(1) for side in (layer.lora_A, layer.lora_B))
+    low_a, low_b = nearest(a, b, 2)
+    values = torch.linalg.svdvals(b @ a)
+    assert torch.isclose((b @ a - low_b @ low_a).norm(), values[2:].norm(), rtol=1e-4)
+    assert len(nearest(a, torch.zeros_like(b), 2)[0]) == 0
+
+
 @pytest.mark.parametrize("flags", [{}, {"fold_adapters": True}, {"gradient_checkpointing": True}], ids=str)
 def test_an_untrained_target_is_the_unguided_teacher(flags: dict, argv, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rdm_diffusers.training.trainer.Trainer.learn_target", lambda self: None)
+    monkeypatch.setattr("rdm_diffusers.training.trainer.learn_target", lambda *run: None)
     it = make_run(argv(guidance_scale=1.0, **flags))
     target, teacher = predictions(it, TARGET, TEACHER)
     assert relative_error(target, teacher) < 1e-6
@@ -186,15 +200,17 @@ def test_the_student_is_exported_without_the_target(student: str, argv, tmp_path
 def test_a_flag_of_the_target_is_refused_where_it_would_have_no_effect(capsys: pytest.CaptureFixture) -> None:
     for words in (["--num_target_images", "400"], ["--target_rank", "3"]):
         with pytest.raises(SystemExit):
-            parse_args(words)
+            parse_args(["--teacher_target", "score", *words])
         assert f"{words[0]} would have no effect; leave it out, or add --teacher_target samples." in (
             capsys.readouterr().err
         )
 
 
-def test_the_tiny_teachers_are_imitated_at_the_guidance_that_they_are_sampled_at() -> None:
-    assert parse_args(["--teacher_target", "samples"]).method.guidance_scale == 4.0
-    assert parse_args([]).method.guidance_scale == 2.0
+def test_the_tiny_teachers_are_imitated_at_the_guidance_that_they_are_sampled_at_and_others_by_their_score() -> None:
+    tiny, real = parse_args([]), parse_args(["--pretrained_model", "a/b"])
+    assert (tiny.target.teacher_target, tiny.method.guidance_scale) == ("samples", 4.0)
+    assert parse_args(["--teacher_target", "score"]).method.guidance_scale == 2.0
+    assert real.target.teacher_target == "score"
 
 
 def test_a_run_counts_the_calls_of_images_and_target(argv) -> None:
@@ -207,7 +223,7 @@ def test_a_run_counts_the_calls_of_images_and_target(argv) -> None:
 
 
 def test_a_checkpoint_from_before_there_were_targets_is_resumed_without_one_alone() -> None:
-    now = parse_args(["--guidance_scale", "3"]).as_arguments()
+    now = parse_args(["--guidance_scale", "3", "--teacher_target", "score"]).as_arguments()
     older = {name: value for name, value in now.items() if "target" not in name}
     check_resumable(now, older)
     with pytest.raises(ValueError, match=r"--teacher_target \(was score, is samples\)"):

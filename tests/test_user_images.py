@@ -211,8 +211,8 @@ def test_an_image_that_cannot_be_used_is_named_in_one_sentence(content: str, sen
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--train_data_dir x", "--train_data_dir would have no effect; leave it out, or add --teacher_target samples"),
-        ("--center_crop", "--center_crop would have no effect; leave it out, or add --teacher_target samples"),
+        ("--teacher_target score --train_data_dir x", "--train_data_dir would have no effect; .* add --teacher_target"),
+        ("--teacher_target score --center_crop", "--center_crop would have no effect; .* add --teacher_target samples"),
         ("--teacher_target samples --target_weight .5", "--target_weight would have no effect; .* add --train_data"),
         ("--teacher_target samples --random_flip", "--random_flip would have no effect; .* add --train_data_dir"),
         ("--teacher_target samples --train_data_dir x --num_target_images 50",

@@ -22,16 +22,18 @@ ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
 
 # On two CPU cores, in about ten minutes.
 TINY_DEFAULTS: dict[str, Any] = dict(
-    guidance_scale=2.0,
-    steps_per_rollout=4,
-    train_batch_size=64,
-    max_train_steps=1400,
-    learning_rate=1e-3,
-    lr_scheduler="cosine",
-    num_eval_images=5000,
+    steps_per_rollout=4, train_batch_size=64, lr_scheduler="cosine", num_eval_images=5000
 )
 TINY_LORA_DEFAULTS: dict[str, Any] = dict(rank=16, fold_adapters=True)
-TINY_FULL_DEFAULTS: dict[str, Any] = dict(learning_rate=5e-4)
+TINY_TARGETS: dict[str, dict[str, Any]] = {
+    # The guidance is a constant that works for R_dm, not the one that the teacher is sampled at.
+    "score": dict(guidance_scale=2.0, max_train_steps=1400, learning_rate=1e-3),
+    "samples": dict(
+        max_train_steps=700, learning_rate=2.5e-4, num_target_images=7200, target_inference_steps=16,
+        target_train_steps=800, target_batch_size=256, target_learning_rate=2e-3, target_rank=64,
+    ),
+}  # fmt: skip
+FULL_LEARNING_RATE = 0.5  # of a LoRA's
 
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 # What follows from other flags, where it is not given.
@@ -43,7 +45,7 @@ DERIVED = (
 
 def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
-    values = {**defaults, **_tiny_defaults(student, {**defaults, **given}), **given}
+    values = {**defaults, **_tiny_defaults(student, given, defaults), **given}
     values |= _loras(values, rank_is_given="rank" in given)
     grid = values["student_sigmas"] or values["student_timesteps"]
     if grid and "num_student_steps" not in given:
@@ -76,14 +78,20 @@ def _loras(values: Mapping[str, Any], rank_is_given: bool) -> dict[str, Any]:
     return found
 
 
-def _tiny_defaults(student: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _tiny_defaults(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    values = {**defaults, **given}
     if not is_tiny(values[TEACHER]):
         return {}
-    own = TINY_LORA_DEFAULTS if student == "lora" else TINY_FULL_DEFAULTS
-    scale = {"sample_guidance_scale": REFERENCES[values[TEACHER]].guidance_scale}
-    chosen = {**TINY_DEFAULTS, **own, **scale}
-    if values["teacher_target"] == "samples":
-        chosen |= {"guidance_scale": scale["sample_guidance_scale"], "target_learning_rate": 1e-3}
+    target, scale = given.get("teacher_target", "samples"), REFERENCES[values[TEACHER]].guidance_scale
+    chosen = {"teacher_target": target, "guidance_scale": scale, "sample_guidance_scale": scale, **TINY_DEFAULTS}
+    chosen |= TINY_TARGETS.get(target, {})
+    if student == "lora":
+        chosen |= TINY_LORA_DEFAULTS
+    else:
+        chosen["learning_rate"] *= FULL_LEARNING_RATE
+    if values["train_data_dir"] or values["image_column"]:
+        for name in ("num_target_images", "target_inference_steps"):
+            chosen.pop(name, None)  # the teacher draws nothing, unless that is asked for
     if values["teacher_lora"]:
         chosen.pop("num_eval_images")  # the shipped references are of the teachers alone
     if values["mixed_precision"] != "no":

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..config import RunConfig
+from ..config import LoraStudentConfig, RunConfig
 from ..config.record import training_record
 from ..config.subjects import ON_THE_FLY
 from ..evaluation.records import digest_of_texts
@@ -32,7 +32,8 @@ from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
 from .run_folder import check_resumable, checkpoint_to_resume, locked_for_run, prepare_output, resume_from
 from .target import learn_target
-from .target_images import draw_target_images
+from .target_images import TargetImages, draw_target_images
+from .target_start import start_at_target
 from .teacher_checks import check_with_teacher
 from .tracking import end_trackers, start_trackers
 from .updates import Distillation
@@ -178,12 +179,13 @@ class Trainer:
         self.distillation = make_distillation(
             self.teacher, self.networks, self.texts, self.rewards, config, accelerator
         )
-        self.state = make_state(self.networks, accelerator, config)
-        self.state.monitor.teacher_contrast = teacher_contrast(
-            self.distillation, self.teacher, config.output.monitor_images
-        )
+        contrast = teacher_contrast(self.distillation, self.teacher, config.output.monitor_images)
         if config.target.teacher_target == "samples":
-            self.learn_target()
+            latents = self.learn_target().latents
+            if self.images is not None and contrast is not None:
+                contrast = latents.float().std().item()  # of the user's images, which the student's is to be
+        self.state = make_state(self.networks, accelerator, config)
+        self.state.monitor.teacher_contrast = contrast
         if self.checkpoint:
             resume_from(self.checkpoint, self.folder, self.state, accelerator)
         self._done.add("load")
@@ -192,16 +194,18 @@ class Trainer:
         """The roles; a subclass may have others."""
         return networks_of_run(self.config, self.teacher, self.texts.nothing, self.accelerator)
 
-    def learn_target(self) -> None:
+    def learn_target(self) -> TargetImages:
         """Draws the teacher's images, or encodes the user's, and trains the target on them.
 
-        What an equal run made is read from the cache.
+        What an equal run made is read from the cache. Student and fake score start at the target, but for a student
+        that starts from another LoRA.
         """
         run = (self.distillation, self.teacher, self.config, self.accelerator)
         images = draw_target_images(*run) if self.images is None else user_target_images(self.images, *run)
-        if self.images is not None and self.state.monitor.teacher_contrast is not None:
-            self.state.monitor.teacher_contrast = images.latents.float().std().item()  # whose the student's is to be
         learn_target(self.distillation, images, self.config, self.accelerator, self.folder)
+        if not (isinstance(self.config.student, LoraStudentConfig) and self.config.student.init_lora):
+            start_at_target(self.networks)
+        return images
 
     def train(self) -> TrainOutput:
         """Trains to the end, or until a signal or `stop`, which leave a checkpoint. Writes `config.yaml` before."""
