@@ -146,7 +146,10 @@ def test_a_flow_run_takes_its_teachers_shift(prompts_file: Path, tmp_path: Path)
         ("--logit_mean 1", "--logit_mean would have no effect; leave it out, or add --renoising_time_distribution"),
         ("--guidance_interval .3", "--guidance_interval is 0.3; give two numbers, the lower first"),
         ("--guidance_interval .6 .3", "--guidance_interval is 0.6 0.3; give two numbers, the lower first"),
-        ("--guidance_interval .2 .8 --guidance_scale 1", "--guidance_interval would have no effect with --guidance_sc"),
+        (
+            "--teacher_target score --guidance_interval .2 .8 --guidance_scale 1",
+            "--guidance_interval would have no effect",
+        ),
         ("--decoupled_guidance --teacher_target samples", "--decoupled_guidance is for --teacher_target score"),
         ("--guidance_interval .2 .8 --teacher_target samples", "--guidance_interval is for --teacher_target score"),
     ],

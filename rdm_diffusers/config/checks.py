@@ -198,7 +198,9 @@ def _check_guidance(config: RunConfig) -> None:
         raise ValueError(f"--guidance_interval is {' '.join(map(str, interval))}; give two numbers, the lower first.")
     for name in ("guidance_interval", "decoupled_guidance"):
         if getattr(config.times, name) and config.target.teacher_target == "samples":
-            raise ValueError(f"--{name} is for --teacher_target score, because a target is not guided; leave it out.")
+            raise ValueError(
+                f"--{name} is for --teacher_target score, because a target is not guided; add that, or leave it out."
+            )
         if getattr(config.times, name) and config.method.guidance_scale == 1:
             raise ValueError(f"--{name} would have no effect with --guidance_scale 1, which is no guidance.")
 

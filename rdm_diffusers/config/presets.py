@@ -84,7 +84,7 @@ def _tiny_defaults(student: str, given: Mapping[str, Any], defaults: Mapping[str
         return {}
     target, scale = given.get("teacher_target", "samples"), REFERENCES[values[TEACHER]].guidance_scale
     chosen = {"teacher_target": target, "guidance_scale": scale, "sample_guidance_scale": scale, **TINY_DEFAULTS}
-    chosen |= TINY_TARGETS.get(target, {})
+    chosen |= TINY_TARGETS.get(target, TINY_TARGETS["score"])
     if student == "lora":
         chosen |= TINY_LORA_DEFAULTS
     else:

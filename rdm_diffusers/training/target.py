@@ -39,7 +39,7 @@ RECORD = "target.json"  # in the run's folder
 HELD_OUT = 20  # every so many-th image is held out
 MOST_HELD_OUT = 512
 CHECKS = 10  # of the held-out loss in a whole training
-PATIENCE = 3  # checks without a lower loss that end it
+PATIENCE = 5  # checks without a lower loss that end it; while the learning rate is high, the loss goes up and down
 
 
 def learn_target(
