@@ -99,11 +99,8 @@ def test_an_untrained_target_is_the_unguided_teacher(flags: dict, argv, monkeypa
 
 
 def test_the_record_has_the_losses_on_images_that_the_target_never_saw(argv, tmp_path: Path) -> None:
-    make_run(
-        argv(
-            teacher="tiny", num_student_steps=4, target_train_steps=30, target_learning_rate=1e-3, target_batch_size=16
-        )
-    )
+    target = dict(target_train_steps=30, target_learning_rate=1e-3, target_batch_size=16)
+    make_run(argv(teacher="tiny", num_student_steps=4, train_batch_size=16, **target))
     record = json.loads((tmp_path / "run" / "target.json").read_text())
     losses = {int(update): loss for update, loss in record["target"].items()}
     assert losses[0] == record["teacher"]["unguided"] != record["teacher"]["guided"]
