@@ -20,7 +20,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
 # fmt: on
 
-# On two CPU cores, in about ten minutes.
 TINY_DEFAULTS: dict[str, Any] = dict(
     steps_per_rollout=4, train_batch_size=64, lr_scheduler="cosine", num_eval_images=5000
 )
@@ -45,7 +44,7 @@ DERIVED = (
 
 def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
-    values = {**defaults, **_tiny_defaults(student, given, defaults), **given}
+    values = {**defaults, **_tiny_defaults(student, {**defaults, **given}), **given}
     values |= _loras(values, rank_is_given="rank" in given)
     grid = values["student_sigmas"] or values["student_timesteps"]
     if grid and "num_student_steps" not in given:
@@ -78,12 +77,11 @@ def _loras(values: Mapping[str, Any], rank_is_given: bool) -> dict[str, Any]:
     return found
 
 
-def _tiny_defaults(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    values = {**defaults, **given}
+def _tiny_defaults(student: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if not is_tiny(values[TEACHER]):
         return {}
-    target, scale = given.get("teacher_target", "samples"), REFERENCES[values[TEACHER]].guidance_scale
-    chosen = {"teacher_target": target, "guidance_scale": scale, "sample_guidance_scale": scale, **TINY_DEFAULTS}
+    target, scale = values["teacher_target"], REFERENCES[values[TEACHER]].guidance_scale
+    chosen = {"guidance_scale": scale, "sample_guidance_scale": scale, **TINY_DEFAULTS}
     chosen |= TINY_TARGETS.get(target, TINY_TARGETS["score"])
     if student == "lora":
         chosen |= TINY_LORA_DEFAULTS
