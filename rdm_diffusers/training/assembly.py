@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin
+from diffusers import DDIMScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
@@ -93,8 +93,23 @@ def student_scheduler(teacher: Teacher, config: RunConfig) -> RdmScheduler:
     """The sampler of a run's student, on its grid."""
     count, grid = config.method.num_student_steps, config.times.student_sigmas or config.times.student_timesteps
     if config.times.student_grid == "shifted":
-        grid = tuple(shifted((count - i) / count, teacher_shift(teacher, config)) for i in range(count))
+        grid = _shifted_grid(teacher, config, count)
     return make_scheduler(teacher, count, config.method.eta, grid)
+
+
+def teacher_scheduler(teacher: Teacher, config: RunConfig, num_steps: int) -> RdmScheduler:
+    """A deterministic sampler on the grid that the teacher's own pipeline lays for so many steps."""
+    if teacher.schedule.is_flow:
+        return make_scheduler(teacher, num_steps, 0.0, _shifted_grid(teacher, config, num_steps))
+    settings = teacher.pipeline.scheduler.config
+    stock = DDIMScheduler.from_config(settings, timestep_spacing=settings.get("timestep_spacing", "leading"))
+    stock.set_timesteps(num_steps)
+    return make_scheduler(teacher, num_steps, 0.0, stock.timesteps.tolist())
+
+
+def _shifted_grid(teacher: Teacher, config: RunConfig, count: int) -> list[float]:
+    """So many sigmas, 1 the first, with the teacher's shift."""
+    return [shifted((count - i) / count, teacher_shift(teacher, config)) for i in range(count)]
 
 
 def teacher_shift(teacher: Teacher, config: RunConfig) -> float:

@@ -21,7 +21,7 @@ from ..distillation import Draws, draw_samples
 from ..families import Conditioning, Teacher
 from ..networks import TEACHER
 from ..sharding import gather
-from .assembly import DTYPES, make_scheduler
+from .assembly import DTYPES, teacher_scheduler
 from .cache_parts import whole_parts, write_part
 from .prompts import PromptGroups
 from .updates import Distillation
@@ -98,7 +98,7 @@ def draw_target_images(
     parent = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
     folder = parent / _digest(run, teacher, prompts, steps)
     parts = [range(start, start + PART) for start in range(0, count, PART)]  # whole ones, which any run can share
-    sampler = make_scheduler(teacher, steps, eta=0.0)
+    sampler = teacher_scheduler(teacher, config, steps)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for number in share(folder, parts, accelerator, "teacher's images", DAMAGED):
