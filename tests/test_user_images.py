@@ -100,7 +100,7 @@ def test_the_weight_is_the_share_of_the_users_images_and_none_of_the_held_out_is
     it = make_run(argv(target_weight=0.25, num_target_images=64, target_inference_steps=2, random_flip=True))
     images = images_of(it)
     assert len(images) == 2 * IMAGES + 64
-    chosen, held_out = images.chosen(torch.arange(4000) / 4000, 20), images.held_out(20, 512)
+    chosen, held_out = images.chosen(torch.arange(4000) / 4000), images.held_out
     own = chosen < 2 * IMAGES
     assert own.float().mean() == 0.25 and [share for share, _ in held_out] == [0.25, 0.75]
     numbers = [part.tolist() for _, part in held_out]

@@ -6,6 +6,7 @@ from .distribution_matching import RewardEstimate, estimate_reward
 from .draws import Draws
 from .importance import IMPORTANCE_WEIGHTINGS, importance_health, importance_weights, log_ratios, revisit
 from .objectives import DMD, GNDM, Advantage, fake_score_direction
+from .posterior import posterior_mean
 from .reward_gradients import Decode, RewardGradient, differentiable_gradients, reward_values
 from .rollout import Place, Samples, Step, collect_samples, draw_samples, rollout, trained_places
 from .statistics import RunningMeans
@@ -17,6 +18,7 @@ __all__ = [
     "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "Place", "RewardEstimate", "RewardGradient",
     "RunningMeans", "Samples", "Step", "TimeDistribution", "collect_samples", "differentiable_gradients",
     "draw_samples", "estimate_reward", "fake_score_bias", "fake_score_direction", "grouped", "guidance_times",
-    "importance_health", "importance_weights", "leave_one_out_mean", "log_ratios", "normalizer", "renoising_times",
-    "revisit", "reward_values", "rollout", "standardised_advantage", "tilted_weight", "trained_places",
+    "importance_health", "importance_weights", "leave_one_out_mean", "log_ratios", "normalizer", "posterior_mean",
+    "renoising_times", "revisit", "reward_values", "rollout", "standardised_advantage", "tilted_weight",
+    "trained_places",
 ]  # fmt: skip

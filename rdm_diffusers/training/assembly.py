@@ -107,9 +107,9 @@ def teacher_scheduler(teacher: Teacher, config: RunConfig, num_steps: int) -> Rd
     return make_scheduler(teacher, num_steps, 0.0, stock.timesteps.tolist())
 
 
-def _shifted_grid(teacher: Teacher, config: RunConfig, count: int) -> list[float]:
+def _shifted_grid(teacher: Teacher, config: RunConfig, count: int) -> tuple[float, ...]:
     """So many sigmas, 1 the first, with the teacher's shift."""
-    return [shifted((count - i) / count, teacher_shift(teacher, config)) for i in range(count)]
+    return tuple(shifted((count - i) / count, teacher_shift(teacher, config)) for i in range(count))
 
 
 def teacher_shift(teacher: Teacher, config: RunConfig) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
-from ..distillation import fake_score_direction
+from ..distillation import fake_score_direction, posterior_mean
 from ..folders import write_whole
 from ..networks import TARGET, TEACHER
 from ..prediction import output_weight
@@ -36,8 +36,6 @@ from .updates import Distillation, denoising_times
 DAMAGED = "The target in {path} is damaged; it is trained again."
 LOSS = "v_prediction"  # what the loss weighs, whatever the teacher predicts: epsilon's hardly sees high noise
 RECORD = "target.json"  # in the run's folder
-HELD_OUT = 20  # every so many-th image is held out
-MOST_HELD_OUT = 512
 CHECKS = 10  # of the held-out loss in a whole training
 PATIENCE = 5  # checks without a lower loss that end it; while the learning rate is high, the loss goes up and down
 
@@ -97,12 +95,12 @@ def _train(
     updates, rate = config.target.target_train_steps, config.target.target_learning_rate
     schedule = config.changed("optimisation", lr_scheduler="cosine", lr_warmup_steps=0, max_train_steps=updates)
     optimizer, every = make_optimizer(parameters, rate, schedule), -(-updates // CHECKS)
-    batch, held_out = _batch_size(run, config), images.held_out(HELD_OUT, MOST_HELD_OUT)
+    batch = _batch_size(run, config)
 
     def check(role: str) -> float:
         losses = [
             share * _losses(run, images, role, chosen, chosen.tolist(), "target_held_out").mean()
-            for share, chosen in held_out
+            for share, chosen in images.held_out
         ]
         return float(accelerator.reduce(torch.stack(losses).sum(), "mean"))
 
@@ -112,7 +110,7 @@ def _train(
     for update in range(updates):
         first = (update * run.num_processes + run.process_index) * batch
         keys = range(first, first + batch)
-        chosen = images.chosen(images.draws.uniform("target_choice", keys).cpu(), HELD_OUT)
+        chosen = images.chosen(images.draws.uniform("target_choice", keys).cpu())
         _losses(run, images, TARGET, chosen, keys, "target", trains=True)
         optimizer.set_update(update)
         optimizer.step()
@@ -158,6 +156,8 @@ def _losses(
     noise = draws.normal(f"{purpose}_noise", keys, run.latent_shape)
     x0, conditioning = images.latents[indices].to(draws.device, torch.float32), images.conditioning(indices)
     x_t = schedule.add_noise(x0, noise, t)
+    if trains:
+        x0 = _expected(images, x_t, schedule.alpha(t), schedule.sigma(t), indices, x0)
     weight = output_weight(LOSS, schedule.alpha(t), schedule.sigma(t))
     losses = []
     for start in range(0, len(indices), run.micro_batch_size):
@@ -172,3 +172,12 @@ def _losses(
     if not found.isfinite().all():
         raise NonFiniteError("The target's loss is not finite; lower --target_learning_rate.")
     return found
+
+
+def _expected(images: TargetImages, x_t: Tensor, alpha: Tensor, sigma: Tensor, indices: Tensor, x0: Tensor) -> Tensor:
+    """What x0 is on average, given x_t and its prompt `[B, ...]`; x0 itself where every prompt has one image."""
+    candidates, present = images.alike(indices)
+    if candidates.shape[1] == 1:
+        return x0
+    found = images.latents[candidates].to(x_t.device, torch.float32)
+    return posterior_mean(x_t, alpha, sigma, found, present.to(x_t.device))

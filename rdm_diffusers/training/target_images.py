@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
@@ -30,6 +32,9 @@ FOLDER = "rdm_target_images"
 PART = 64  # images in a file
 DAMAGED = "The teacher's images in {path} are damaged; they are drawn again."
 SEED = 0  # of all runs, so that they share the images
+HELD_OUT = 20  # every so many-th image is held out
+MOST_HELD_OUT = 512
+MOST_ALIKE = 128  # images of one prompt
 
 
 @dataclass(frozen=True)
@@ -63,24 +68,48 @@ class TargetImages:
         """The embeddings of the chosen images' prompts, on the device."""
         return self.prompts.once(self.prompt_of[indices].tolist())
 
-    def held_out(self, every: int, most: int) -> list[tuple[float, Tensor]]:
-        """Of each source its share and every so many-th image in all versions, but at most so many of them."""
-        return [(share, numbers[every - 1 :: every].flatten()[:most]) for share, numbers in self.sources]
+    @property
+    def held_out(self) -> list[tuple[float, Tensor]]:
+        """Of each source its share and the images that are held out, in all versions; `MOST_HELD_OUT` at most."""
+        found = [(share, numbers[HELD_OUT - 1 :: HELD_OUT]) for share, numbers in self.sources]
+        return [(share, numbers.flatten()[:MOST_HELD_OUT]) for share, numbers in found]
 
-    def chosen(self, uniform: Tensor, every: int) -> Tensor:
+    @cached_property
+    def training(self) -> list[Tensor]:
+        """Of each source the images that are not held out, in all versions."""
+        kept = [(numbers, torch.arange(len(numbers)) % HELD_OUT != HELD_OUT - 1) for _, numbers in self.sources]
+        return [numbers[each].flatten() for numbers, each in kept]
+
+    def chosen(self, uniform: Tensor) -> Tensor:
         """Images that are not held out `[B]`, from uniform numbers in [0, 1): a source by its share, one of its images.
 
         Args:
             uniform: `[B]`, on the CPU.
-            every: as in `held_out`.
         """
         found, first = torch.zeros(len(uniform), dtype=torch.long), 0.0
-        for share, numbers in self.sources:
-            training = numbers[torch.arange(len(numbers)) % every != every - 1].flatten()
+        for (share, _), training in zip(self.sources, self.training, strict=True):
             places = ((uniform - first) / share * len(training)).long().clamp(0, len(training) - 1)
             found = torch.where(uniform >= first, training[places], found)
             first += share
         return found
+
+    @cached_property
+    def _alike(self) -> dict[int, Tensor]:
+        """For each image that is learnt from: those of the same source and prompt, in parts of `MOST_ALIKE`."""
+        found: dict[int, Tensor] = {}
+        for training in self.training:
+            of_prompt: dict[int, list[int]] = {}
+            for number, prompt in zip(training.tolist(), self.prompt_of[training].tolist(), strict=True):
+                of_prompt.setdefault(prompt, []).append(number)
+            for part in chain.from_iterable(torch.tensor(each).split(MOST_ALIKE) for each in of_prompt.values()):
+                found.update(dict.fromkeys(part.tolist(), part))
+        return found
+
+    def alike(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images that were as likely as those that were chosen: `[B, M]`, and which of them there are `[B, M]`."""
+        found = [self._alike[number] for number in indices.tolist()]
+        present = [torch.ones(len(each), dtype=torch.bool) for each in found]
+        return pad_sequence(found, batch_first=True), pad_sequence(present, batch_first=True)
 
 
 def draw_target_images(

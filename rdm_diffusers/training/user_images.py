@@ -60,16 +60,21 @@ class UserImages:
     def __len__(self) -> int:
         return len(self.texts)
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
         """All captions, image after image."""
         return list(chain.from_iterable(self.texts))
 
     @property
     def caption_of(self) -> Tensor:
-        """The number of each image's caption among `captions` `[N]`; of several one, which images take in turn."""
+        """The number of each image's caption among `captions` `[N]`; of several one, which images take in turn.
+
+        Images with the same caption have the same number.
+        """
         counts = torch.tensor([len(texts) for texts in self.texts])
-        return counts.cumsum(0) - counts + torch.arange(len(counts)) % counts
+        numbers = counts.cumsum(0) - counts + torch.arange(len(counts)) % counts
+        first: dict[str, int] = {}
+        return torch.tensor([first.setdefault(self.captions[number], number) for number in numbers.tolist()])
 
     @cached_property
     def digest(self) -> str:
