@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from runs import paired_change, standard_error, write_result
+from runs import RESULTS, paired_change, standard_error, write_result
 
 TEACHERS = ("tiny", "tiny-flow", "tiny-v")
 STUDIED = ("tiny", "tiny-flow")
@@ -35,6 +35,7 @@ BOLD = dict(GNDM, algorithm="gndmr", reward="tiny_bold")
 QUICK = dict(DMD, fake_updates_per_step=2, fake_rate_ratio=2)
 BLACK_BOX = dict(BOLD, reward="benchmarks/study_rewards.py:bold_black_box")
 DMDR = dict(DMD, algorithm="gndmr", preset="dmd2", reward="tiny_bold", reward_combination="sum")
+TARGET = dict(teacher_target="samples", guidance_scale=4.0)
 LAMBDAS = {"0": dict(gndm_lambda=0.0), "0.25": dict(gndm_lambda=0.25), "0.5": dict(gndm_lambda=0.5),
            "1": dict(gndm_lambda=1.0), "James-Stein": dict(gndm_lambda="james_stein"),
            "1 pooled": dict(gndm_lambda=1.0, debias_pool=4)}  # fmt: skip
@@ -79,6 +80,18 @@ def rates(best: float) -> dict[str, dict[str, Any]]:
         for base in (DMD, GNDM)
         for ratio in (2,)
         for fake in (1, 2)
+    }
+
+
+def target_rates() -> dict[str, dict[str, Any]]:
+    """Learning rates and fake updates where student and fake score start at a target that is learnt."""
+    return {
+        f"{base['algorithm']}, lr {rate:g}, {fake} fake updates": dict(
+            base, **TARGET, learning_rate=rate, fake_updates_per_step=fake
+        )
+        for base, updates in ((DMD, (2, 5)), (GNDM, (1, 2)))
+        for rate in (2.5e-4, 5e-4, 1e-3)
+        for fake in updates
     }
 
 
@@ -141,6 +154,10 @@ COMPARISONS = {
         {"DMD": dict(DMD, guidance_scale=2.0), "GNDM": dict(GNDM, guidance_scale=2.0)},
         budget=60_000,
         marks=6,
+    ),
+    "tuning, target": Comparison(
+        "learning rates and fake updates with a target learnt from the teacher's images at guidance 4",
+        target_rates(), budget=40_000, marks=2,
     ),
     "pareto": Comparison(
         "GNDMR against DMDR's weighted sum, and against the same sum with GNDM: tiny_bold against the distance",
@@ -270,8 +287,12 @@ def pending(args: argparse.Namespace) -> list[tuple]:
 
 
 def write_down(args: argparse.Namespace) -> None:
-    """Gathers every finished run into the result file."""
+    """Gathers every finished run into the result file, where comparisons without one keep their figures."""
+    path = RESULTS / "method_study.json"
+    before = json.loads(path.read_text()) if path.exists() else {"comparisons": {}}
     record: dict = {"num_images": args.num_images, "comparisons": {}}
+    if "common_arguments" in before:
+        record["common_arguments"] = before["common_arguments"]
     record["floor"] = {teacher: floor(teacher, args.num_images, args.work_dir) for teacher in args.teachers}
     for name, comparison in COMPARISONS.items():
         entry: dict = {"about": comparison.about, "network_calls": comparison.budget}
@@ -286,7 +307,8 @@ def write_down(args: argparse.Namespace) -> None:
                         runs.setdefault(variant, {})[seed] = found
             if next(iter(comparison.variants)) in runs:
                 entry[teacher] = summary(comparison, runs)
-        record["comparisons"][name] = entry
+        finished = any(teacher in entry for teacher in comparison.teachers)
+        record["comparisons"][name] = entry if finished else before["comparisons"].get(name, entry)
     write_result("method_study", record)
 
 

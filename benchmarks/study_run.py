@@ -59,7 +59,7 @@ def command_line(teacher: str, seed: int, folder: Path, **flags: Any) -> list[st
 
 def calls_per_update(config: RunConfig) -> int:
     """The network calls of one update."""
-    guided = 1 if config.method.guidance_scale == 1 else 2
+    guided = 1 if config.method.guidance_scale == 1 or config.target.teacher_target == "samples" else 2
     estimate = (guided + 1) * config.method.num_renoisings
     return config.optimisation.train_batch_size * (1 + estimate + 2 + 2 * config.method.fake_updates_per_step)
 
@@ -117,6 +117,7 @@ def distil(
     config = config.changed("output", validation_steps=updates // marks, checkpointing_steps=updates * 10)
     study = Study(config, num_images)
     study.load()
+    study.networks.calls.clear()  # those of a target, which runs share
     monitor = RecordingMonitor(study.state.monitor.teacher_contrast)
     study.state.monitor = monitor
     started, finite = time.time(), True
