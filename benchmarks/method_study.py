@@ -53,6 +53,7 @@ class Comparison:
         variants: flags of `train_rdm_lora.py` by variant.
         budget: network calls of each run.
         marks: how many times a run is measured.
+        images: pictures per measurement.
         about: what the comparison asks.
     """
 
@@ -60,6 +61,7 @@ class Comparison:
     variants: dict[str, dict[str, Any]]
     budget: int = 24_000
     marks: int = 1
+    images: int = 960
     teachers: tuple[str, ...] = STUDIED
 
 
@@ -157,7 +159,9 @@ COMPARISONS = {
     ),
     "tuning, target": Comparison(
         "learning rates and fake updates with a target learnt from the teacher's images at guidance 4",
-        target_rates(), budget=40_000, marks=2,
+        target_rates(),
+        budget=40_000,
+        images=2400,
     ),
     "pareto": Comparison(
         "GNDMR against DMDR's weighted sum, and against the same sum with GNDM: tiny_bold against the distance",
@@ -196,9 +200,9 @@ def flags_of(teacher: str, flags: dict[str, Any]) -> dict[str, Any]:
     return own if ratio is None else own | {"fake_learning_rate": ratio * own.get("learning_rate", 1e-3)}
 
 
-def run_of(teacher: str, seed: int, comparison: Comparison, flags: dict[str, Any], images: int, folder: Path) -> Path:
+def run_of(teacher: str, seed: int, comparison: Comparison, flags: dict[str, Any], folder: Path) -> Path:
     """The file of a run's result, which comparisons with the same run share."""
-    key = json.dumps([teacher, seed, comparison.budget, comparison.marks, images, flags], sort_keys=True)
+    key = json.dumps([teacher, seed, comparison.budget, comparison.marks, comparison.images, flags], sort_keys=True)
     return folder / f"{teacher}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
@@ -256,7 +260,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run only variants that match this regular expression")
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--num_images", type=int, default=960, help="pictures per measurement")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--work_dir", type=Path, required=True, help="finished runs are kept here")
     parser.add_argument("--summarise", action="store_true", help="run nothing; write down what is finished")
@@ -281,8 +284,8 @@ def pending(args: argparse.Namespace) -> list[tuple]:
                     if re.search(args.only, name) and not any(old.items() <= flags.items() for old in RETIRED)
                 ]  # fmt: skip
                 for flags in (flags_of(teacher, flags) for flags in chosen):
-                    path = run_of(teacher, seed, comparison, flags, args.num_images, args.work_dir)
-                    runs[path] = (path, teacher, seed, comparison.budget, comparison.marks, args.num_images, flags)
+                    path = run_of(teacher, seed, comparison, flags, args.work_dir)
+                    runs[path] = (path, teacher, seed, comparison.budget, comparison.marks, comparison.images, flags)
     return [run for path, run in runs.items() if not path.exists()]
 
 
@@ -290,17 +293,19 @@ def write_down(args: argparse.Namespace) -> None:
     """Gathers every finished run into the result file, where comparisons without one keep their figures."""
     path = RESULTS / "method_study.json"
     before = json.loads(path.read_text()) if path.exists() else {"comparisons": {}}
-    record: dict = {"num_images": args.num_images, "comparisons": {}}
+    record: dict = {"comparisons": {}}
     if "common_arguments" in before:
         record["common_arguments"] = before["common_arguments"]
-    record["floor"] = {teacher: floor(teacher, args.num_images, args.work_dir) for teacher in args.teachers}
+    record["floor"] = {teacher: floor(teacher, Comparison.images, args.work_dir) for teacher in args.teachers}
     for name, comparison in COMPARISONS.items():
-        entry: dict = {"about": comparison.about, "network_calls": comparison.budget}
+        entry: dict = {
+            "about": comparison.about, "network_calls": comparison.budget, "num_images": comparison.images
+        }  # fmt: skip
         for teacher in comparison.teachers:
             runs: dict[str, dict[int, dict]] = {}
             for variant, flags in comparison.variants.items():
                 for seed in range(100):
-                    path = run_of(teacher, seed, comparison, flags_of(teacher, flags), args.num_images, args.work_dir)
+                    path = run_of(teacher, seed, comparison, flags_of(teacher, flags), args.work_dir)
                     if path.exists():
                         found = json.loads(path.read_text())
                         record.setdefault("common_arguments", found["arguments"])
