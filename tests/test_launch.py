@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from parts import run_arguments
 
 import train_rdm_lora
-from rdm_diffusers.training.launch import check_launch, is_sharded_launch, promised_processes
+from rdm_diffusers.training.launch import check_launch, free_threads, is_sharded_launch, promised_processes
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
@@ -75,3 +76,31 @@ def test_an_accelerate_launch_that_silently_became_one_process_is_told_so(
     assert done.returncode != 0
     assert "error: The launcher was asked for 2 processes and made 1" in done.stderr
     assert not list((tmp_path / "student").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [([], {}, len(os.sched_getaffinity(0))), (["--num_cpu_threads_per_process", "1"], {}, 1),
+     ([], {"OMP_NUM_THREADS": "1"}, 1)],
+    ids=["nobody chose", "a flag", "OMP_NUM_THREADS"],
+)  # fmt: skip
+def test_under_accelerate_launch_a_run_uses_the_cores_that_there_are_unless_somebody_chose(
+    flags: list[str], environment: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\nfrom rdm_diffusers.config import RunConfig\n"
+        "from rdm_diffusers.training.launch import make_accelerator\n"
+        "config = RunConfig.of(output_dir='run', report_to='none')\n"
+        "make_accelerator(config.output, config.memory)\nprint('threads', torch.get_num_threads())\n"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script)], cwd=tmp_path,
+        env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == f"threads {expected}", done.stderr
+
+
+def test_a_program_that_accelerate_did_not_start_keeps_its_threads() -> None:
+    assert free_threads(psutil.Process().parent()) is None and free_threads(None) is None

@@ -48,6 +48,10 @@ def make_accelerator(output: OutputConfig, memory: MemoryConfig) -> Accelerator:
             f"launch --cpu does; {HOW_TO_LAUNCH}."
         )
     torch.backends.cuda.matmul.allow_tf32 = memory.allow_tf32
+    threads = free_threads(psutil.Process().parent()) if accelerator.device.type == "cpu" else None
+    if threads is not None and threads > torch.get_num_threads():
+        torch.set_num_threads(threads)
+        accelerator.print(f"Each process uses {threads} CPU threads (accelerate launch --num_cpu_threads_per_process).")
     return accelerator
 
 
@@ -83,3 +87,20 @@ def promised_processes() -> int:
     file = asked.config_file or default_config_file
     configured = load_config_from_file(file).num_processes if os.path.isfile(file) else 1
     return int(asked.num_processes or configured)
+
+
+def free_threads(parent: psutil.Process | None) -> int | None:
+    """How many CPU threads each process of this machine can have, if nobody chose: `accelerate launch` gives it one.
+
+    None if somebody did, by a flag of the launcher or by `OMP_NUM_THREADS`, or if another program started us.
+    """
+    words = words_of_launcher(parent)
+    try:
+        if parent is None or words is None or "OMP_NUM_THREADS" in parent.environ():
+            return None
+    except psutil.Error:
+        return None
+    if launch_command_parser().parse_known_args(words)[0].num_cpu_threads_per_process is not None:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
