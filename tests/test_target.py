@@ -19,7 +19,7 @@ from rdm_diffusers.distillation import estimate_reward
 from rdm_diffusers.families import LORA_FILE
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
-from rdm_diffusers.training import target_images
+from rdm_diffusers.training import shared_parts, target_images
 from rdm_diffusers.training.run_folder import check_resumable
 from rdm_diffusers.training.target_start import nearest
 from rdm_diffusers.training.updates import collect
@@ -142,7 +142,7 @@ def test_images_and_target_are_made_once_and_an_interrupted_drawing_goes_on(
     assert "teacher forward" in fewer.networks.calls and fewer.networks.calls["teacher forward"] == 2 * 3
     assert [part.read_bytes() for part in parts] == before
 
-    write = target_images.write_part
+    write = shared_parts.write_part
 
     def interrupted(*part) -> None:
         write(*part)
@@ -151,11 +151,14 @@ def test_images_and_target_are_made_once_and_an_interrupted_drawing_goes_on(
     parts[0].unlink()
     parts[1].write_bytes(before[1][:-1] + bytes([before[1][-1] ^ 1]))
     with monkeypatch.context() as patch:
-        patch.setattr(target_images, "write_part", interrupted)
-        with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="are damaged; they are drawn again"):
+        patch.setattr(shared_parts, "write_part", interrupted)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            pytest.warns(UserWarning, match="that part is made anew"),
+        ):
             make_run(argv("third"))
     assert parts[0].read_bytes() == before[0] and parts[1].read_bytes() != before[1]
-    with pytest.warns(UserWarning, match="are damaged; they are drawn again"):
+    with pytest.warns(UserWarning, match="that part is made anew"):
         make_run(argv("fourth"))
     assert [part.read_bytes() for part in parts] == before
 

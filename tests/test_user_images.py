@@ -19,7 +19,7 @@ from PIL import Image
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.tiny.captions import CAPTIONS
-from rdm_diffusers.training import target_images, user_images
+from rdm_diffusers.training import shared_parts, target_images, user_images
 from rdm_diffusers.training.prompts import load_prompts
 from rdm_diffusers.training.run_folder import check_resumable
 from rdm_diffusers.training.user_images import find_user_images
@@ -118,24 +118,24 @@ def test_images_are_encoded_once_and_an_interrupted_encoding_goes_on(
     assert len(parts) == 2
     parts[0].unlink()
     parts[1].write_bytes(before[1][:-1] + bytes([before[1][-1] ^ 1]))
-    write = user_images.write_part
+    write = shared_parts.write_part
 
     def interrupted(*part) -> None:
         write(*part)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(user_images, "write_part", interrupted)
+        patch.setattr(shared_parts, "write_part", interrupted)
         with (
             pytest.raises(KeyboardInterrupt),
-            pytest.warns(UserWarning, match="your images are damaged; they are made"),
+            pytest.warns(UserWarning, match="that part is made anew"),
         ):
             images_of(it)
     assert parts[0].read_bytes() == before[0] and parts[1].read_bytes() != before[1]
-    with pytest.warns(UserWarning, match="your images are damaged; they are made anew"):
+    with pytest.warns(UserWarning, match="that part is made anew"):
         assert torch.equal(images_of(it).latents, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(user_images, "write_part", None)  # nothing is encoded again
+        patch.setattr(shared_parts, "write_part", None)  # nothing is encoded again
         assert torch.equal(images_of(it).latents, whole)
 
 

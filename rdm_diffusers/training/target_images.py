@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -12,11 +11,8 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..distillation import Draws, draw_samples
@@ -24,13 +20,12 @@ from ..families import Conditioning, Teacher
 from ..networks import TEACHER
 from ..sharding import gather
 from .assembly import DTYPES, teacher_scheduler
-from .cache_parts import whole_parts, write_part
 from .prompts import PromptGroups
+from .shared_parts import shared_parts
 from .updates import Distillation
 
 FOLDER = "rdm_target_images"
 PART = 64  # images in a file
-DAMAGED = "The teacher's images in {path} are damaged; they are drawn again."
 SEED = 0  # of all runs, so that they share the images
 HELD_OUT = 20  # every so many-th image is held out
 MOST_HELD_OUT = 512
@@ -123,68 +118,36 @@ def draw_target_images(
         OSError: if a part cannot be written, or if the processes share no cache.
     """
     prompts = replace(run.prompts, draws=Draws(SEED, 1, run.draws.device))
-    count, steps = config.target.num_target_images, config.target.target_inference_steps
+    count, dtype = config.target.num_target_images, DTYPES[config.memory.mixed_precision]
+    sampler = teacher_scheduler(teacher, config, config.target.target_inference_steps)
     parent = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
-    folder = parent / _digest(run, teacher, prompts, steps)
+    folder = parent / _digest(run, teacher, prompts, sampler.timesteps)
+
+    def draw(numbers: range) -> dict[str, Tensor]:
+        latents = draw_samples(
+            partial(run.networks.predict, TEACHER),
+            sampler,
+            [prompts.draws.normal("target_image", numbers, run.latent_shape)],
+            prompts.conditioning(numbers),
+            micro_batch_size=run.micro_batch_size,
+        )
+        return {"latents": latents.to("cpu", dtype)}
+
     parts = [range(start, start + PART) for start in range(0, count, PART)]  # whole ones, which any run can share
-    sampler = teacher_scheduler(teacher, config, steps)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number in share(folder, parts, accelerator, "teacher's images", DAMAGED):
-            latents = draw_samples(
-                partial(run.networks.predict, TEACHER),
-                sampler,
-                [prompts.draws.normal("target_image", parts[number], run.latent_shape)],
-                prompts.conditioning(parts[number]),
-                micro_batch_size=run.micro_batch_size,
-            )
-            write_part(folder, number, {"latents": latents.to("cpu", DTYPES[config.memory.mixed_precision])})
-        accelerator.wait_for_everyone()
-        found = whole_parts(folder)
-    except OSError as error:
-        raise OSError(
-            f"The teacher's images could not be cached in {folder} ({error}); free some space there, or name another "
-            "folder with --cache_dir."
-        ) from error
-    if len(found) < len(parts):
-        raise OSError(f"Images of the teacher are missing in {folder}; name a --cache_dir that all processes share.")
-    drawn = [load_file(found[number])["latents"] for number in range(len(parts))]
+    drawn = [part["latents"] for part in shared_parts(folder, parts, draw, accelerator, "the teacher's images")]
+    latents = torch.cat([torch.empty(0, *run.latent_shape, dtype=dtype), *drawn])[:count]
     numbers = torch.arange(count)
     prompt_of = torch.tensor([prompts.index(number) for number in range(count)], dtype=torch.long)
-    empty = torch.empty(0, *run.latent_shape, dtype=DTYPES[config.memory.mixed_precision])
-    whole = torch.cat([empty, *drawn])[:count]
-    return TargetImages(folder, whole, prompts, prompt_of, ((1.0, numbers[:, None]),))
+    return TargetImages(folder, latents, prompts, prompt_of, ((1.0, numbers[:, None]),))
 
 
-def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, steps: int) -> str:
+def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, times: Tensor) -> str:
     """Of all that decides an image: the teacher's weights, its prompts and how they are read, and the sampler."""
     networks, ends = run.networks, prompts.once([0, len(prompts.prompts) - 1])
-    digest = hashlib.sha256(repr((list(prompts.prompts), networks.guidance_scale, steps, run.latent_shape)).encode())
+    settings = list(prompts.prompts), networks.guidance_scale, times.tolist(), run.latent_shape
+    digest = hashlib.sha256(repr(settings).encode())
     digest.update(repr((teacher.options, dict(teacher.pipeline.scheduler.config), prompts.dtype)).encode())
     weights = (p for name, p in teacher.denoiser.named_parameters() if "lora_" not in name)
     for tensor in (*weights, *ends.tensors.values(), *networks.null_conditioning.tensors.values()):
         digest.update(repr((tuple(tensor.shape), gather(tensor.detach().double().sum()).item())).encode())
     return digest.hexdigest()[:32]
-
-
-def share(folder: Path, parts: list[range], accelerator: Accelerator, what: str, damaged: str) -> Iterator[int]:
-    """The parts that this process is to make; the same number on each, because shards of weights need all of them.
-
-    Args:
-        folder: the cache's, whose whole parts are not made again.
-        parts: the numbers of the images in each.
-        accelerator: of the run.
-        what: the images' name beside the progress bar.
-        damaged: the warning of a damaged part, whose path replaces `{path}`.
-    """
-    found = whole_parts(folder, damaged)
-    missing = [number for number in range(len(parts)) if number not in found]
-    (missing,) = broadcast_object_list([missing])
-    size, index = accelerator.num_processes, accelerator.process_index
-    total, left = sum(map(len, parts)), sum(len(parts[number]) for number in missing)
-    disable = not accelerator.is_main_process or not parts
-    with tqdm(total=total, initial=total - left, desc=what, disable=disable) as bar:
-        for start in range(0, len(missing), size):
-            turn = missing[start : start + size]
-            yield turn[min(index, len(turn) - 1)]
-            bar.update(sum(len(parts[number]) for number in turn))

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,14 +24,13 @@ from ..distillation import Draws
 from ..families import Teacher
 from ..prompts import FLAGS, captions_of, load_rows
 from .assembly import DTYPES
-from .cache_parts import whole_parts, write_part
 from .devices import on_device
 from .prompts import check_source
-from .target_images import PART, SEED, TargetImages, draw_target_images, share
+from .shared_parts import shared_parts
+from .target_images import PART, SEED, TargetImages, draw_target_images
 from .updates import Distillation
 
 FOLDER = "rdm_user_images"
-DAMAGED = "The cached latents {path} of your images are damaged; they are made anew."
 FEWEST = 20  # of which one is held out
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # and none that runs other programs, as EPS does
 MOST_BYTES, MOST_PIXELS = 2**28, 2**26  # of one image
@@ -222,28 +220,19 @@ def _latents(
     digest = hashlib.sha256(repr((decides, weights)).encode()).hexdigest()[:32]
     folder = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER / digest
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with on_device([vae], accelerator.device):
-            for number in share(folder, parts, accelerator, "your images", DAMAGED):
-                squares = torch.stack([_square(images, i, size, target.center_crop) for i in parts[number]])
-                versions = [squares, squares.flip(-1)] if target.random_flip else [squares]
-                tensors = {}
-                for i, version in enumerate(versions):
-                    batches = version.split(config.memory.decode_batch_size)
-                    latents = torch.cat([teacher.family.encode(teacher.pipeline, batch) for batch in batches])
-                    tensors[str(i)] = latents.to("cpu", dtype).contiguous()
-                write_part(folder, number, tensors)
-        accelerator.wait_for_everyone()
-        found = whole_parts(folder)
-    except OSError as error:
-        raise OSError(
-            f"Your images' latents could not be cached in {folder} ({error}); free some space there, or name another "
-            "folder with --cache_dir."
-        ) from error
-    if len(found) < len(parts):
-        raise OSError(f"Latents of your images are missing in {folder}; name a --cache_dir that all processes share.")
-    files = [load_file(found[number]) for number in range(len(parts))]
+
+    def encode(numbers: range) -> dict[str, Tensor]:
+        squares = torch.stack([_square(images, i, size, target.center_crop) for i in numbers])
+        versions = [squares, squares.flip(-1)] if target.random_flip else [squares]
+        tensors = {}
+        for i, version in enumerate(versions):
+            batches = version.split(config.memory.decode_batch_size)
+            latents = torch.cat([teacher.family.encode(teacher.pipeline, batch) for batch in batches])
+            tensors[str(i)] = latents.to("cpu", dtype).contiguous()
+        return tensors
+
+    with on_device([vae], accelerator.device):
+        files = shared_parts(folder, parts, encode, accelerator, "your images")
     return torch.cat([file[version] for version in sorted(files[0]) for file in files]), digest
 
 
