@@ -57,7 +57,7 @@ from rdm_diffusers.families import Conditioning
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.frechet import GaussianStatistics, frechet_distance
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SeparateNetworks
-from rdm_diffusers.prediction import output_weight
+from rdm_diffusers.prediction import denoising_weight
 from rdm_diffusers.schedulers import RdmScheduler
 
 METRICS = ("fd", "sw2")
@@ -199,8 +199,8 @@ def denoise(networks: SeparateNetworks, role: str, x0: Tensor, t: Tensor, noise:
     """Accumulates the gradient of the role's denoising loss on points `[B, ...]` at times `[B]`."""
     schedule = networks.schedule
     prediction = networks.predict(role, schedule.add_noise(x0, noise, t), t, classes)
-    weight = output_weight(networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
-    networks.backward(role, prediction, fake_score_direction(prediction, x0, weight, len(x0))[0])
+    direction, _ = fake_score_direction(prediction, x0, denoising_weight(schedule.sigma(t)), len(x0))
+    networks.backward(role, prediction, direction)
 
 
 def distil(problem: Problem, seed: int) -> None:

@@ -115,15 +115,10 @@ def from_x0(prediction_type: str, x0: Tensor, x_t: Tensor, alpha: Tensor, sigma:
     raise ValueError(f"Unknown prediction type {prediction_type!r}; use one of {', '.join(PREDICTION_TYPES)}.")
 
 
-def output_weight(prediction_type: str, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The weight that turns a squared error of x0 into one of the denoiser's output, shaped as `alpha`.
+def denoising_weight(sigma: Tensor) -> Tensor:
+    """The weight of a squared error of x0 in a denoising loss, 1 / sigma^2, shaped as `sigma`.
 
-    With it a loss on x0 is the loss that the teacher was trained with. Raises ValueError as `to_x0`.
+    That is the loss of v-prediction and of flow matching, whatever the teacher predicts: epsilon-prediction's own,
+    alpha^2 / sigma^2, hardly sees high noise levels, at which R_dm asks as often as at low ones.
     """
-    if prediction_type == "epsilon":
-        return (alpha / sigma) ** 2
-    if prediction_type in ("v_prediction", "flow_prediction"):
-        return 1 / sigma**2
-    if prediction_type == "sample":
-        return torch.ones_like(alpha)
-    raise ValueError(f"Unknown prediction type {prediction_type!r}; use one of {', '.join(PREDICTION_TYPES)}.")
+    return 1 / sigma**2

@@ -27,7 +27,7 @@ from rdm_diffusers.distillation import (
 )
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SeparateNetworks
-from rdm_diffusers.prediction import NoiseSchedule, output_weight
+from rdm_diffusers.prediction import NoiseSchedule
 from rdm_diffusers.schedulers import RdmScheduler
 
 SHAPE = (1, 1, 2)  # a point of the plane, as a latent
@@ -168,8 +168,8 @@ def distil(networks: SeparateNetworks, scheduler: RdmScheduler, objective: GNDM,
             t = (draws.uniform(f"fake_time/{repeat}", groups) * 1000).long()
             x_t = SCHEDULE.add_noise(samples.x0, draws.normal(f"fake_noise/{repeat}", groups, SHAPE), t)
             prediction = networks.predict(FAKE_SCORE, x_t, t, samples.conditioning)
-            weight = output_weight("sample", SCHEDULE.alpha(t), SCHEDULE.sigma(t))
-            step(FAKE_SCORE, prediction, fake_score_direction(prediction, samples.x0, weight, len(samples))[0])
+            direction, _ = fake_score_direction(prediction, samples.x0, torch.ones(len(t)), len(samples))
+            step(FAKE_SCORE, prediction, direction)
     average.copy_to(networks.parameters(STUDENT))
 
 

@@ -28,8 +28,9 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
     # The guidance is a constant that works for R_dm, not the one that the teacher is sampled at.
     "score": dict(guidance_scale=2.0, max_train_steps=1400, learning_rate=1e-3),
     "samples": dict(
-        max_train_steps=700, learning_rate=2.5e-4, num_target_images=7200, target_inference_steps=16,
-        target_train_steps=800, target_batch_size=256, target_learning_rate=2e-3, target_rank=64,
+        max_train_steps=700, learning_rate=2.5e-4, fake_learning_rate=1e-3, fake_score_steps=True,
+        num_target_images=7200, target_inference_steps=16, target_train_steps=500, target_batch_size=256,
+        target_learning_rate=2e-3, target_rank=64,
     ),
 }  # fmt: skip
 FULL_LEARNING_RATE = 0.5  # of a LoRA's
@@ -86,7 +87,9 @@ def _tiny_defaults(student: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if student == "lora":
         chosen |= TINY_LORA_DEFAULTS
     else:
-        chosen["learning_rate"] *= FULL_LEARNING_RATE
+        for name in ("learning_rate", "fake_learning_rate"):
+            if name in chosen:
+                chosen[name] *= FULL_LEARNING_RATE
     if values["train_data_dir"] or values["image_column"]:
         for name in ("num_target_images", "target_inference_steps"):
             chosen.pop(name, None)  # the teacher draws nothing, unless that is asked for

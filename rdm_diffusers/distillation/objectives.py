@@ -91,7 +91,7 @@ def fake_score_direction(prediction: Tensor, x0: Tensor, weight: Tensor, batch: 
     Args:
         prediction: the fake score's x0 `[B, C, H, W]`.
         x0: the student's, same shape.
-        weight: per-sample weight `[B]`; see `prediction.output_weight`.
+        weight: per-sample weight `[B]`; see `prediction.denoising_weight`.
         batch: how many samples the loss is a mean over, of which these are some.
 
     Returns:

@@ -24,7 +24,7 @@ from ..config import RunConfig
 from ..distillation import fake_score_direction, posterior_mean
 from ..folders import write_whole
 from ..networks import TARGET, TEACHER
-from ..prediction import output_weight
+from ..prediction import denoising_weight
 from ..sharding import gather
 from .cache_parts import whole_parts, write_part
 from .checkpoints import copy_into
@@ -34,7 +34,6 @@ from .target_images import TargetImages
 from .updates import Distillation, denoising_times
 
 DAMAGED = "The target in {path} is damaged; it is trained again."
-LOSS = "v_prediction"  # what the loss weighs, whatever the teacher predicts: epsilon's hardly sees high noise
 RECORD = "target.json"  # in the run's folder
 CHECKS = 10  # of the held-out loss in a whole training
 PATIENCE = 5  # checks without a lower loss that end it; while the learning rate is high, the loss goes up and down
@@ -158,7 +157,7 @@ def _losses(
     x_t = schedule.add_noise(x0, noise, t)
     if trains:
         x0 = _expected(images, x_t, schedule.alpha(t), schedule.sigma(t), indices, x0)
-    weight = output_weight(LOSS, schedule.alpha(t), schedule.sigma(t))
+    weight = denoising_weight(schedule.sigma(t))
     losses = []
     for start in range(0, len(indices), run.micro_batch_size):
         part = slice(start, start + run.micro_batch_size)

@@ -32,7 +32,7 @@ from ..distillation import (
 )
 from ..families import Conditioning
 from ..networks import FAKE_SCORE, STUDENT, Networks
-from ..prediction import NoiseSchedule, expand, output_weight
+from ..prediction import NoiseSchedule, denoising_weight, expand
 from ..schedulers import RdmScheduler
 from ..sharding import average_in_backward
 from .external_rewards import ExternalRewards
@@ -226,7 +226,7 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     t = denoising_times(run.draws.uniform(f"fake_time/{repeat}", batch.keys), schedule, run.fake_distribution)
     noise = run.draws.normal(f"fake_noise/{repeat}", batch.keys, run.latent_shape)
     x_t = schedule.add_noise(samples.x0, noise, t)
-    weight = output_weight(run.networks.prediction_type, schedule.alpha(t), schedule.sigma(t))
+    weight = denoising_weight(schedule.sigma(t))
     if samples.weight is not None:
         weight = weight * samples.weight
     losses = []
