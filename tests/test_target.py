@@ -209,6 +209,15 @@ def test_the_tiny_teachers_are_imitated_at_the_guidance_that_they_are_sampled_at
     assert parse_args([]).method.guidance_scale == 2.0
 
 
+def test_the_fake_scores_rate_on_a_tiny_teacher_follows_the_students_where_that_is_given() -> None:
+    words = ["--teacher_target", "samples"]
+    rates = parse_args(words).optimisation
+    assert rates.fake_learning_rate == 4 * rates.learning_rate
+    full = parse_args(words, student="full").optimisation
+    assert (full.learning_rate, full.fake_learning_rate) == (rates.learning_rate / 2, rates.fake_learning_rate / 2)
+    assert parse_args([*words, "--learning_rate", "1e-5"]).optimisation.fake_learning_rate == 1e-5
+
+
 def test_a_run_counts_the_calls_of_images_and_target(argv) -> None:
     it = make_run(argv())
     calls = dict(it.networks.calls)

@@ -34,6 +34,7 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 FULL_LEARNING_RATE = 0.5  # of a LoRA's
+RATES = ("learning_rate", "fake_learning_rate")
 
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 # What follows from other flags, where it is not given.
@@ -45,7 +46,7 @@ DERIVED = (
 
 def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
-    values = {**defaults, **_tiny_defaults(student, {**defaults, **given}), **given}
+    values = {**defaults, **_tiny_defaults(student, defaults, given), **given}
     values |= _loras(values, rank_is_given="rank" in given)
     grid = values["student_sigmas"] or values["student_timesteps"]
     if grid and "num_student_steps" not in given:
@@ -78,7 +79,8 @@ def _loras(values: Mapping[str, Any], rank_is_given: bool) -> dict[str, Any]:
     return found
 
 
-def _tiny_defaults(student: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _tiny_defaults(student: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    values = {**defaults, **given}
     if not is_tiny(values[TEACHER]):
         return {}
     target, scale = values["teacher_target"], REFERENCES[values[TEACHER]].guidance_scale
@@ -87,9 +89,9 @@ def _tiny_defaults(student: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if student == "lora":
         chosen |= TINY_LORA_DEFAULTS
     else:
-        for name in ("learning_rate", "fake_learning_rate"):
-            if name in chosen:
-                chosen[name] *= FULL_LEARNING_RATE
+        chosen |= {name: FULL_LEARNING_RATE * rate for name, rate in chosen.items() if name in RATES}
+    if "learning_rate" in given:
+        chosen.pop("fake_learning_rate", None)  # it follows the given one
     if values["train_data_dir"] or values["image_column"]:
         for name in ("num_target_images", "target_inference_steps"):
             chosen.pop(name, None)  # the teacher draws nothing, unless that is asked for
