@@ -204,9 +204,11 @@ def test_a_flag_of_the_target_is_refused_where_it_would_have_no_effect(capsys: p
         )
 
 
-def test_the_tiny_teachers_are_imitated_at_the_guidance_that_they_are_sampled_at() -> None:
-    assert parse_args(["--teacher_target", "samples"]).method.guidance_scale == 4.0
-    assert parse_args([]).method.guidance_scale == 2.0
+def test_the_tiny_teachers_are_imitated_at_the_guidance_that_they_are_sampled_at_and_others_by_their_score() -> None:
+    tiny, real = parse_args([]), parse_args(["--pretrained_model", "a/b"])
+    assert (tiny.target.teacher_target, tiny.method.guidance_scale) == ("samples", 4.0)
+    assert parse_args(["--teacher_target", "score"]).method.guidance_scale == 2.0
+    assert real.target.teacher_target == "score"
 
 
 def test_the_fake_scores_rate_on_a_tiny_teacher_follows_the_students_where_that_is_given() -> None:

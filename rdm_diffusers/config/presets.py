@@ -83,8 +83,8 @@ def _tiny_defaults(student: str, defaults: Mapping[str, Any], given: Mapping[str
     values = {**defaults, **given}
     if not is_tiny(values[TEACHER]):
         return {}
-    target, scale = values["teacher_target"], REFERENCES[values[TEACHER]].guidance_scale
-    chosen = {"guidance_scale": scale, "sample_guidance_scale": scale, **TINY_DEFAULTS}
+    target, scale = given.get("teacher_target", "samples"), REFERENCES[values[TEACHER]].guidance_scale
+    chosen = {"teacher_target": target, "guidance_scale": scale, "sample_guidance_scale": scale, **TINY_DEFAULTS}
     chosen |= TINY_TARGETS.get(target, TINY_TARGETS["score"])
     if student == "lora":
         chosen |= TINY_LORA_DEFAULTS
