@@ -10,7 +10,7 @@ def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, images: Tensor, pr
     """E[x0 | x_t] where x0 is one of a few images, each as likely as the others, and `x_t = alpha x0 + sigma eps`.
 
     A network that regresses on it instead of on x0 has the same gradient on average, with less variance: at high noise
-    much less. After the stable target field (Xu et al., arXiv 2302.00670, equation 6), without its bias, because the
+    much less. After the stable target field (Xu et al., arXiv 2302.00670), without its bias, because the
     images are all that x0 was chosen from.
 
     Args:
