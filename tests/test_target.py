@@ -21,6 +21,7 @@ from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.training import shared_parts, target_images
 from rdm_diffusers.training.run_folder import check_resumable
+from rdm_diffusers.training.target import overfitted
 from rdm_diffusers.training.target_start import nearest
 from rdm_diffusers.training.updates import collect
 
@@ -105,6 +106,11 @@ def test_the_record_has_the_losses_on_images_that_the_target_never_saw(argv, tmp
     losses = {int(update): loss for update, loss in record["target"].items()}
     assert losses[0] == record["teacher"]["unguided"] != record["teacher"]["guided"]
     assert min(losses.values()) == losses[record["update"]] < losses[0]
+
+
+def test_a_loss_that_ends_clearly_above_its_lowest_is_overfitting_and_a_small_rise_is_not() -> None:
+    assert overfitted({0: 1.0, 10: 0.5, 20: 0.52})
+    assert not overfitted({0: 1.0, 10: 0.5, 20: 0.502}) and not overfitted({0: 1.0, 10: 0.5})
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from .updates import Distillation, denoising_times
 DAMAGED = "The target in {path} is damaged; it is trained again."
 RECORD = "target.json"  # in the run's folder
 CHECKS = 10  # of the held-out loss in a whole training
+OVERFITTED = 0.01  # so much above the lowest loss is no accident of the times and noises that are checked
 PATIENCE = 5  # checks without a lower loss that end it; while the learning rate is high, the loss goes up and down
 
 
@@ -125,13 +126,18 @@ def _train(
     bar.close()
     for parameter, kept in zip(parameters, best[1], strict=True):
         parameter.data.copy_(kept)
-    if best[0] < max(losses):
+    if overfitted(losses):
         warnings.warn(
             f"The target fits its images better than others of their prompts since update {best[0]}, whose weights are "
             "used; give it more (--num_target_images, or more of your own).",
             stacklevel=3,
         )
     return {"images": len(images), "teacher": teacher, "target": losses, "update": best[0]}
+
+
+def overfitted(losses: Mapping[int, float]) -> bool:
+    """Whether the loss on held-out images, by update, ends clearly above its lowest."""
+    return losses[max(losses)] > (1 + OVERFITTED) * min(losses.values())
 
 
 def _losses(
