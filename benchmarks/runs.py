@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 def train(folder: Path, flags: list[str], threads: int, script: str = "train_rdm_lora.py") -> dict:
     """Runs a training script into `folder` unless it has a result; returns the run's `metrics.json`."""
     result = folder / "metrics.json"
-    if not result.exists():
+    if not is_finished(result):
         folder.mkdir(parents=True, exist_ok=True)
         resume = ["--resume_from_checkpoint", "latest"] if any(folder.glob("checkpoint-*")) else []
         command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *flags, *resume]
@@ -31,6 +31,12 @@ def train(folder: Path, flags: list[str], threads: int, script: str = "train_rdm
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
             subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
     return json.loads(result.read_text())
+
+
+def is_finished(metrics: Path) -> bool:
+    """Whether a run has drawn and measured all its pictures; it writes its `metrics.json` once before."""
+    found = json.loads(metrics.read_text()) if metrics.exists() else None
+    return found is not None and found["student"]["num_images"] == found["arguments"]["num_eval_images"]
 
 
 def train_all(runs: dict[str, list[str]], folder: Path, jobs: int, threads: int) -> dict[str, dict]:
