@@ -439,7 +439,7 @@ def test_a_runs_file_makes_the_same_configuration_again(tmp_path: Path) -> None:
 
 
 def test_flags_go_before_the_file_and_bring_what_follows_from_them(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(parse_args(["--rank", "8"]).as_yaml())
+    (tmp_path / "run.yaml").write_text(parse_args(["--rank", "8", "--teacher_target", "score"]).as_yaml())
     config = parse_args(["--config", str(tmp_path / "run.yaml"), "--rank", "2", "--learning_rate", "0.5"])
     assert (config.student.rank, config.student.lora_alpha) == (2, 2)
     assert config.optimisation.fake_learning_rate == 0.5

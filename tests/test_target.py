@@ -217,13 +217,13 @@ def test_the_tiny_teachers_are_imitated_at_the_guidance_that_they_are_sampled_at
     assert real.target.teacher_target == "score"
 
 
-def test_the_fake_scores_rate_on_a_tiny_teacher_follows_the_students_where_that_is_given() -> None:
-    words = ["--teacher_target", "samples"]
-    rates = parse_args(words).optimisation
-    assert rates.fake_learning_rate == 4 * rates.learning_rate
-    full = parse_args(words, student="full").optimisation
-    assert (full.learning_rate, full.fake_learning_rate) == (rates.learning_rate / 2, rates.fake_learning_rate / 2)
-    assert parse_args([*words, "--learning_rate", "1e-5"]).optimisation.fake_learning_rate == 1e-5
+def test_the_fake_score_of_a_tiny_teachers_target_learns_four_times_as_fast_as_the_student() -> None:
+    for words in ([], ["--learning_rate", "1e-5"]):
+        for student in ("lora", "full"):
+            rates = parse_args(words, student=student).optimisation
+            assert rates.fake_learning_rate == 4 * rates.learning_rate
+    rates = parse_args(["--teacher_target", "score"]).optimisation
+    assert rates.fake_learning_rate == rates.learning_rate
 
 
 def test_a_run_counts_the_calls_of_images_and_target(argv) -> None:

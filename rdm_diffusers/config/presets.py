@@ -28,13 +28,13 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
     # The guidance is a constant that works for R_dm, not the one that the teacher is sampled at.
     "score": dict(guidance_scale=2.0, max_train_steps=1400, learning_rate=1e-3),
     "samples": dict(
-        max_train_steps=700, learning_rate=2.5e-4, fake_learning_rate=1e-3, fake_score_steps=True,
+        max_train_steps=700, learning_rate=2.5e-4, fake_score_steps=True,
         num_target_images=7200, target_inference_steps=16, target_train_steps=500, target_batch_size=256,
         target_learning_rate=2e-3, target_rank=64,
     ),
 }  # fmt: skip
 FULL_LEARNING_RATE = 0.5  # of a LoRA's
-RATES = ("learning_rate", "fake_learning_rate")
+TINY_FAKE_RATE = 4  # times the student's, where both start at the target
 
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 # What follows from other flags, where it is not given.
@@ -52,10 +52,11 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     if grid and "num_student_steps" not in given:
         values["num_student_steps"] = len(grid)
     preset = values["preset"] or ALGORITHM_PRESETS.get(values["algorithm"], "gndm")
+    at_target = is_tiny(values[TEACHER]) and values["teacher_target"] == "samples"
     follows = {
         **PRESETS[preset],
         "decode_batch_size": values["train_batch_size"],
-        "fake_learning_rate": values["learning_rate"],
+        "fake_learning_rate": values["learning_rate"] * (TINY_FAKE_RATE if at_target else 1),
         "lora_alpha": values.get("rank"),
         "sample_guidance_scale": values["guidance_scale"],
         "target_rank": values.get("rank", 64),
@@ -89,9 +90,7 @@ def _tiny_defaults(student: str, defaults: Mapping[str, Any], given: Mapping[str
     if student == "lora":
         chosen |= TINY_LORA_DEFAULTS
     else:
-        chosen |= {name: FULL_LEARNING_RATE * rate for name, rate in chosen.items() if name in RATES}
-    if "learning_rate" in given:
-        chosen.pop("fake_learning_rate", None)  # it follows the given one
+        chosen["learning_rate"] *= FULL_LEARNING_RATE
     if values["train_data_dir"] or values["image_column"]:
         for name in ("num_target_images", "target_inference_steps"):
             chosen.pop(name, None)  # the teacher draws nothing, unless that is asked for
