@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -110,6 +111,17 @@ def update_average(ema: EMAModel, parameters: Sequence[nn.Parameter]) -> None:
         apart = torch._foreach_sub(old, [new.to(average.device) for new, average in zip(bucket, old, strict=True)])
         torch._foreach_mul_(apart, rest)
         torch._foreach_sub_(old, apart)
+
+
+@contextmanager
+def averaged(ema: EMAModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, the parameters have their moving average; afterwards their own values again, bit for bit."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, config: RunConfig) -> RoleOptimizer:

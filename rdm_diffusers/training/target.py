@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -29,7 +30,7 @@ from ..sharding import gather
 from .cache_parts import whole_parts, write_part
 from .checkpoints import copy_into
 from .finite import NonFiniteError
-from .optimizers import make_optimizer
+from .optimizers import averaged, make_optimizer, update_average
 from .target_images import TargetImages
 from .updates import Distillation, denoising_times
 
@@ -45,8 +46,9 @@ def learn_target(
 ) -> None:
     """Trains the target with the teacher's own denoising loss, or reads what an equal run has trained.
 
-    The weights with the lowest loss on held-out images are kept. `target.json` in the run's folder has that loss, and
-    beside it the teacher's own, guided and unguided.
+    The weights' moving average is kept: the last one, or the one with the lowest loss on held-out images where that has
+    risen clearly since. `target.json` in the run's folder has that loss, and beside it the teacher's own, guided and
+    unguided.
 
     Raises:
         NonFiniteError: if the loss is not finite.
@@ -76,8 +78,8 @@ def _digest(run: Distillation, images: TargetImages, config: RunConfig) -> str:
     settings = (
         config.target, getattr(config.student, "quantization", None), len(images), _batch_size(run, config),
         run.num_processes, optimisation.adam_beta1, optimisation.adam_beta2, optimisation.adam_weight_decay,
-        optimisation.adam_epsilon, optimisation.max_grad_norm, config.memory.mixed_precision,
-        config.memory.use_8bit_adam,
+        optimisation.adam_epsilon, optimisation.max_grad_norm, optimisation.use_ema, optimisation.ema_decay,
+        config.memory.mixed_precision, config.memory.use_8bit_adam,
     )  # fmt: skip
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
 
@@ -96,6 +98,7 @@ def _train(
     schedule = config.changed("optimisation", lr_scheduler="cosine", lr_warmup_steps=0, max_train_steps=updates)
     optimizer, every = make_optimizer(parameters, rate, schedule), -(-updates // CHECKS)
     batch = _batch_size(run, config)
+    average = EMAModel(parameters, decay=config.optimisation.ema_decay if config.optimisation.use_ema else 0.0)
 
     def check(role: str) -> float:
         losses = [
@@ -105,7 +108,7 @@ def _train(
         return float(accelerator.reduce(torch.stack(losses).sum(), "mean"))
 
     teacher = {"guided": check(TEACHER), "unguided": check(TARGET)}  # the target is not different yet
-    losses, best = {0: teacher["unguided"]}, (0, [p.detach().clone() for p in parameters])
+    losses, best = {0: teacher["unguided"]}, (0, _copies(average.shadow_params))
     bar = tqdm(total=updates, desc="target", disable=not accelerator.is_main_process)
     for update in range(updates):
         first = (update * run.num_processes + run.process_index) * batch
@@ -114,25 +117,33 @@ def _train(
         _losses(run, images, TARGET, chosen, keys, "target", trains=True)
         optimizer.set_update(update)
         optimizer.step()
+        update_average(average, parameters)
         bar.update()
         if (update + 1) % every and update + 1 < updates:
             continue
-        losses[update + 1] = check(TARGET)
+        with averaged(average, parameters):
+            losses[update + 1] = check(TARGET)
         bar.set_postfix(held_out=f"{losses[update + 1]:.4g}", teacher=f"{teacher['unguided']:.4g}")
         if losses[update + 1] < losses[best[0]]:
-            best = update + 1, [p.detach().clone() for p in parameters]
+            best = update + 1, _copies(average.shadow_params)
         elif update + 1 - best[0] >= PATIENCE * every:
             break
     bar.close()
-    for parameter, kept in zip(parameters, best[1], strict=True):
-        parameter.data.copy_(kept)
     if overfitted(losses):
         warnings.warn(
             f"The target fits its images better than others of their prompts since update {best[0]}, whose weights are "
             "used; give it more (--num_target_images, or more of your own).",
             stacklevel=3,
         )
+    else:
+        best = max(losses), average.shadow_params
+    for parameter, kept in zip(parameters, best[1], strict=True):
+        parameter.data.copy_(kept)
     return {"images": len(images), "teacher": teacher, "target": losses, "update": best[0]}
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
 
 
 def overfitted(losses: Mapping[int, float]) -> bool:

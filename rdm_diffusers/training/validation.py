@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +18,14 @@ from ..networks import STUDENT
 from ..program import one_line
 from .checkpoints import TrainState
 from .devices import on_device
+from .optimizers import averaged
 from .prompts import Texts
 from .updates import Distillation
 
 
-@contextmanager
-def averaged_student(run: Distillation, state: TrainState) -> Iterator[None]:
+def averaged_student(run: Distillation, state: TrainState) -> AbstractContextManager[None]:
     """Inside, the student has its averaged weights; afterwards its own again, bit for bit."""
-    if state.ema is None:
-        yield
-        return
-    parameters = run.networks.parameters(STUDENT)
-    state.ema.store(parameters)
-    state.ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        state.ema.restore(parameters)
+    return nullcontext() if state.ema is None else averaged(state.ema, run.networks.parameters(STUDENT))
 
 
 @torch.no_grad()
