@@ -29,7 +29,7 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
     "score": dict(guidance_scale=2.0, max_train_steps=1400, learning_rate=1e-3),
     "samples": dict(
         max_train_steps=700, learning_rate=2.5e-4, fake_score_steps=True,
-        num_target_images=7200, target_inference_steps=16, target_train_steps=500, target_batch_size=256,
+        num_target_images=6000, target_inference_steps=25, target_train_steps=1000, target_batch_size=128,
         target_learning_rate=2e-3, target_rank=64,
     ),
 }  # fmt: skip
