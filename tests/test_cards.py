@@ -204,7 +204,28 @@ def test_a_card_tells_only_what_is_known_of_the_training(student: Path) -> None:
     training = {"arguments": told, "averaged": False, "updates": 7}
     rows = hyperparameters(replace(facts, student=replace(facts.student, training=training)))
     assert not {"R_dm", "moving average", "rewards"} & rows.keys()
-    assert rows["updates"] == "7, of 8 samples" and rows["student"].startswith("LoRA, rank 2, alpha 2; 2 steps")
+    assert (
+        "target" not in rows
+        and rows["updates"] == "7, of 8 samples"
+        and rows["student"].startswith("LoRA, rank 2, alpha 2; 2 steps")
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, "learnt from 80 images that the teacher drew in 3 steps"),
+     ({"train_data_dir": "mine"}, "learnt from images of its maker"),
+     ({"image_column": "image", "target_weight": 0.5},
+      "learnt from images of its maker and 80 images that the teacher drew in 3 steps")],
+    ids=["teacher", "own", "both"],
+)  # fmt: skip
+def test_a_card_tells_what_the_target_learnt_from(own: dict, expected: str, student: Path) -> None:
+    facts = facts_of(student, "me/student")
+    told = dict(
+        facts.student.arguments, teacher_target="samples", num_target_images=80, target_inference_steps=3, **own
+    )
+    rows = hyperparameters(replace(facts, student=replace(facts.student, training={"arguments": told})))
+    assert rows["target"] == expected
 
 
 def test_a_card_tells_its_command_and_its_rewards(student: Path) -> None:

@@ -54,6 +54,7 @@ ROWS = {
     "started from": "{init_lora}",
     "teacher's LoRAs": "{teacher_loras}",
     "R_dm": "{algorithm}, groups of {group_size}, lambda {gndm_lambda}, teacher's guidance {guidance_scale}",
+    "target": "learnt from {target}",
     "rewards": "{rewards}; share {reward_share}",
     "updates": "{updates}, of {batch} samples",
     "fake score's updates": "{fake_updates_per_step} to each of the student's",
@@ -242,6 +243,7 @@ def _derived(facts: CardFacts) -> dict[str, Any]:
         "size": {"lora": lora, "full": "full weights"}.get(own.get("student", "")),
         "rewards": ", ".join(own.get("reward") or []) or None,
         "teacher_loras": ", ".join(own.get("teacher_lora") or []) or None,
+        "target": _target(own) if own.get("teacher_target") == "samples" else None,
         "updates": training.get("updates"),
         "batch": None if None in sizes else math.prod(sizes),
         "adam": "AdamW in 8 bits" if own.get("use_8bit_adam") else "AdamW",
@@ -250,6 +252,14 @@ def _derived(facts: CardFacts) -> dict[str, Any]:
         "weights_dtype": facts.weights_dtype,
         "version": facts.student.version if facts.trained else None,
     }
+
+
+def _target(own: Mapping[str, Any]) -> str:
+    """The images that a run's target learnt from."""
+    drawn = f"{own.get('num_target_images')} images that the teacher drew in {own.get('target_inference_steps')} steps"
+    if not (own.get("train_data_dir") or own.get("image_column")):
+        return drawn
+    return "images of its maker" + (f" and {drawn}" if own.get("target_weight", 1) != 1 else "")
 
 
 def _base_arguments(facts: CardFacts) -> list[str]:
