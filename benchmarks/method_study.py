@@ -299,7 +299,8 @@ def write_down(args: argparse.Namespace) -> None:
     record: dict = {"comparisons": {}}
     if "common_arguments" in before:
         record["common_arguments"] = before["common_arguments"]
-    record["floor"] = {teacher: floor(teacher, Comparison.images, args.work_dir) for teacher in args.teachers}
+    known = before.get("floor", {})
+    record["floor"] = known | {t: floor(t, Comparison.images, args.work_dir) for t in args.teachers if t not in known}
     for name, comparison in COMPARISONS.items():
         entry: dict = {
             "about": comparison.about, "network_calls": comparison.budget, "num_images": comparison.images
