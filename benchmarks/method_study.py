@@ -26,6 +26,8 @@ from typing import Any
 
 from runs import RESULTS, paired_change, standard_error, write_result
 
+from rdm_diffusers.evaluation.report import machine
+
 TEACHERS = ("tiny", "tiny-flow", "tiny-v")
 STUDIED = ("tiny", "tiny-flow")
 RATES: dict[str, dict[str, Any]] = {"tiny-flow": dict(learning_rate=2e-3)}  # best for both methods there
@@ -299,11 +301,14 @@ def write_down(args: argparse.Namespace) -> None:
     record: dict = {"comparisons": {}}
     if "common_arguments" in before:
         record["common_arguments"] = before["common_arguments"]
+    for old in before["comparisons"].values():
+        old.setdefault("machine", before["machine"])
     known = before.get("floor", {})
     record["floor"] = known | {t: floor(t, Comparison.images, args.work_dir) for t in args.teachers if t not in known}
     for name, comparison in COMPARISONS.items():
         entry: dict = {
-            "about": comparison.about, "network_calls": comparison.budget, "num_images": comparison.images
+            "about": comparison.about, "network_calls": comparison.budget, "num_images": comparison.images,
+            "machine": machine(),
         }  # fmt: skip
         for teacher in comparison.teachers:
             runs: dict[str, dict[int, dict]] = {}

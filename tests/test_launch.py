@@ -14,6 +14,8 @@ from parts import run_arguments
 import train_rdm_lora
 from rdm_diffusers.training.launch import check_launch, free_threads, is_sharded_launch, promised_processes
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
 def test_deepspeed_and_megatron_are_refused_with_what_to_use(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,7 @@ def test_an_accelerate_launch_that_silently_became_one_process_is_told_so(
 
 @pytest.mark.parametrize(
     ("flags", "environment", "expected"),
-    [([], {}, len(os.sched_getaffinity(0))), (["--num_cpu_threads_per_process", "1"], {}, 1),
+    [([], {}, CORES), (["--num_cpu_threads_per_process", "1"], {}, 1),
      ([], {"OMP_NUM_THREADS": "1"}, 1)],
     ids=["nobody chose", "a flag", "OMP_NUM_THREADS"],
 )  # fmt: skip

@@ -172,15 +172,17 @@ def _losses(
     noise = draws.normal(f"{purpose}_noise", keys, run.latent_shape)
     x0, conditioning = images.latents[indices].to(draws.device, torch.float32), images.conditioning(indices)
     x_t = schedule.add_noise(x0, noise, t)
-    if trains:
-        x0 = _expected(images, x_t, schedule.alpha(t), schedule.sigma(t), indices, x0)
-    weight = denoising_weight(schedule.sigma(t))
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    weight = denoising_weight(sigma)
     losses = []
     for start in range(0, len(indices), run.micro_batch_size):
         part = slice(start, start + run.micro_batch_size)
         with torch.set_grad_enabled(trains):
             prediction = networks.predict(role, x_t[part], t[part], conditioning[part])
-        direction, loss = fake_score_direction(prediction, x0[part], weight[part], len(indices))
+        wanted = x0[part]
+        if trains:
+            wanted = _expected(images, x_t[part], alpha[part], sigma[part], indices[part], wanted)
+        direction, loss = fake_score_direction(prediction, wanted, weight[part], len(indices))
         losses.append(loss)
         if trains:
             run.backward(role, prediction, direction, part, len(indices))
