@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 from rdm_diffusers.commands import export
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import estimate_reward
+from rdm_diffusers.evaluation import command as evaluation
+from rdm_diffusers.evaluation.pictures import list_images, read_image
 from rdm_diffusers.families import LORA_FILE
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
+from rdm_diffusers.prompts import read_prompts
 from rdm_diffusers.training import shared_parts, target_images
 from rdm_diffusers.training.run_folder import check_resumable
 from rdm_diffusers.training.target import overfitted
@@ -169,6 +172,33 @@ def test_images_and_target_are_made_once_and_an_interrupted_drawing_goes_on(
     assert [part.read_bytes() for part in parts] == before
 
 
+def test_the_teachers_images_are_written_as_files_which_an_evaluation_takes_as_its_reference(
+    argv, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "pictures"
+    make_run(argv("fewer", num_target_images=70, target_images_dir=folder))
+    first = folder / "000000.png"
+    before, written = first.read_bytes(), first.stat().st_mtime_ns
+    it = make_run(argv("more", target_images_dir=folder))
+    assert first.read_bytes() == before and first.stat().st_mtime_ns == written
+
+    images = target_images.draw_target_images(it.distillation, it.teacher, it.config, it.accelerator)
+    files, prompts = list_images(folder), read_prompts(folder / "prompts.txt", "--prompts")
+    assert [file.name for file in files] == [f"{i:06}.png" for i in range(IMAGES)]
+    assert prompts == [images.prompts.prompt(i) for i in range(IMAGES)]
+    shown = it.teacher.family.decode(it.teacher.pipeline, images.latents[77:78])[0]
+    assert (shown * 255 - read_image(files[77])).abs().max() < 0.51
+
+    evaluate = ["--images", str(folder), "--prompts", str(folder / "prompts.txt"), "--features", "tiny"]
+    evaluate += ["--reference_teacher", str(folder), "--output_dir", str(tmp_path / "evaluated")]
+    evaluation.main(evaluate)
+    metrics = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())["metrics"]
+    assert metrics["fd_to_teacher"]["value"] < 1e-6 and metrics["num_images"] == IMAGES
+
+    with pytest.raises(ValueError, match="holds images that were drawn otherwise; name another folder, or remove it"):
+        make_run(argv("other", guidance_scale=5.0, target_images_dir=folder))
+
+
 def test_resuming_changes_nothing(argv, tmp_path: Path) -> None:
     train_only(argv("straight", max_train_steps=2))
     train_only(argv("broken", max_train_steps=1))
@@ -181,8 +211,10 @@ def test_resuming_changes_nothing(argv, tmp_path: Path) -> None:
 def test_accumulated_batches_and_two_processes_learn_the_same_target(argv, tmp_path: Path) -> None:
     train_only(argv("one", train_batch_size=8))
     train_only(argv("accumulated", train_batch_size=4, gradient_accumulation_steps=2, cache_dir=tmp_path / "second"))
-    two = argv("two", train_batch_size=4, cache_dir=tmp_path / "third")
+    pictures = tmp_path / "pictures"
+    two = argv("two", train_batch_size=4, cache_dir=tmp_path / "third", target_images_dir=pictures)
     in_two_processes(lambda: train_only(two))
+    assert len(list_images(pictures)) == IMAGES
     states = [read_state(tmp_path / name / "checkpoint-2") for name in ("one", "accumulated", "two")]
     for state in states[1:]:
         assert relative_error([state[name] for name in states[0]], list(states[0].values())) < 1e-4
@@ -202,7 +234,7 @@ def test_the_student_is_exported_without_the_target(student: str, argv, tmp_path
 
 
 def test_a_flag_of_the_target_is_refused_where_it_would_have_no_effect(capsys: pytest.CaptureFixture) -> None:
-    for words in (["--num_target_images", "400"], ["--target_rank", "3"]):
+    for words in (["--num_target_images", "400"], ["--target_rank", "3"], ["--target_images_dir", "x"]):
         with pytest.raises(SystemExit):
             parse_args(["--teacher_target", "score", *words])
         assert f"{words[0]} would have no effect; leave it out, or add --teacher_target samples." in (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IMAGES = ("train_data_dir", "image_column")  # name the user's images
 OF_IMAGES = ("target_weight", "center_crop", "random_flip")
-OF_DRAWING = ("num_target_images", "target_inference_steps")
+OF_DRAWING = ("num_target_images", "target_inference_steps", "target_images_dir")
 LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
 
 
@@ -63,6 +63,7 @@ def _check_target(config: RunConfig) -> None:
     usual = {field.name: field.default for field in fields(target)}
     usual["target_rank"] = getattr(config.student, "rank", 64)
     changed = [name for name, value in usual.items() if getattr(target, name) != value]
+    changed += ["target_images_dir"] if config.output.target_images_dir is not None else []
     images = [name for name in IMAGES if getattr(config.prompts, name) is not None]
     idle, remedy = [*changed, *images], "add --teacher_target samples"
     if target.teacher_target == "samples" and not images:

@@ -250,6 +250,9 @@ class OutputConfig:
         whole("[0, 10000]"), free=True)
     stop_on_collapse: bool = flag(False, "end the run when an alarm rings", free=True)
     dry_run: bool = flag(False, "check everything, print what memory the run needs, and train nothing", free=True)
+    target_images_dir: str | None = flag(
+        None, "a folder for the teacher's images that the target learns from, as PNG files with their prompts, for "
+        "rdm-evaluate --reference_teacher; written only if it is given", PATH, free=True, is_path=True)
     num_eval_images: int = flag(
         0, "pictures that metrics.json measures; 0 measures none", whole("[2, 1000000]", also=(0,)),
         free=True)  # a covariance needs two pictures

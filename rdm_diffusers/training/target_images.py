@@ -22,6 +22,7 @@ from ..sharding import gather
 from .assembly import DTYPES, teacher_scheduler
 from .prompts import PromptGroups
 from .shared_parts import shared_parts
+from .target_pictures import check_origin, write_target_pictures
 from .updates import Distillation
 
 FOLDER = "rdm_target_images"
@@ -114,14 +115,21 @@ def draw_target_images(
 
     Every process draws its share, in parts of `PART` images, and reads all of them.
 
+    With `--target_images_dir` they are written as picture files, too.
+
     Raises:
         OSError: if a part cannot be written, or if the processes share no cache.
+        ValueError: if `--target_images_dir` holds other images.
     """
     prompts = replace(run.prompts, draws=Draws(SEED, 1, run.draws.device))
     count, dtype = config.target.num_target_images, DTYPES[config.memory.mixed_precision]
     sampler = teacher_scheduler(teacher, config, config.target.target_inference_steps)
     parent = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
     folder = parent / _digest(run, teacher, prompts, sampler.timesteps)
+    pictures = config.output.target_images_dir and Path(config.output.target_images_dir)
+    origin = f"{folder.name} {sum(p.double().sum().item() for p in teacher.pipeline.vae.parameters())}\n"
+    if pictures:
+        check_origin(pictures, origin)
 
     def draw(numbers: range) -> dict[str, Tensor]:
         latents = draw_samples(
@@ -138,6 +146,9 @@ def draw_target_images(
     latents = torch.cat([torch.empty(0, *run.latent_shape, dtype=dtype), *drawn])[:count]
     numbers = torch.arange(count)
     prompt_of = torch.tensor([prompts.index(number) for number in range(count)], dtype=torch.long)
+    if pictures:
+        shown = [prompts.prompt(number) for number in range(count)]
+        write_target_pictures(pictures, origin, latents, shown, teacher, accelerator)
     return TargetImages(folder, latents, prompts, prompt_of, ((1.0, numbers[:, None]),))
 
 
