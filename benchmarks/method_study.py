@@ -38,7 +38,7 @@ QUICK = dict(DMD, fake_updates_per_step=2, fake_rate_ratio=2)
 BLACK_BOX = dict(BOLD, reward="benchmarks/study_rewards.py:bold_black_box")
 DMDR = dict(DMD, algorithm="gndmr", preset="dmd2", reward="tiny_bold", reward_combination="sum")
 # Student and fake score start at the target, and only the fake score has to be quick.
-TARGET = dict(
+TARGET: dict[str, Any] = dict(
     teacher_target="samples", guidance_scale=4.0, fake_score_steps=True, fake_learning_rate=1e-3, lr_scheduler="cosine"
 )  # fmt: skip
 LAMBDAS = {"0": dict(gndm_lambda=0.0), "0.25": dict(gndm_lambda=0.25), "0.5": dict(gndm_lambda=0.5),
@@ -90,15 +90,23 @@ def rates(best: float) -> dict[str, dict[str, Any]]:
     }
 
 
-def target_rates() -> dict[str, dict[str, Any]]:
+def target_rates(fake_rate: float) -> dict[str, dict[str, Any]]:
     """Learning rates and fake updates where student and fake score start at a target that is learnt."""
-    return {
+    grid = {
         f"{base['algorithm']}, lr {rate:g}, {fake} fake updates": dict(
-            base, **TARGET, learning_rate=rate, fake_updates_per_step=fake
+            base, **TARGET | {"fake_learning_rate": fake_rate}, learning_rate=rate, fake_updates_per_step=fake
         )
-        for base, updates in ((DMD, (2, 5)), (GNDM, (1, 2)))
-        for rate in (2.5e-4, 5e-4)
-        for fake in updates
+        for base in (DMD, GNDM)
+        for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)
+        for fake in (1, 2, 5)
+    }
+    return grid | {
+        f"{base['algorithm']}, lr {rate:g}, fake score's x 2, {fake} fake updates": dict(
+            base, **TARGET | {"fake_learning_rate": 2 * fake_rate}, learning_rate=rate, fake_updates_per_step=fake
+        )
+        for base in (DMD, GNDM)
+        for rate in (5e-4, 1e-3)
+        for fake in (1, 2)
     }
 
 
@@ -164,9 +172,13 @@ COMPARISONS = {
     ),
     "tuning, target": Comparison(
         "learning rates and fake updates with a target learnt from the teacher's images at guidance 4",
-        target_rates(),
+        target_rates(1e-3),
         budget=40_000,
         images=2400,
+        teachers=("tiny",),
+    ),
+    "tuning, target, flow": Comparison(
+        "the same", target_rates(2e-3), budget=40_000, images=2400, teachers=("tiny-flow",)
     ),
     "pareto": Comparison(
         "GNDMR against DMDR's weighted sum, and against the same sum with GNDM: tiny_bold against the distance",

@@ -23,7 +23,6 @@ from rdm_diffusers.rewards import evaluate, load_reward
 from rdm_diffusers.tiny.captions import CAPTIONS, parse_caption
 from rdm_diffusers.tiny.classifier import load_classifier
 from rdm_diffusers.tiny.reference import load_statistics
-from rdm_diffusers.training.checkpoints import TrainState
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.monitor import Monitor
 from rdm_diffusers.training.trainer import Trainer
@@ -70,14 +69,17 @@ class Study(Trainer):
     Args:
         config: the run's.
         num_images: pictures measured.
+        references: further statistics, to which distances are measured, by name.
 
     Attributes:
         curve: an entry for each measurement.
     """
 
-    def __init__(self, config: RunConfig, num_images: int) -> None:
+    def __init__(
+        self, config: RunConfig, num_images: int, references: Mapping[str, GaussianStatistics] | None = None
+    ) -> None:
         super().__init__(config)
-        self.num_images = num_images
+        self.num_images, self.references = num_images, references or {}
         self.curve: list[dict] = []
 
     def validate(self) -> None:
@@ -85,7 +87,7 @@ class Study(Trainer):
         calls, update = dict(networks.calls), self.state.update
         reference = "teacher_unguided" if method.guidance_scale == 1 else "teacher"
         with averaged_student(run, self.state):
-            measured = measure(run, self.state, self.teacher, self.num_images, reference)
+            measured = measure(run, self.teacher, self.num_images, reference, self.references)
         networks.calls.clear()
         networks.calls.update(calls)
         self.curve.append({"updates": update, "network_calls": sum(calls.values()), "calls": calls,
@@ -94,7 +96,14 @@ class Study(Trainer):
 
 
 def distil(
-    teacher_name: str, seed: int, folder: Path, budget: int, marks: int, num_images: int, flags: dict[str, Any]
+    teacher_name: str,
+    seed: int,
+    folder: Path,
+    budget: int,
+    marks: int,
+    num_images: int,
+    flags: dict[str, Any],
+    references: Mapping[str, GaussianStatistics] | None = None,
 ) -> dict:
     """Trains until a budget of network calls is spent.
 
@@ -106,6 +115,7 @@ def distil(
         marks: how many times the student is measured, evenly.
         num_images: pictures measured; a multiple of 240 draws every caption equally often.
         flags: of `train_rdm_lora.py`, beyond `COMMON`.
+        references: further statistics, to which distances are measured, by name.
 
     Returns:
         The arguments, the curve (one entry per mark), and the calls of every kind.
@@ -115,7 +125,7 @@ def distil(
     updates = max(1, round(budget / calls_per_update(config) / unit)) * unit
     config = config.changed("optimisation", max_train_steps=updates)
     config = config.changed("output", validation_steps=updates // marks, checkpointing_steps=updates * 10)
-    study = Study(config, num_images)
+    study = Study(config, num_images, references)
     study.load()
     study.networks.calls.clear()  # those of a target, which runs share
     monitor = RecordingMonitor(study.state.monitor.teacher_contrast)
@@ -137,10 +147,18 @@ def distil(
 
 
 @torch.no_grad()
-def measure(run: Distillation, state: TrainState, teacher: Teacher, num_images: int, reference: str) -> dict:
+def measure(
+    run: Distillation,
+    teacher: Teacher,
+    num_images: int,
+    reference: str,
+    references: Mapping[str, GaussianStatistics],
+) -> dict:
     """Distances, accuracy and rewards of the student's pictures, the same noises for every run."""
     images = torch.cat([draw(run, teacher, start) for start in range(0, num_images, 240)])
-    return measure_images(images, teacher.name, reference)
+    found = GaussianStatistics.of(load_classifier().features(images))
+    others = {name: frechet_distance(found, statistics) for name, statistics in references.items()}
+    return {**measure_images(images, teacher.name, reference), **others}
 
 
 @torch.no_grad()
