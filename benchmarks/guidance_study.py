@@ -19,9 +19,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from method_study import GNDM, TARGET, TEACHERS
 from runs import standard_error, write_result
 from safetensors.torch import load_file, save_file
+from study_comparisons import GNDM, TARGET, TEACHERS
 
 SCALES = (2.0, 4.0, 8.0)  # of the teacher's own sampling
 CONSTANTS = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # in R_dm
