@@ -1,6 +1,7 @@
-"""The study's tables and plots: `python benchmarks/study_report.py`, from `results/method_study.json`.
+"""The studies' tables and plots: `python benchmarks/study_report.py`.
 
-Writes each comparison's tables into `docs/method.md`, between the comments `study: <comparison>` and `end`, and draws
+Writes each comparison of `results/method_study.json`, and `results/guidance_study.json` as the comparison `guidance`,
+as tables into `docs/method.md`, between the comments `study: <comparison>` and `end`, and draws
 `docs/images/method_main.png` (distance over calls) and `method_pareto.png` (reward against distance).
 """
 
@@ -12,7 +13,7 @@ from statistics import mean
 
 from runs import RESULTS, ROOT, standard_error
 
-GRIDS = ("tuning", "tuning, flow", "tuning, target", "lambda")
+GRIDS = ("tuning", "tuning, flow", "tuning, target", "tuning, target, flow", "lambda")
 TEACHERS = ("tiny", "tiny-flow", "tiny-v")
 METHOD = ROOT / "docs" / "method.md"
 IMAGES = ROOT / "docs" / "images"
@@ -47,6 +48,21 @@ def grid(comparison: dict, teacher: str) -> str:
         cells = [entries.get(f"{row}, {column}") for column in columns]
         shown = [f"{e['mean']['fd_to_teacher']:.2f} ({len(e['seeds'])})" if e else "" for e in cells]
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def guidance_table(entries: dict, teacher: str) -> str:
+    """A row a student: its distances to the teacher at each guidance scale, the least of each column in bold."""
+    scales = [key for key in next(iter(entries.values()))["mean"] if key.startswith("fd_at_")]
+    columns = [teacher, *(f"teacher at {key.removeprefix('fd_at_')}" for key in scales), "prompt accuracy", "seeds"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    least = {key: min(entry["mean"][key] for entry in entries.values()) for key in scales}
+    for name, entry in entries.items():
+        means, errors = entry["mean"], entry["standard_error"]
+        cells = [f"{means[key]:.1f}{plus_minus(errors[key], 1)}" for key in scales]
+        cells = [f"**{cell}**" if means[key] == least[key] else cell for key, cell in zip(scales, cells, strict=True)]
+        cells += [f"{means['prompt_accuracy']:.3f}", str(len(entry["seeds"]))]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -108,10 +124,14 @@ def tables(name: str, comparison: dict) -> str:
 
 def main() -> None:
     record = json.loads((RESULTS / "method_study.json").read_text())["comparisons"]
-    text = METHOD.read_text()
-    for name, comparison in record.items():
+    text, written = METHOD.read_text(), {name: tables(name, comparison) for name, comparison in record.items()}
+    guidance = RESULTS / "guidance_study.json"
+    if guidance.exists():
+        studied = json.loads(guidance.read_text())["teachers"]
+        written["guidance"] = "\n\n".join(guidance_table(entries, teacher) for teacher, entries in studied.items())
+    for name, each in written.items():
         marked = rf"(<!-- study: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        new = f"\n{tables(name, comparison)}\n\n"
+        new = f"\n{each}\n\n"
         text = re.sub(marked, lambda found, new=new: found[1] + new + found[2], text, flags=re.DOTALL)
     METHOD.write_text(text)
     draw_main(record)
