@@ -21,8 +21,8 @@ TARGET: dict[str, Any] = dict(
 # The best of `tuning, target`, for DMD and for GNDM; tiny-v takes those of tiny.
 TUNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tiny": (
-        dict(learning_rate=5e-4, fake_updates_per_step=2),
-        dict(learning_rate=5e-4, fake_updates_per_step=1),
+        dict(learning_rate=5e-4, fake_updates_per_step=2, fake_learning_rate=2e-3),
+        dict(learning_rate=1e-3, fake_updates_per_step=1, fake_learning_rate=2e-3),
     ),
     "tiny-flow": (
         dict(learning_rate=5e-4, fake_updates_per_step=2, fake_learning_rate=2e-3),
