@@ -25,7 +25,7 @@ TUNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(learning_rate=1e-3, fake_updates_per_step=1, fake_learning_rate=2e-3),
     ),
     "tiny-flow": (
-        dict(learning_rate=5e-4, fake_updates_per_step=2, fake_learning_rate=2e-3),
+        dict(learning_rate=1e-3, fake_updates_per_step=2, fake_learning_rate=4e-3),
         dict(learning_rate=2e-3, fake_updates_per_step=1, fake_learning_rate=2e-3),
     ),
 }
