@@ -116,13 +116,23 @@ def test_a_loss_that_ends_clearly_above_its_lowest_is_overfitting_and_a_small_ri
     assert not overfitted({0: 1.0, 10: 0.5, 20: 0.502}) and not overfitted({0: 1.0, 10: 0.5})
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
-def test_the_images_are_those_of_the_stock_pipeline_with_its_own_scheduler(name: str, argv, tmp_path: Path) -> None:
-    make_pipeline(name).save_pretrained(tmp_path / "teacher")
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("StableDiffusionPipeline", {}),
+        ("StableDiffusion3Pipeline", {"shift": 3.0}),
+        ("StableDiffusion3Pipeline", {"shift": 3.0, "shift_terminal": 0.02}),
+    ],
+)
+def test_the_images_are_those_of_the_stock_pipeline_with_its_own_scheduler(
+    name: str, grid: dict, argv, tmp_path: Path
+) -> None:
+    stock = make_pipeline(name)
+    stock.scheduler = type(stock.scheduler).from_config(stock.scheduler.config, **grid)
+    stock.save_pretrained(tmp_path / "teacher")
     reading = {key: value for key, value in CALLS.get(name, {}).items() if key == "max_sequence_length"}
     it = make_run(argv(teacher=tmp_path / "teacher", guidance_scale=3.0, **reading))
     images = target_images.draw_target_images(it.distillation, it.teacher, it.config, it.accelerator)
-    stock = make_pipeline(name)
     if not it.teacher.schedule.is_flow:
         stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, set_alpha_to_one=True)
     numbers = [0, 1, 70]

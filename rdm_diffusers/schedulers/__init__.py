@@ -1,7 +1,7 @@
 """The student's few-step sampler."""
 
-from .grids import shifted
+from .grids import shifted, stretched
 from .scheduling_rdm import RdmScheduler
 from .transitions import RdmSchedulerOutput
 
-__all__ = ["RdmScheduler", "RdmSchedulerOutput", "shifted"]
+__all__ = ["RdmScheduler", "RdmSchedulerOutput", "shifted", "stretched"]

@@ -53,10 +53,13 @@ def _shifted_sigmas(config: Any, count: int, sigmas: Sequence[float], mu: float 
             raise ValueError("use_dynamic_shifting needs mu; give it, or set use_dynamic_shifting to false.")
         shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
     result = [shifted(sigma, shift) for sigma in sigmas or _even_sigmas(count)]
-    length = 1 - result[-1]
-    if not config.shift_terminal or not length:
-        return result
-    return [1 - (1 - s) * (1 - config.shift_terminal) / length for s in result]
+    return stretched(result, config.shift_terminal) if config.shift_terminal else result
+
+
+def stretched(sigmas: Sequence[float], last: float) -> Sequence[float]:
+    """Sigmas, from 1, moved so that they end at `last`; a single 1 stays."""
+    length = 1 - sigmas[-1]
+    return [1 - (1 - sigma) * (1 - last) / length for sigma in sigmas] if length else sigmas
 
 
 def shifted(level: Level, shift: float) -> Level:

@@ -32,7 +32,7 @@ from ..families import (
 )
 from ..networks import ADAPTERS, FAKE_SCORE, STUDENT, TEACHER, Networks, SeparateNetworks, SharedBase
 from ..rewards import WeightedReward
-from ..schedulers import RdmScheduler, shifted
+from ..schedulers import RdmScheduler, shifted, stretched
 from ..sharding import is_sharded, is_sharded_launch
 from .checkpoints import TrainState
 from .devices import compile_blocks, place, prepare_denoiser, prepare_vae, use_channels_last
@@ -99,9 +99,10 @@ def student_scheduler(teacher: Teacher, config: RunConfig) -> RdmScheduler:
 
 def teacher_scheduler(teacher: Teacher, config: RunConfig, num_steps: int) -> RdmScheduler:
     """A deterministic sampler on the grid that the teacher's own pipeline lays for so many steps."""
-    if teacher.schedule.is_flow:
-        return make_scheduler(teacher, num_steps, 0.0, _shifted_grid(teacher, config, num_steps))
     settings = teacher.pipeline.scheduler.config
+    if teacher.schedule.is_flow:
+        grid, last = _shifted_grid(teacher, config, num_steps), settings.get("shift_terminal")
+        return make_scheduler(teacher, num_steps, 0.0, stretched(grid, last) if last else grid)
     stock = DDIMScheduler.from_config(settings, timestep_spacing=settings.get("timestep_spacing", "leading"))
     stock.set_timesteps(num_steps)
     return make_scheduler(teacher, num_steps, 0.0, stock.timesteps.tolist())
