@@ -13,7 +13,7 @@ What it does, and the flags that steer it:
   --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
 - the target: the guided teacher's score, or with --teacher_target samples the score of its images, which a LoRA learns
   first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank,
-  --target_batch_size;
+  --target_batch_size; --target_images_dir also writes them as pictures;
   your own images in it: --train_data_dir, or --dataset_name with --image_column; --caption_column, --target_weight,
   --center_crop, --random_flip
 - guidance of that score by noise level: --guidance_interval, --decoupled_guidance; times of R_dm and of the fake score:
