@@ -81,7 +81,7 @@ def summary(comparison: Comparison, runs: dict[str, dict[int, dict]]) -> dict:
             "standard_error": {m: standard_error([point[m] for point in finals.values()]) for m in metrics},
             "curves": {seed: run["curve"] for seed, run in by_seed.items()},
         }
-        shared = sorted(set(finals) & set(runs[first]))
+        shared = sorted(set(finals) & set(runs.get(first, ())))
         if name != first and shared:
             distances = [finals[seed]["fd_to_teacher"] for seed in shared]
             baseline = [runs[first][seed]["curve"][-1]["fd_to_teacher"] for seed in shared]
@@ -150,7 +150,7 @@ def write_down(args: argparse.Namespace) -> None:
                         found = json.loads(path.read_text())
                         record.setdefault("common_arguments", found["arguments"])
                         runs.setdefault(variant, {})[seed] = found
-            if next(iter(comparison.variants)) in runs:
+            if runs:
                 entry[teacher] = summary(comparison, runs)
         finished = any(teacher in entry for teacher in comparison.teachers)
         record["comparisons"][name] = entry if finished else before["comparisons"].get(name, entry)

@@ -160,16 +160,20 @@ COMPARISONS = {
         budget=60_000,
         marks=6,
     ),
-    "tuning, target": Comparison(
-        "learning rates and fake updates with a target learnt from the teacher's images at guidance 4",
-        target_rates(1e-3),
-        budget=40_000,
-        images=2400,
-        teachers=("tiny",),
-    ),
-    "tuning, target, flow": Comparison(
-        "the same", target_rates(2e-3), budget=40_000, images=2400, teachers=("tiny-flow",)
-    ),
+    **{
+        name: Comparison(
+            "learning rates and fake updates with a target learnt from the teacher's images at guidance 4",
+            target_rates(fake_rate),
+            budget=40_000,
+            images=2400,
+            teachers=(teacher,),
+        )
+        for name, teacher, fake_rate in (
+            ("tuning, target", "tiny", 1e-3),
+            ("tuning, target, flow", "tiny-flow", 2e-3),
+            ("tuning, target, v", "tiny-v", 1e-3),
+        )
+    },
     **{
         f"target, {teacher}": Comparison(
             "GNDM against DMD with a target learnt from the teacher's images at guidance 4, at their best rates",

@@ -13,7 +13,7 @@ from statistics import mean
 
 from runs import RESULTS, ROOT, standard_error
 
-GRIDS = ("tuning", "tuning, flow", "tuning, target", "tuning, target, flow", "lambda")
+GRIDS = ("tuning", "tuning, flow", "tuning, target", "tuning, target, flow", "tuning, target, v", "lambda")
 TEACHERS = ("tiny", "tiny-flow", "tiny-v")
 METHOD = ROOT / "docs" / "method.md"
 IMAGES = ROOT / "docs" / "images"
