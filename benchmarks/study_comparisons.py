@@ -18,7 +18,7 @@ DMDR = dict(DMD, algorithm="gndmr", preset="dmd2", reward="tiny_bold", reward_co
 TARGET: dict[str, Any] = dict(
     teacher_target="samples", guidance_scale=4.0, fake_score_steps=True, fake_learning_rate=1e-3, lr_scheduler="cosine"
 )  # fmt: skip
-# The best of `tuning, target`, for DMD and for GNDM; tiny-v takes those of tiny.
+# The best of the three grids `tuning, target`, for DMD and for GNDM.
 TUNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tiny": (
         dict(learning_rate=5e-4, fake_updates_per_step=2, fake_learning_rate=2e-3),
@@ -28,8 +28,11 @@ TUNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(learning_rate=1e-3, fake_updates_per_step=2, fake_learning_rate=4e-3),
         dict(learning_rate=2e-3, fake_updates_per_step=1, fake_learning_rate=2e-3),
     ),
+    "tiny-v": (
+        dict(learning_rate=5e-4, fake_updates_per_step=2, fake_learning_rate=2e-3),
+        dict(learning_rate=5e-4, fake_updates_per_step=1),
+    ),
 }
-TUNED["tiny-v"] = TUNED["tiny"]
 WEIGHTS, SHARES = (0.1, 0.3, 1.0), (0.05, 0.1, 0.2, 0.4)  # of rewards in `pareto, target`
 LAMBDAS = {"0": dict(gndm_lambda=0.0), "0.25": dict(gndm_lambda=0.25), "0.5": dict(gndm_lambda=0.5),
            "1": dict(gndm_lambda=1.0), "James-Stein": dict(gndm_lambda="james_stein"),
