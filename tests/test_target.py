@@ -19,6 +19,7 @@ from rdm_diffusers.distillation import estimate_reward
 from rdm_diffusers.evaluation import command as evaluation
 from rdm_diffusers.evaluation.pictures import list_images, read_image
 from rdm_diffusers.families import LORA_FILE
+from rdm_diffusers.folders import ASIDE
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.prompts import read_prompts
@@ -189,6 +190,7 @@ def test_the_teachers_images_are_written_as_files_which_an_evaluation_takes_as_i
     make_run(argv("fewer", num_target_images=70, target_images_dir=folder))
     first = folder / "000000.png"
     before, written = first.read_bytes(), first.stat().st_mtime_ns
+    (folder / f"{ASIDE}0.png").write_bytes(b"cut off")  # as a kill leaves it
     it = make_run(argv("more", target_images_dir=folder))
     assert first.read_bytes() == before and first.stat().st_mtime_ns == written
 
@@ -205,8 +207,12 @@ def test_the_teachers_images_are_written_as_files_which_an_evaluation_takes_as_i
     metrics = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())["metrics"]
     assert metrics["fd_to_teacher"]["value"] < 1e-6 and metrics["num_images"] == IMAGES
 
-    with pytest.raises(ValueError, match="holds images that were drawn otherwise; name another folder, or remove it"):
-        make_run(argv("other", guidance_scale=5.0, target_images_dir=folder))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000000.png").touch()
+    for changes in ({"guidance_scale": 5.0}, {"num_target_images": 70}, {"target_images_dir": tmp_path / "mine"}):
+        with pytest.raises(ValueError, match=r"^--target_images_dir .* holds other files, .* name another folder"):
+            make_run(argv("other", **{"target_images_dir": folder, **changes}))
+    assert len(list_images(folder)) == IMAGES and (tmp_path / "mine" / "000000.png").read_bytes() == b""
 
 
 def test_resuming_changes_nothing(argv, tmp_path: Path) -> None:

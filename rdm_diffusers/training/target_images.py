@@ -22,7 +22,7 @@ from ..sharding import gather
 from .assembly import DTYPES, teacher_scheduler
 from .prompts import PromptGroups
 from .shared_parts import shared_parts
-from .target_pictures import check_origin, write_target_pictures
+from .target_pictures import PictureFolder
 from .updates import Distillation
 
 FOLDER = "rdm_target_images"
@@ -126,10 +126,10 @@ def draw_target_images(
     sampler = teacher_scheduler(teacher, config, config.target.target_inference_steps)
     parent = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
     folder = parent / _digest(run, teacher, prompts, sampler.timesteps)
-    pictures = config.output.target_images_dir and Path(config.output.target_images_dir)
-    origin = f"{folder.name} {sum(p.double().sum().item() for p in teacher.pipeline.vae.parameters())}\n"
+    asked = config.output.target_images_dir
+    pictures = asked and PictureFolder.of(asked, folder.name, teacher.pipeline.vae)
     if pictures:
-        check_origin(pictures, origin)
+        pictures.check(count)
 
     def draw(numbers: range) -> dict[str, Tensor]:
         latents = draw_samples(
@@ -147,8 +147,7 @@ def draw_target_images(
     numbers = torch.arange(count)
     prompt_of = torch.tensor([prompts.index(number) for number in range(count)], dtype=torch.long)
     if pictures:
-        shown = [prompts.prompt(number) for number in range(count)]
-        write_target_pictures(pictures, origin, latents, shown, teacher, accelerator)
+        pictures.write(latents, [prompts.prompt(number) for number in range(count)], teacher, accelerator)
     return TargetImages(folder, latents, prompts, prompt_of, ((1.0, numbers[:, None]),))
 
 
