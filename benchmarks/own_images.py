@@ -1,6 +1,6 @@
 """A student that draws the user's own images: another handwriting, bold and slanted, than its tiny teacher knows.
 
-    python benchmarks/own_images.py --work_dir /tmp/own_images
+    python benchmarks/own_images.py --work_dir own-images
 
 Writes 2,400 images with captions, trains a student of the teacher alone and one whose target are these images, for as
 many updates, and measures both against fresh images of that handwriting: `results/own_images.json`, and the picture
