@@ -3,9 +3,9 @@
     python benchmarks/guidance_study.py --work_dir guidance-study
 
 Trains students of each tiny teacher for as many network calls, one for each constant and one for each target, and
-measures each against the teacher's own images at the guidance scales 2, 4 and 8: `results/guidance_study.json`, and the
-tables in docs/method.md. The calls of a target's images and training come on top; `calls_before` has them. Finished
-runs are kept in `--work_dir`. Run it in the repository's root.
+measures each against the teacher's own images at the guidance scales 2, 4 and 8: `results/guidance_study.json`, of
+which `study_report.py` makes the tables in docs/method.md. The calls of a target's images and training come on top;
+`calls_before` has them. Finished runs are kept in `--work_dir`. Run it in the repository's root.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from study_comparisons import GNDM, TARGET, TEACHERS
 SCALES = (2.0, 4.0, 8.0)  # of the teacher's own sampling
 CONSTANTS = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # in R_dm
 BUDGET, IMAGES = 40_000, 2400
-STEPS, FIRST_SEED = 50, 4_000_000  # of the images that students are measured against
+FIRST_SEED = 4_000_000  # of the images that students are measured against
 RATES = {"tiny-flow": 2e-3}  # of students that start at the teacher; best in `method_study.py`
 SMALL = dict(num_target_images=2400, target_inference_steps=25, target_train_steps=500, target_batch_size=128)
 
@@ -47,14 +47,11 @@ def reference(teacher: str, scale: float, folder: Path):
 
     path = folder / f"reference-{teacher}-{scale:g}.safetensors"
     if not path.exists():
-        from rdm_diffusers.evaluation import evaluation_prompts, solvers_of, teacher_sampler
-        from rdm_diffusers.families import load_teacher
+        from study_run import teacher_images
+
         from rdm_diffusers.tiny.classifier import load_classifier
 
-        loaded = load_teacher(teacher, None)
-        solver = next(iter(solvers_of(loaded.pipeline)))
-        sampler = teacher_sampler(loaded.pipeline, solver, STEPS, scale, 240, **loaded.call_options)
-        images, _ = sampler(evaluation_prompts(IMAGES), range(FIRST_SEED, FIRST_SEED + IMAGES))
+        images = teacher_images(teacher, IMAGES, scale, FIRST_SEED)
         save_file(dict(vars(GaussianStatistics.of(load_classifier().features(images)))), path)
     return GaussianStatistics(**load_file(path))
 

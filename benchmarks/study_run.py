@@ -164,11 +164,16 @@ def measure(
 @torch.no_grad()
 def measure_teacher(name: str, num_images: int) -> dict:
     """The same for the unguided teacher, with other seeds than the reference's."""
-    teacher = load_teacher(name, torch.float32)
-    many = next(iter(solvers_of(teacher.pipeline)))
-    sampler = teacher_sampler(teacher.pipeline, many, 50, 1.0, 240, **teacher.call_options)
-    images, _ = sampler(evaluation_prompts(num_images), range(2_000_000, 2_000_000 + num_images))
+    images = teacher_images(name, num_images, 1.0, 2_000_000)
     return measure_images(images, name, "teacher_unguided")
+
+
+def teacher_images(name: str, num_images: int, guidance_scale: float, first_seed: int) -> Tensor:
+    """A teacher's images of all captions in turn, in 50 steps of its usual solver."""
+    teacher = load_teacher(name, torch.float32)
+    solver = next(iter(solvers_of(teacher.pipeline)))
+    sampler = teacher_sampler(teacher.pipeline, solver, 50, guidance_scale, 240, **teacher.call_options)
+    return sampler(evaluation_prompts(num_images), range(first_seed, first_seed + num_images))[0]
 
 
 def measure_images(images: Tensor, teacher: str, reference: str) -> dict:
