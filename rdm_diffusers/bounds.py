@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 MANY = 10**9  # the highest count
 FEW = 3  # a list of so few names needs no hint at the nearest one
@@ -203,10 +203,14 @@ VARIANT = Text("one word, for example fp16", lambda text: re.fullmatch(r"[\w.-]+
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser without abbreviations, which suggests similar flags for an unknown one."""
+    """argparse's parser without abbreviations; it suggests similar flags for an unknown one, and errors are one line."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{**options, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the sentence alone; argparse shows all flags before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's."""

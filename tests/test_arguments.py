@@ -206,6 +206,11 @@ def test_more_trained_states_than_the_rollout_has(complaint) -> None:
     assert "--steps_per_rollout 3 is more than the 2 steps of a rollout" in complaint(steps_per_rollout=3)
 
 
+@pytest.mark.parametrize("steps, states", [(1, 1), (2, 2), (3, 2), (4, 4), (8, 4)])
+def test_the_tiny_teachers_rollouts_train_as_many_states_as_they_have(steps: int, states: int) -> None:
+    assert parse_args(["--num_student_steps", str(steps)]).method.steps_per_rollout == states
+
+
 def test_an_unknown_learning_rate_schedule(complaint) -> None:
     assert "wavy" in complaint(lr_scheduler="wavy")
 

@@ -58,7 +58,8 @@ def complaint(capsys: pytest.CaptureFixture):
         with pytest.raises(SystemExit) as ended:
             parser.parse_within(bounds, words)
         assert ended.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1].removeprefix(f"{parser.prog}: error: ")
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix(f"{parser.prog}: error: ")
 
     return run
 

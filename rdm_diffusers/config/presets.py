@@ -51,6 +51,9 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     grid = values["student_sigmas"] or values["student_timesteps"]
     if grid and "num_student_steps" not in given:
         values["num_student_steps"] = len(grid)
+    if "steps_per_rollout" not in given:
+        while values["steps_per_rollout"] > max(1, values["num_student_steps"]):
+            values["steps_per_rollout"] //= 2  # still a divisor of the samples of an update
     preset = values["preset"] or ALGORITHM_PRESETS.get(values["algorithm"], "gndm")
     at_target = is_tiny(values[TEACHER]) and values["teacher_target"] == "samples"
     follows = {
