@@ -1,7 +1,7 @@
 """The studies' tables and plots: `python benchmarks/study_report.py`.
 
-Writes each comparison of `results/method_study.json`, and `results/guidance_study.json` as the comparison `guidance`,
-as tables into `docs/method.md`, between the comments `study: <comparison>` and `end`, and draws
+Writes each comparison of `results/method_study.json`, and `results/guidance_study.json` and `target_study.json` as the
+comparisons `guidance` and `target`, as tables into `docs/method.md`, between the comments `study: <comparison>` and `end`, and draws
 `docs/images/method_main.png` (distance over calls) and `method_pareto.png` (reward against distance).
 """
 
@@ -63,6 +63,19 @@ def guidance_table(entries: dict, teacher: str) -> str:
         cells = [f"**{cell}**" if means[key] == least[key] else cell for key, cell in zip(scales, cells, strict=True)]
         cells += [f"{means['prompt_accuracy']:.3f}", str(len(entry["seeds"]))]
         lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def target_table(record: dict) -> str:
+    """A row a target, with what it draws beside the images that it learnt, and its loss beside the teacher's own."""
+    columns = ["a target of", "its images: fd_to_teacher", "fd_to_data", "the teacher's images: fd_to_teacher"]
+    columns += ["loss on held-out images", "the teacher's own, unguided"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, entry in record["targets"].items():
+        drawn, learnt = entry["measured"], record["images"][str(entry["flags"]["target_inference_steps"])]
+        cells = [name, f"{drawn['fd_to_teacher']:.2f}", f"{drawn['fd_to_data']:.1f}", f"{learnt['fd_to_teacher']:.2f}"]
+        cells += [f"{entry['target'][str(entry['update'])]:.4f}", f"{entry['teacher']['unguided']:.4f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -129,6 +142,9 @@ def main() -> None:
     if guidance.exists():
         studied = json.loads(guidance.read_text())["teachers"]
         written["guidance"] = "\n\n".join(guidance_table(entries, teacher) for teacher, entries in studied.items())
+    targets = RESULTS / "target_study.json"
+    if targets.exists():
+        written["target"] = target_table(json.loads(targets.read_text()))
     for name, each in written.items():
         marked = rf"(<!-- study: {re.escape(name)} -->\n).*?(<!-- end -->)"
         new = f"\n{each}\n\n"
