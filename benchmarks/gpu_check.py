@@ -104,7 +104,7 @@ def command(args: argparse.Namespace, name: str) -> list[str]:
         workers = ["-n", "6"] if find_spec("xdist") and not args.small else []
         return [sys.executable, "-m", "pytest", "tests/gpu", "-rfE", "--tb=short", *workers]
     if name in MAIN:
-        flags = ["--output_dir", str(args.output / name), "--report_to", "none", "--validation_steps", "700"]
+        flags = ["--output_dir", str(args.output / name), "--report_to", "none", "--validation_steps", "100000"]
         script = str(ROOT / "train_rdm_lora.py")
         return [sys.executable, script, *flags, *MAIN[name], *(SMALL if args.small else [])]
     own = [sys.executable, str(Path(__file__)), "--run", name, "--output", str(args.output)]

@@ -75,7 +75,8 @@ def main() -> None:
         write_images(images, args.num_own_images)
     plain = {
         "max_train_steps": args.max_train_steps, "validation_steps": 10_000, "report_to": "none", "num_eval_images": 0,
-        "checkpointing_steps": 50, "cache_dir": args.work_dir / "cache",
+        "checkpointing_steps": 50, "cache_dir": args.work_dir / "cache", "train_batch_size": 64, "ema_decay": 0.99,
+        "learning_rate": 2.5e-4, "lr_scheduler": "cosine",
     }  # fmt: skip
     own = {**plain, "teacher_target": "samples", "train_data_dir": images, "target_train_steps": 400}
     classifier, references = load_classifier(), load_statistics()

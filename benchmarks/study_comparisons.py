@@ -16,7 +16,8 @@ BLACK_BOX = dict(BOLD, reward="benchmarks/study_rewards.py:bold_black_box")
 DMDR = dict(DMD, algorithm="gndmr", preset="dmd2", reward="tiny_bold", reward_combination="sum")
 # Student and fake score start at the target, and only the fake score has to be quick.
 TARGET: dict[str, Any] = dict(
-    teacher_target="samples", guidance_scale=4.0, fake_score_steps=True, fake_learning_rate=1e-3, lr_scheduler="cosine"
+    teacher_target="samples", guidance_scale=4.0, fake_score_steps=True, fake_learning_rate=1e-3, lr_scheduler="cosine",
+    ema_decay=0.99, target_train_steps=1000,
 )  # fmt: skip
 # The best of the three grids `tuning, target`, for DMD and for GNDM.
 TUNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

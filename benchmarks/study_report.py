@@ -1,8 +1,8 @@
 """The studies' tables and plots: `python benchmarks/study_report.py`.
 
 Writes each comparison of `results/method_study.json`, and `results/guidance_study.json` and `target_study.json` as the
-comparisons `guidance` and `target`, as tables into `docs/method.md`, between the comments `study: <comparison>` and `end`, and draws
-`docs/images/method_main.png` (distance over calls) and `method_pareto.png` (reward against distance).
+comparisons `guidance` and `target`, as tables into `docs/method.md`, between the comments `study: <comparison>` and
+`end`. Draws `docs/images/method_main.png` (distance over calls) and `method_pareto.png` (reward against distance).
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
     # The guidance is a constant that works for R_dm, not the one that the teacher is sampled at.
     "score": dict(guidance_scale=2.0, max_train_steps=1400, learning_rate=1e-3),
     "samples": dict(
-        max_train_steps=700, learning_rate=2.5e-4, fake_score_steps=True,
-        num_target_images=6000, target_inference_steps=25, target_train_steps=1000, target_batch_size=128,
-        target_learning_rate=2e-3, target_rank=64,
+        train_batch_size=128, max_train_steps=500, learning_rate=4e-4, lr_scheduler="constant", ema_decay=0.992,
+        fake_score_steps=True, num_target_images=6000, target_inference_steps=25, target_train_steps=750,
+        target_batch_size=128, target_learning_rate=2e-3, target_rank=64,
     ),
 }  # fmt: skip
 FULL_LEARNING_RATE = 0.5  # of a LoRA's
