@@ -203,7 +203,7 @@ VARIANT = Text("one word, for example fp16", lambda text: re.fullmatch(r"[\w.-]+
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser without abbreviations; it suggests similar flags for an unknown one, and errors are one line."""
+    """argparse's without abbreviations; an unknown flag is answered with similar ones, and an error is one line."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{**options, "allow_abbrev": False})

@@ -20,13 +20,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
 # fmt: on
 
-TINY_DEFAULTS: dict[str, Any] = dict(
-    steps_per_rollout=4, train_batch_size=64, lr_scheduler="cosine", num_eval_images=5000
-)
+TINY_DEFAULTS: dict[str, Any] = dict(steps_per_rollout=4, num_eval_images=5000)
 TINY_LORA_DEFAULTS: dict[str, Any] = dict(rank=16, fold_adapters=True)
 TINY_TARGETS: dict[str, dict[str, Any]] = {
     # The guidance is a constant that works for R_dm, not the one that the teacher is sampled at.
-    "score": dict(guidance_scale=2.0, max_train_steps=1400, learning_rate=1e-3),
+    "score": dict(
+        guidance_scale=2.0, train_batch_size=64, max_train_steps=1400, learning_rate=1e-3, lr_scheduler="cosine",
+    ),
     "samples": dict(
         train_batch_size=128, max_train_steps=500, learning_rate=4e-4, lr_scheduler="constant", ema_decay=0.992,
         fake_score_steps=True, num_target_images=6000, target_inference_steps=25, target_train_steps=750,
