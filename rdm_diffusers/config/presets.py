@@ -28,7 +28,7 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
         guidance_scale=2.0, train_batch_size=64, max_train_steps=1400, learning_rate=1e-3, lr_scheduler="cosine",
     ),
     "samples": dict(
-        train_batch_size=128, max_train_steps=500, learning_rate=4e-4, lr_scheduler="constant", ema_decay=0.992,
+        train_batch_size=128, max_train_steps=600, learning_rate=4e-4, lr_scheduler="constant", ema_decay=0.992,
         fake_score_steps=True, num_target_images=6000, target_inference_steps=25, target_train_steps=750,
         target_batch_size=128, target_learning_rate=2e-3, target_rank=64,
     ),
