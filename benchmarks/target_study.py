@@ -18,9 +18,14 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runs import words_of, write_result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rdm_diffusers.training.trainer import Trainer
 
 IMAGES, STEPS = 4800, 25  # what a target draws to be measured
 FIRST_SEED = 5_000_000
@@ -57,7 +62,7 @@ def execute(result: Path, name: str, cache: Path) -> None:
     print(name, record["measured"], flush=True)
 
 
-def target_images(trainer: Any) -> Any:
+def target_images(trainer: Trainer) -> Tensor:
     """What the target draws of all captions in turn `[N, 3, 32, 32]`, unguided."""
     import torch
 
@@ -91,7 +96,7 @@ def teacher_images(result: Path, steps: int) -> None:
     result.write_text(json.dumps(measure(images)))
 
 
-def measure(images: Any) -> dict[str, float]:
+def measure(images: Tensor) -> dict[str, float]:
     """Distances and accuracy of images of all captions in turn."""
     from study_run import measure_images
 

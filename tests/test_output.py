@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from parts import run_arguments
 from PIL import Image
 
 import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
+from rdm_diffusers.evaluation import report, solvers_of, teacher_sampler
+from rdm_diffusers.families import load_teacher
 from rdm_diffusers.pipelines import StudentConfig
 
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
@@ -69,6 +72,20 @@ def test_the_metrics_record_calls_arguments_versions_and_the_seed(student: Path)
     assert metrics["arguments"]["learning_rate"] == 1e-2
     assert metrics["seed"] == 0
     assert {"torch", "diffusers", "python"} <= metrics["versions"].keys()
+
+
+def test_a_few_images_choose_the_solver_that_all_images_then_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher("tiny", torch.float32).pipeline
+
+    def distances(count: int) -> dict[str, float | None]:
+        samplers = {solver: teacher_sampler(teacher, solver, 2, 4.0) for solver in solvers_of(teacher)}
+        return {name: report.measure(sampler, name, count).fd_to_teacher for name, sampler in samplers.items()}
+
+    few, many = distances(3), distances(5)
+    monkeypatch.setattr(report, "COMPARED_IMAGES", 3)
+    found = report.best_few_step_teacher(teacher, 2, 4.0, num_images=5)
+    assert found.sampler == min(few, key=few.__getitem__)
+    assert (found.num_images, found.fd_to_teacher) == (5, many[found.sampler])
 
 
 def test_the_card_has_metadata_that_the_hub_reads(student: Path) -> None:
