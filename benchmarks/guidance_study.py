@@ -35,7 +35,7 @@ def variants(teacher: str) -> dict[str, dict[str, Any]]:
     """The flags of each student by its name."""
     rate = RATES.get(teacher, 1e-3)
     plain = dict(GNDM, teacher_target="score", fake_score_steps=True, lr_scheduler="cosine", learning_rate=rate)
-    learnt = dict(GNDM, **TARGET | {"fake_learning_rate": rate}, **SMALL, learning_rate=rate / 2)
+    learnt = GNDM | TARGET | SMALL | {"fake_learning_rate": rate, "learning_rate": rate / 2}
     return {f"constant {scale:g}": dict(plain, guidance_scale=scale) for scale in CONSTANTS} | {
         f"images at {scale:g}": learnt | {"guidance_scale": scale} for scale in SCALES
     }

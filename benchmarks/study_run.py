@@ -168,11 +168,11 @@ def measure_teacher(name: str, num_images: int) -> dict:
     return measure_images(images, name, "teacher_unguided")
 
 
-def teacher_images(name: str, num_images: int, guidance_scale: float, first_seed: int) -> Tensor:
-    """A teacher's images of all captions in turn, in 50 steps of its usual solver."""
+def teacher_images(name: str, num_images: int, guidance_scale: float, first_seed: int, steps: int = 50) -> Tensor:
+    """A teacher's images of all captions in turn, by its usual solver."""
     teacher = load_teacher(name, torch.float32)
     solver = next(iter(solvers_of(teacher.pipeline)))
-    sampler = teacher_sampler(teacher.pipeline, solver, 50, guidance_scale, 240, **teacher.call_options)
+    sampler = teacher_sampler(teacher.pipeline, solver, steps, guidance_scale, 240, **teacher.call_options)
     return sampler(evaluation_prompts(num_images), range(first_seed, first_seed + num_images))[0]
 
 

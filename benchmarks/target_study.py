@@ -83,17 +83,13 @@ def target_images(trainer: Trainer) -> Tensor:
     return torch.cat(parts)
 
 
-def teacher_images(result: Path, steps: int) -> None:
+def measure_teacher(result: Path, steps: int) -> None:
     """Measures the teacher's own images of so many steps, in a worker process, on one thread."""
     import torch
-
-    from rdm_diffusers.evaluation import evaluation_prompts, teacher_sampler
-    from rdm_diffusers.families import load_teacher
+    from study_run import teacher_images
 
     torch.set_num_threads(1)
-    sampler = teacher_sampler(load_teacher("tiny", torch.float32).pipeline, "ddim", steps, 4.0, 240)
-    images, _ = sampler(evaluation_prompts(IMAGES), range(FIRST_SEED, FIRST_SEED + IMAGES))
-    result.write_text(json.dumps(measure(images)))
+    result.write_text(json.dumps(measure(teacher_images("tiny", IMAGES, 4.0, FIRST_SEED, steps))))
 
 
 def measure(images: Tensor) -> dict[str, float]:
@@ -117,7 +113,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         cache, running = args.work_dir / "cache", []
         running += [pool.submit(execute, path, name, cache) for name, path in targets.items() if not path.exists()]
-        running += [pool.submit(teacher_images, path, each) for each, path in teachers.items() if not path.exists()]
+        running += [pool.submit(measure_teacher, path, each) for each, path in teachers.items() if not path.exists()]
         for one in running:
             one.result()
     record = {

@@ -1,6 +1,6 @@
 """How many teacher steps does it take to beat the student? Teacher and students over network calls.
 
-    python benchmarks/tiny_curve.py --students tiny-student-1 tiny-student-2 tiny-student tiny-student-8
+    python benchmarks/tiny_curve.py --students tiny-1 tiny-2 tiny-student
 
 Measures the teacher at 4 to 50 steps (the better of DDIM and DPM-Solver++, and DDIM alone at 50) and each student at
 its own number of steps, writes `results/tiny_curve.json` and draws `docs/images/tiny_curve.png` (matplotlib).
