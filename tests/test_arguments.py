@@ -211,6 +211,19 @@ def test_the_tiny_teachers_rollouts_train_as_many_states_as_they_have(steps: int
     assert parse_args(["--num_student_steps", str(steps)]).method.steps_per_rollout == states
 
 
+@pytest.mark.parametrize("samples, states", [(16, 4), (24, 2), (8, 2), (4, 1)])
+def test_the_tiny_teachers_train_as_many_states_of_a_rollout_as_divide_an_updates_samples(
+    samples: int, states: int
+) -> None:
+    assert parse_args(["--train_batch_size", str(samples)]).method.steps_per_rollout == states
+    assert (
+        parse_args(
+            ["--train_batch_size", "2", "--gradient_accumulation_steps", str(samples // 2)]
+        ).method.steps_per_rollout
+        == states
+    )
+
+
 def test_an_unknown_learning_rate_schedule(complaint) -> None:
     assert "wavy" in complaint(lr_scheduler="wavy")
 

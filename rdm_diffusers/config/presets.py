@@ -52,8 +52,7 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     if grid and "num_student_steps" not in given:
         values["num_student_steps"] = len(grid)
     if "steps_per_rollout" not in given:
-        while values["steps_per_rollout"] > max(1, values["num_student_steps"]):
-            values["steps_per_rollout"] //= 2  # still a divisor of the samples of an update
+        values["steps_per_rollout"] = _steps_per_rollout(values)
     preset = values["preset"] or ALGORITHM_PRESETS.get(values["algorithm"], "gndm")
     at_target = is_tiny(values[TEACHER]) and values["teacher_target"] == "samples"
     follows = {
@@ -71,6 +70,15 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     if values.get("lora_layers"):
         values["lora_layers"] = ",".join(name.strip() for name in values["lora_layers"].split(","))
     return values
+
+
+def _steps_per_rollout(values: Mapping[str, Any]) -> int:
+    """The default, or as much of it as the student's steps and the samples of an update allow."""
+    steps, groups = values["steps_per_rollout"], max(1, values["group_size"])
+    samples = values["train_batch_size"] * values["gradient_accumulation_steps"]
+    while steps > 1 and (steps > values["num_student_steps"] or samples % (steps * groups)):
+        steps //= 2
+    return int(steps)
 
 
 def _loras(values: Mapping[str, Any], rank_is_given: bool) -> dict[str, Any]:
