@@ -70,7 +70,7 @@ setup(
     entry_points={
         "console_scripts": [
             "rdm-card=rdm_diffusers.commands.card:run",
-            "rdm-evaluate=rdm_diffusers.evaluation.command:run",
+            "rdm-evaluate=rdm_diffusers.commands.evaluate:run",
             "rdm-export=rdm_diffusers.commands.export:run",
             "rdm-push=rdm_diffusers.commands.push:run",
         ]

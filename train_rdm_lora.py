@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import sys
 
+import rdm_diffusers.quiet  # noqa: F401 - before the packages that it quietens
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.program import run_program, status_of
 from rdm_diffusers.training.launch import MEMORY_FLAGS

@@ -26,6 +26,7 @@ FLOORS = (
         "prediction",
         "program",
         "prompts",
+        "quiet",
         "rewards",
         "tiny",
         "untrusted",

@@ -182,7 +182,8 @@ class OptimisationConfig:
     max_grad_norm: float = flag(
         1.0, "gradients are clipped to this norm, each role by itself; 0 clips nothing", real("[0, inf)"), free=True)
     use_ema: bool = flag(True, "export the moving average of the student's weights")
-    ema_decay: float = flag(0.99, "per update", real("[0, 1)"))
+    ema_decay: float = flag(
+        0.99, "what update n leaves of the average, or (1 + n) / (10 + n) while that is less", real("[0, 1)"))
     seed: int = flag(0, "decides every random number of the run", SEED)
 
     @property

@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
 
 
+def announcement(config: RunConfig, num_processes: int) -> str:
+    """What is trained, from what, and where it goes, in a sentence."""
+    method, samples = config.method, config.optimisation.samples_per_update * num_processes
+    student = "LoRA student" if config.is_lora else "student of full weights"
+    return (
+        f"Distilling {config.teacher.pretrained_model_name_or_path} into a {student} of {method.num_student_steps} "
+        f"steps ({method.algorithm.upper()}, {config.optimisation.max_train_steps} updates of {samples} samples), in "
+        f"{config.output.output_dir}."
+    )
+
+
 def check_trackers(report_to: str) -> None:
     """Raises ImportError for a tracker whose package is missing, which accelerate would leave out without a word."""
     installed = [str(one) for one in get_available_trackers()]

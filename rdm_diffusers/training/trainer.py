@@ -35,7 +35,7 @@ from .target import learn_target
 from .target_images import TargetImages, draw_target_images
 from .target_start import start_at_target
 from .teacher_checks import check_with_teacher
-from .tracking import end_trackers, start_trackers
+from .tracking import announcement, end_trackers, start_trackers
 from .updates import Distillation
 from .user_images import UserImages, find_user_images, user_target_images
 from .validation import averaged_student, validation_picture, write_picture
@@ -169,6 +169,7 @@ class Trainer:
         if "load" in self._done:
             return
         config, accelerator = self.config, self.accelerator
+        accelerator.print(announcement(config, accelerator.num_processes))
         self.teacher = load(config, accelerator.device)
         others = self.images.captions if self.images and config.prompts.prompts_file else ()
         self.texts = read_texts(self.teacher, self.prompts, config, accelerator, others)
