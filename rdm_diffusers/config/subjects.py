@@ -183,7 +183,7 @@ class OptimisationConfig:
         1.0, "gradients are clipped to this norm, each role by itself; 0 clips nothing", real("[0, inf)"), free=True)
     use_ema: bool = flag(True, "export the moving average of the student's weights")
     ema_decay: float = flag(
-        0.99, "what update n leaves of the average, or (1 + n) / (10 + n) while that is less", real("[0, 1)"))
+        0.99, "share of the average that an update leaves; before, n / (n + 9) at update n", real("[0, 1)"))
     seed: int = flag(0, "decides every random number of the run", SEED)
 
     @property
