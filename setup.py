@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "pillow>=10",
     "psutil",
     "pyyaml>=6",
+    "requests",
     "safetensors>=0.8",
     "tensorboard",
     "torch>=2.6",

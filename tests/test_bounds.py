@@ -223,7 +223,7 @@ def test_every_schedule_that_needs_no_further_arguments_is_taken(name: str) -> N
         (["--num_eval_images", "1"], "--num_eval_images is 1; it must be at least 2 and at most 1000000, or be 0."),
         (["--eta", "0.5"], "--eta is 0.5; it must be 1 or 0, because no stock scheduler samples in between."),
         (["--validation_prompt", "a", "--validation_prompt", ""], "--validation_prompt is empty; it must be a text."),
-        (["--reward", "tiny_bold", "--reward", " "], "--reward is empty; it must be a reward's name or path"),
+        (["--reward", "tiny_bold", "--reward", " "], "--reward is empty; it must be a reward's name, path"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

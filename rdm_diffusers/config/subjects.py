@@ -146,8 +146,9 @@ class RewardsConfig:
     """External rewards, for `--algorithm gndmr`."""
 
     reward: tuple[str, ...] = flag(
-        (), "name[=weights][:weight] or path/to/file.py:function[:weight], repeatable; a Python file is executed",
-        Text("a reward's name or path/to/file.py:function"), is_path=True)
+        (), "name[=weights][:weight], path/to/file.py:function[:weight] or http://host:port/path[:weight], repeatable; "
+        "a Python file is executed",
+        Text("a reward's name, path/to/file.py:function or http://host:port/path"), is_path=True)
     reward_dtype: str = flag(
         "float32", "of the weights of pretrained rewards; bfloat16 halves their memory",
         OneOf(("float32", "bfloat16", "float16")))

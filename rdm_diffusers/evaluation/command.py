@@ -74,7 +74,7 @@ BOUNDS: dict[str, Bound] = {  # of every flag without choices
     "reference_data":      PLACE,
     "reference_teacher":   PLACE,
     "feature_weights":     PATH,
-    "reward":              Text("a reward's name or path/to/file.py:function"),
+    "reward":              Text("a reward's name, path/to/file.py:function or http://host:port/path"),
 }
 COMPARE_BOUNDS: dict[str, Bound] = {"a": PATH, "b": PATH, "ignore": FREE_TEXT}
 
@@ -112,7 +112,7 @@ def make_parser() -> Parser:
     add("--features", choices=list(FEATURES), help="by default inception, and tiny for the tiny teachers")
     add("--feature_weights", metavar="FILE", help="the Inception weights, where there is no network")
     add("--reward", nargs="*", action="extend", metavar="SPEC",
-        help="as in training: name or file.py:function; several, also by repeating the flag")
+        help="as in training: name, file.py:function or http://host:port/path; several, also by repeating the flag")
     add("--reward_dtype", default="float32", choices=list(DTYPES), help="of pretrained rewards' weights")
     set_bounds(parser, BOUNDS)
     return parser

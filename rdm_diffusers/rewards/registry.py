@@ -9,9 +9,13 @@ from importlib import import_module
 import torch
 
 from .base import Reward, WeightedReward
+from .served import is_address, load_served, split_address
 from .user_file import load_from_file, prepare
 
-FORMS = "name, name:weight, name=weights:weight, path/to/file.py:function or path/to/file.py:function:weight"
+FORMS = (
+    "name, name:weight, name=weights:weight, path/to/file.py:function, path/to/file.py:function:weight, "
+    "http://host:port/path or http://host:port/path:weight"
+)
 
 # Imported when they are used, so that a reward's own needs are nobody else's.
 TINY_REWARDS: dict[str, str] = {
@@ -47,15 +51,19 @@ def load_reward(spec: str, device: torch.device | str, dtype: torch.dtype = torc
     """The reward that a specification names.
 
     Args:
-        spec: `name`, `name=path` for weights of one's own, or `path/to/file.py:function`, and behind each of them
-            `:weight`, 1 by default. **A Python file is executed**: name only files that you trust. Weights are not:
-            they are safetensors, or files of tensors that are never unpickled.
+        spec: `name`, `name=path` for weights of one's own, `path/to/file.py:function`, or `http://host:port/path` of a
+            server, and behind each of them `:weight`, 1 by default. **A Python file is executed**: name only files that
+            you trust. Weights are not: they are safetensors, or files of tensors that are never unpickled.
         device: where a reward that is a `torch.nn.Module` goes; it is also frozen, in evaluation mode.
         dtype: of the weights of pretrained rewards; the others have their own.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
+    if is_address(spec):
+        address, text = split_address(spec)
+        weight = 1.0 if text is None else _weight(spec, text)
+        return WeightedReward(load_served(address), weight)
     place, function, weight = _parse(spec)
     reward = _built_in(place, device, dtype) if function is None else load_from_file(place, function, device)
     return WeightedReward(reward, weight)
@@ -93,7 +101,9 @@ def _built_in(place: str, device: torch.device | str, dtype: torch.dtype) -> Rew
     """A reward of the table; `place` is its name, perhaps with `=path`."""
     name, equals, path = place.partition("=")
     if name not in REWARDS:
-        raise ValueError(f"There is no reward {name!r}; use {', '.join(REWARDS)}, or path/to/file.py:function.")
+        raise ValueError(
+            f"There is no reward {name!r}; use {', '.join(REWARDS)}, path/to/file.py:function, or http://host:port/path."
+        )
     if equals and not path:
         raise ValueError(f"--reward {place!r} names no weights behind the =; write {name}=/path/to/weights, or {name}.")
     if equals and name in TINY_REWARDS:
