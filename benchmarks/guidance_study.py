@@ -5,7 +5,7 @@
 Trains students of each tiny teacher for as many network calls, one for each constant and one for each target, and
 measures each against the teacher's own images at the guidance scales 2, 4 and 8: `results/guidance_study.json`, of
 which `study_report.py` makes the tables in docs/method.md. The calls of a target's images and training come on top;
-`calls_before` has them. Finished runs are kept in `--work_dir`. Run it in the repository's root.
+`calls_before` has them, and one constant of each teacher gets as many in all. Finished runs are kept in `--work_dir`. Run it in the repository's root.
 """
 
 from __future__ import annotations
@@ -28,7 +28,19 @@ CONSTANTS = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # in R_dm
 BUDGET, IMAGES = 40_000, 2400
 FIRST_SEED = 4_000_000  # of the images that students are measured against
 RATES = {"tiny-flow": 2e-3}  # of students that start at the teacher; best in `method_study.py`
-SMALL = dict(num_target_images=2400, target_inference_steps=25, target_train_steps=500, target_batch_size=128)
+SMALL: dict[str, Any] = dict(
+    num_target_images=2400, target_inference_steps=25, target_train_steps=500, target_batch_size=128
+)
+BEFORE = {
+    "images": SMALL["num_target_images"] * SMALL["target_inference_steps"] * 2,
+    "target": SMALL["target_train_steps"] * SMALL["target_batch_size"] * 2,
+}
+ALL = BUDGET + sum(BEFORE.values())
+LONG = {
+    "tiny": 1.5,
+    "tiny-flow": 4.0,
+    "tiny-v": 2.0,
+}  # the constants that are best at 4, which get `ALL` the calls, too
 
 
 def variants(teacher: str) -> dict[str, dict[str, Any]]:
@@ -36,9 +48,11 @@ def variants(teacher: str) -> dict[str, dict[str, Any]]:
     rate = RATES.get(teacher, 1e-3)
     plain = dict(GNDM, teacher_target="score", fake_score_steps=True, lr_scheduler="cosine", learning_rate=rate)
     learnt = GNDM | TARGET | SMALL | {"fake_learning_rate": rate, "learning_rate": rate / 2}
-    return {f"constant {scale:g}": dict(plain, guidance_scale=scale) for scale in CONSTANTS} | {
-        f"images at {scale:g}": learnt | {"guidance_scale": scale} for scale in SCALES
-    }
+    return (
+        {f"constant {scale:g}": dict(plain, guidance_scale=scale) for scale in CONSTANTS}
+        | {f"constant {LONG[teacher]:g}, {ALL:,} calls": dict(plain, guidance_scale=LONG[teacher])}
+        | {f"images at {scale:g}": learnt | {"guidance_scale": scale} for scale in SCALES}
+    )
 
 
 def reference(teacher: str, scale: float, folder: Path):
@@ -64,8 +78,9 @@ def execute(result: Path, teacher: str, name: str, seed: int) -> None:
     torch.set_num_threads(1)
     references = {f"fd_at_{scale:g}": reference(teacher, scale, result.parent) for scale in SCALES}
     with tempfile.TemporaryDirectory() as scratch:
+        budget = ALL if name.endswith("calls") else BUDGET
         record = distil(
-            teacher, seed, Path(scratch) / "run", BUDGET, 1, IMAGES, variants(teacher)[name], references
+            teacher, seed, Path(scratch) / "run", budget, 1, IMAGES, variants(teacher)[name], references
         )  # fmt: skip
     result.write_text(json.dumps(record))
     print(result.stem, {key: round(record["curve"][-1][key], 2) for key in references}, flush=True)
@@ -97,11 +112,9 @@ def main() -> None:
 
 def write_down(folder: Path) -> None:
     """Gathers every finished run into the result file."""
-    record: dict[str, Any] = {"network_calls": BUDGET, "num_images": IMAGES, "teachers": {}}
-    record["calls_before"] = {
-        "images": SMALL["num_target_images"] * SMALL["target_inference_steps"] * 2,
-        "target": SMALL["target_train_steps"] * SMALL["target_batch_size"] * 2,
-    }
+    record: dict[str, Any] = {
+        "network_calls": BUDGET, "calls_before": BEFORE, "num_images": IMAGES, "teachers": {},
+    }  # fmt: skip
     for teacher in TEACHERS:
         for name, flags in variants(teacher).items():
             found = sorted(folder.glob(f"{teacher}-{name.replace(' ', '-')}-*.json"))
