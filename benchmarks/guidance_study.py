@@ -37,11 +37,7 @@ BEFORE = {
     "target": SMALL["target_train_steps"] * SMALL["target_batch_size"] * 2,
 }
 ALL = BUDGET + sum(BEFORE.values())
-LONG = {
-    "tiny": 1.5,
-    "tiny-flow": 4.0,
-    "tiny-v": 2.0,
-}  # the constants that are best at 4, which get `ALL` the calls, too
+LONG = {"tiny": 1.5, "tiny-flow": 4.0, "tiny-v": 2.0}  # the constants that are best at 4: they get `ALL` the calls, too
 
 
 def variants(teacher: str) -> dict[str, dict[str, Any]]:
