@@ -29,9 +29,9 @@ def test_a_run_says_nothing_that_concerns_nobody(program: str, prompts_file: Pat
     assert done.returncode == 0, done.stderr
     bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line]
     assert bars and all(line.startswith("distil: ") for line in bars)
-    kind = "a LoRA student" if program == "train_rdm_lora.py" else "a student of full weights"
+    kind = "LoRA student" if program == "train_rdm_lora.py" else "student of full weights"
     said = [line for line in done.stdout.splitlines() if line]
-    assert said[0] == f"Distilling tiny into {kind} of 2 steps (GNDM, 2 updates of 8 samples), in {student}."
+    assert said[0] == f"Distilling tiny into a 2-step {kind} in {student}: GNDM, 2 updates of 8 samples."
     assert [line.split()[0] for line in said[1:5]] == ["nfe", "teacher", "teacher_few_step", "student"]
     assert said[5:] == [
         f"The student's card is {student / 'README.md'}. Load the student with:",

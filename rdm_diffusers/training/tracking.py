@@ -29,9 +29,9 @@ def announcement(config: RunConfig, num_processes: int) -> str:
     method, samples = config.method, config.optimisation.samples_per_update * num_processes
     student = "LoRA student" if config.is_lora else "student of full weights"
     return (
-        f"Distilling {config.teacher.pretrained_model_name_or_path} into a {student} of {method.num_student_steps} "
-        f"steps ({method.algorithm.upper()}, {config.optimisation.max_train_steps} updates of {samples} samples), in "
-        f"{config.output.output_dir}."
+        f"Distilling {config.teacher.pretrained_model_name_or_path} into a {method.num_student_steps}-step {student} in "
+        f"{config.output.output_dir}: {method.algorithm.upper()}, {config.optimisation.max_train_steps} updates of "
+        f"{samples} samples."
     )
 
 
