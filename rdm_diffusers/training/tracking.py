@@ -26,12 +26,12 @@ SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
 
 def announcement(config: RunConfig, num_processes: int) -> str:
     """What is trained, from what, and where it goes, in a sentence."""
-    method, samples = config.method, config.optimisation.samples_per_update * num_processes
-    student = "LoRA student" if config.is_lora else "student of full weights"
+    method, updates = config.method, config.optimisation.max_train_steps
+    student = f"{method.num_student_steps}-step {'LoRA student' if config.is_lora else 'student of full weights'}"
     return (
-        f"Distilling {config.teacher.pretrained_model_name_or_path} into a {method.num_student_steps}-step {student} in "
-        f"{config.output.output_dir}: {method.algorithm.upper()}, {config.optimisation.max_train_steps} updates of "
-        f"{samples} samples."
+        f"Distilling {config.teacher.pretrained_model_name_or_path} into a {student} in {config.output.output_dir}: "
+        f"{method.algorithm.upper()}, {updates} updates of {config.optimisation.samples_per_update * num_processes} "
+        "samples."
     )
 
 
