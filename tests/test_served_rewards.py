@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from parts import read_state, run_arguments
+from parts_processes import free_port
 from PIL import Image
 from urllib3.util.retry import Retry
 
@@ -69,12 +69,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def pictures(png: list[str]) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in png]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
