@@ -32,15 +32,22 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "8bit": ["bitsandbytes>=0.46"],
     "benchmark": ["matplotlib", "scikit-learn"],
+    "demo": ["gradio>=6"],
     "eval": ["clean-fid", "torch-fidelity"],  # the Inception features of rdm-evaluate
+    "ocr": ["rapidocr-onnxruntime>=1.4; python_version < '3.13'"],  # its models ship inside the package
     "quantization": ["bitsandbytes>=0.46", "torchao>=0.15"],
     "reward": [TRANSFORMERS],  # its CLIP and BLIP classes are enough; the reward models' own packages pin old versions
     "test": [
         "bitsandbytes>=0.46",
+        "gradio>=6",
+        "ipykernel",
         "mypy",
+        "nbclient",
+        "playwright",  # drives the system's Chromium; the tests that need a browser are skipped without one
         "pytest",
         "pytest-timeout",
         "pytest-xdist",
+        "rapidocr-onnxruntime>=1.4; python_version < '3.13'",
         "ruff",
         "scikit-learn",
         "scipy",

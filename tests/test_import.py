@@ -15,8 +15,8 @@ import rdm_diffusers
 
 PACKAGE = Path(rdm_diffusers.__file__).parent
 OPTIONAL = (
-    "bitsandbytes", "cleanfid", "hpsv2", "scipy", "sklearn", "tensorboard", "torch_fidelity", "torchmetrics", "wandb",
-    "xformers",
+    "bitsandbytes", "cleanfid", "gradio", "hpsv2", "rapidocr_onnxruntime", "scipy", "sklearn", "tensorboard",
+    "torch_fidelity", "torchmetrics", "wandb", "xformers",
 )  # fmt: skip
 FLOORS = (
     {
