@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..config import RunConfig
+from ..config.checks import check_rewards
 from ..distillation import (
     GNDMR,
     Decode,
@@ -25,7 +27,7 @@ from ..distillation import (
 )
 from ..distillation.advantages import rows
 from ..families import Family, Teacher, load_tiny_vae, rebuilt
-from ..rewards import Reward, WeightedReward, load_distinct_rewards, reward_networks
+from ..rewards import Functions, Reward, WeightedReward, load_distinct_rewards, reward_networks, with_functions
 from .devices import on_device
 
 
@@ -118,13 +120,23 @@ class ExternalRewards:
         return health
 
 
-def load_rewards(config: RunConfig, device: torch.device) -> list[WeightedReward]:
-    """The run's rewards, with `--offload` on the CPU.
+def with_reward_funcs(config: RunConfig, functions: Functions, weights: Sequence[float] | None) -> RunConfig:
+    """The configuration with the functions that Python gives; ValueError if they do not fit together."""
+    config = config.changed("rewards", reward=with_functions(config.rewards.reward, functions, weights))
+    check_rewards(config)
+    return config
+
+
+def load_rewards(
+    config: RunConfig, device: torch.device, functions: Functions = MappingProxyType({})
+) -> list[WeightedReward]:
+    """The run's rewards, with `--offload` on the CPU; `functions` are those that Python gives.
 
     Raises ValueError as `load_distinct_rewards`, and for a black box without groups.
     """
     rewards, home = config.rewards, torch.device("cpu") if config.memory.offload else device
-    loaded = list(load_distinct_rewards(rewards.reward, home, getattr(torch, rewards.reward_dtype)).values())
+    dtype = getattr(torch, rewards.reward_dtype)
+    loaded = list(load_distinct_rewards(rewards.reward, home, dtype, functions).values())
     boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
     if boxes and config.method.group_size == 1:
         raise ValueError(
