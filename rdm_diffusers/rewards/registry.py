@@ -36,7 +36,7 @@ PRETRAINED_REWARDS: dict[str, str] = {  # functions of the weights' path and dty
     "image_reward": "rdm_diffusers.rewards.image_reward:load",
     "aesthetic": "rdm_diffusers.rewards.clip_rewards:load_aesthetic",
 }
-REWARDS: dict[str, str] = TINY_REWARDS | PRETRAINED_REWARDS
+REWARDS: dict[str, str] = TINY_REWARDS | PRETRAINED_REWARDS | {"ocr": "rdm_diffusers.rewards.ocr:TextReward"}
 
 
 def load_distinct_rewards(
@@ -118,7 +118,7 @@ def _built_in(place: str, device: torch.device | str, dtype: torch.dtype) -> Rew
         )
     if equals and not path:
         raise ValueError(f"--reward {place!r} names no weights behind the =; write {name}=/path/to/weights, or {name}.")
-    if equals and name in TINY_REWARDS:
+    if equals and name not in PRETRAINED_REWARDS:
         raise ValueError(f"The reward {name} has no weights to choose; leave ={path} out.")
     module, attribute = REWARDS[name].split(":")
     make = getattr(import_module(module), attribute)
