@@ -53,6 +53,9 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ValueError(f"--algorithm {algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
     if rewards.reward_vae and algorithm != "gndmr":
         raise ValueError("--reward_vae decodes pictures for rewards alone; add --reward name, or leave it out.")
+    if algorithm != "gndmr" and (rewards.reward_scheduler != "constant" or rewards.reward_warmup_steps):
+        name = "reward_warmup_steps" if rewards.reward_warmup_steps else "reward_scheduler"
+        raise ValueError(f"--{name} would have no effect without rewards; leave it out, or use --algorithm gndmr.")
     if algorithm == "dmd" and method.preset not in (None, "dmd2"):
         raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {method.preset} out or use gndm.")
     if algorithm == "dmd" and method.gndm_lambda != 0:
