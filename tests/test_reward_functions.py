@@ -157,3 +157,6 @@ def test_no_built_in_reward_has_the_name_that_marks_functions() -> None:
     assert with_functions(["tiny_bold"], functions, None) == ("tiny_bold", "python:redness")
     assert with_functions(["python:redness:3"], functions, None) == ("python:redness:3",)
     assert with_functions(["python:redness:3"], functions, [0.25]) == ("python:redness:0.25",)
+    both = functions_by_name([darkness, redness])  # an earlier run's order stays, so that it resumes
+    assert with_functions(["python:redness:3"], both, None) == ("python:redness:3", "python:darkness")
+    assert with_functions(["python:redness:3"], both, [1, 3]) == ("python:redness:3.0", "python:darkness")

@@ -56,13 +56,14 @@ def with_functions(specs: Sequence[str], functions: Functions, weights: Sequence
     if weights is not None and len(weights) != len(functions):
         raise ValueError(f"reward_funcs has {len(functions)} functions, and reward_weights {len(weights)} weights; "
                          "give each function one weight.")  # fmt: skip
-    found = dict(split_function(spec) for spec in specs if is_function(spec))
-    for name in found:
+    texts = dict(split_function(spec) for spec in specs if is_function(spec))
+    for name in texts:
         function_reward(name, functions)
-    found = (
-        dict.fromkeys(functions) | found if weights is None else dict(zip(functions, map(float, weights), strict=True))
-    )
-    ours = (f"{PYTHON}:{name}" + ("" if weight in (None, 1) else f":{weight}") for name, weight in found.items())
+    if weights is None:
+        texts |= {name: None for name in functions if name not in texts}
+    else:
+        texts |= {name: str(float(weight)) for name, weight in zip(functions, weights, strict=True)}
+    ours = (f"{PYTHON}:{name}" + ("" if text in (None, "1.0") else f":{text}") for name, text in texts.items())
     return (*(spec for spec in specs if not is_function(spec)), *ours)
 
 
