@@ -153,7 +153,8 @@ def test_a_weight_of_zero_and_the_name_of_another_reward_are_refused_before_the_
 
 def test_no_built_in_reward_has_the_name_that_marks_functions() -> None:
     assert "python" not in REWARDS
-    functions = functions_by_name([redness])
+    functions = functions_by_name(redness)  # one alone, as in TRL
+    assert functions == functions_by_name([redness])
     assert with_functions(["tiny_bold"], functions, None) == ("tiny_bold", "python:redness")
     assert with_functions(["python:redness:3"], functions, None) == ("python:redness:3",)
     assert with_functions(["python:redness:3"], functions, [0.25]) == ("python:redness:0.25",)

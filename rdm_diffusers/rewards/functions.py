@@ -12,17 +12,20 @@ from .base import Reward
 from .user_file import named, prepare
 
 PYTHON = "python"
-Functions = Mapping[str, Callable[..., Any]]  # by name
+Function = Callable[..., Any]  # of images [B, 3, H, W] in [0, 1] and B prompts -> [B]
+Functions = Mapping[str, Function]  # by name
 
 
-def functions_by_name(functions: Sequence[Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """Functions or `Reward` objects by their names: the attribute `name`, or else `__name__`, or else the class's.
+def functions_by_name(functions: Function | Sequence[Function]) -> dict[str, Function]:
+    """One or several functions or `Reward` objects, by name.
+
+    The name is an attribute `name`, or else the function's `__name__`, or else that of its class.
 
     Raises:
         ValueError: one sentence, if one cannot be called or has no usable name, or if two have one name.
     """
-    found: dict[str, Callable[..., Any]] = {}
-    for function in functions:
+    found: dict[str, Function] = {}
+    for function in functions if isinstance(functions, list | tuple) else [functions]:
         if isinstance(function, type) or not callable(function):
             raise ValueError(
                 f"reward_funcs holds {function!r}, which is no function of images and prompts; give a function or an "

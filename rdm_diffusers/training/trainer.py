@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..families import Teacher
 from ..folders import write_whole
 from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks, SeparateNetworks
-from ..rewards import WeightedReward, functions_by_name
+from ..rewards import Function, WeightedReward, functions_by_name
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
@@ -76,8 +76,8 @@ class Trainer:
     Args:
         config: the run's, of a LoRA student or a full one.
         callbacks: are called while it trains.
-        reward_funcs: rewards beside those of the configuration, whose algorithm is `gndmr`: functions
-            `(images, prompts) -> [B]`, or `Reward` objects (docs/rewards.md).
+        reward_funcs: rewards beside those of the configuration, whose algorithm is `gndmr`: one or several
+            functions `(images, prompts) -> [B]`, or `Reward` objects (docs/rewards.md).
         reward_weights: their weights; 1 each by default.
 
     Attributes:
@@ -89,7 +89,7 @@ class Trainer:
             are dropped in `load`, except where a full student's files are written.
 
     Raises:
-        ValueError, ImportError: one sentence, if the folder or the way it was launched cannot be used.
+        ValueError, ImportError: one sentence, if the folder, the way it was launched or `reward_funcs` cannot be used.
     """
 
     teacher: Teacher
@@ -106,7 +106,7 @@ class Trainer:
         self,
         config: RunConfig,
         callbacks: Sequence[Callback] = (),
-        reward_funcs: Sequence[Callable[..., Any]] = (),
+        reward_funcs: Function | Sequence[Function] = (),
         reward_weights: Sequence[float] | None = None,
     ) -> None:
         self.reward_funcs = functions_by_name(reward_funcs)
