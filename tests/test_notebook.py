@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
-FEW = "TARGET_IMAGES, TARGET_UPDATES, UPDATES, REWARD_UPDATES, EVALUATED = 40, 1, 3, 1, 48"
+FEW = "TARGET_IMAGES, TARGET_UPDATES, UPDATES, EVALUATED = 40, 1, 2, 48"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, NotebookNo
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        NotebookClient(short, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(short, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
     return {cell.id: cell for cell in short.cells}, folder
 
 
@@ -53,24 +53,24 @@ def test_the_notebook_is_stored_without_outputs_and_is_valid(notebook: NotebookN
 
 def test_it_shows_the_teacher_the_training_and_the_student(done) -> None:
     cells, _ = done
-    pictures = {"teacher-pictures": 1, "run": 3, "samples": 1, "student": 2, "stock-diffusers": 1, "bright": 2}
+    pictures = {"teacher-pictures": 1, "run": 2, "samples": 1, "student": 2, "stock-diffusers": 1, "bold": 2}
     assert {name: outputs(cells[name])[1] for name in pictures} == pictures
-    assert "update 3: the fake score's loss is" in outputs(cells["run"])[0]
+    assert "update 2: the fake score's loss is" in outputs(cells["run"])[0]
 
 
 def test_it_leaves_a_student_with_its_card_and_a_rewarded_one_with_its_record(done) -> None:
     _, folder = done
     files = {path.name for path in (folder / "tiny-student").iterdir()}
     assert {"pytorch_lora_weights.safetensors", "README.md", "samples.png", "metrics.json"} <= files
-    assert "python:brightness" in (folder / "bright-student" / "config.yaml").read_text()
+    assert "python:boldness" in (folder / "bold-student" / "config.yaml").read_text()
 
 
 def test_it_measures_teacher_and_student_and_the_reward_of_both_students(done) -> None:
     cells, _ = done
     table = outputs(cells["measure"])[0].splitlines()
     assert [line.split(",")[0] for line in table[1:]] == ["teacher", "student"]
-    said = outputs(cells["bright"])[0]
-    values = [float(line.rpartition(": ")[2]) for line in said.splitlines() if line.startswith("brightness")]
+    said = outputs(cells["bold"])[0]
+    values = [float(line.rpartition(": ")[2]) for line in said.splitlines() if line.startswith("boldness")]
     assert len(values) == 2 and all(0 < value < 1 for value in values)
 
 
