@@ -23,8 +23,8 @@ What it does, and the flags that steer it:
 - groups: --preset, --group_size, --gndm_lambda, --bias_estimator, --pool_steps, --advantage_normalization,
   --num_renoisings
 - external rewards: --reward name[=weights][:weight], your own file's or a server's; --reward_dtype, --reward_share,
-  --reward_combination, --projection_guard; those without gradients: --reward_tilt; their memory (docs/rewards.md):
-  --decode_batch_size, --reward_vae
+  --reward_combination, --projection_guard; those without gradients: --reward_tilt; their course:
+  --reward_scheduler, --reward_warmup_steps; their memory (docs/rewards.md): --decode_batch_size, --reward_vae
 - the fake score: --fake_updates_per_step, --fake_learning_rate, --fake_score_steps
 - rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
 - health: --logging_steps, alarms in the log, --stop_on_collapse; --dry_run prints the memory needed, trains nothing

@@ -32,7 +32,7 @@ def gradients(argv: list[str], fresh: bool = False) -> dict[str, list[Tensor]]:
     it = make_run(argv)
     if not fresh:
         randomise_adapters(it.networks)
-    batch, _ = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics)
+    batch, _ = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics, 0)
     student_update(it.distillation, batch, it.state.statistics)
     fake_score_update(it.distillation, batch, 0)
     return {role: [p.grad for p in it.networks.parameters(role)] for role in (STUDENT, FAKE_SCORE)}
@@ -251,7 +251,7 @@ def test_a_fake_score_loss_that_is_not_finite_names_term_prompt_and_step(argv) -
 @pytest.mark.usefixtures("float64")
 def test_black_boxes_reweigh_the_fake_scores_loss_and_nothing_else_of_it(argv) -> None:
     it = make_run(argv(**GNDMR))
-    batch, _ = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics)
+    batch, _ = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics, 0)
     assert batch.samples.weight is not None
     assert batch.samples.weight.std() > 0.05
 
@@ -271,7 +271,7 @@ def test_black_boxes_reweigh_the_fake_scores_loss_and_nothing_else_of_it(argv) -
 def test_the_health_numbers_are_finite_and_the_correction_has_a_share(argv, options: dict) -> None:
     it = make_run(argv(steps_per_rollout=2, **options))
     randomise_adapters(it.networks)
-    batch, health = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics)
+    batch, health = weigh_samples(it.distillation, collect(it.distillation, 0), it.state.statistics, 0)
     health |= student_update(it.distillation, batch, it.state.statistics) | fake_score_update(it.distillation, batch, 0)
     assert {"reward_over_distance", "correction_over_reward", "log_ratio", "fake_loss", "contrast"} <= health.keys()
     assert all(value.ndim == 0 for value in health.values())

@@ -151,8 +151,8 @@ def test_files_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
 def test_an_unknown_name(complaint) -> None:
     assert complaint("tiny_pompt") == (
         "There is no reward 'tiny_pompt'; use tiny_prompt, tiny_prompt_black_box, tiny_bold, tiny_thin, "
-        "hpsv2, hpsv2.0, hpsv2.1, hpsv3, pickscore, clip_score, image_reward, aesthetic, path/to/file.py:function, or "
-        "http://host:port/path."
+        "hpsv2, hpsv2.0, hpsv2.1, hpsv3, pickscore, clip_score, image_reward, aesthetic, ocr, "
+        "path/to/file.py:function, or http://host:port/path."
     )
 
 

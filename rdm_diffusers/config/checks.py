@@ -39,15 +39,23 @@ def check(config: RunConfig) -> None:
     _check_groups(config)
 
 
+def check_rewards(config: RunConfig) -> None:
+    """Checks that there are rewards where the algorithm needs them, once those that Python gives are known, too."""
+    if config.method.algorithm == "gndmr" and not config.rewards.reward:
+        raise ValueError("--algorithm gndmr needs external rewards: add --reward name, for example --reward tiny_bold.")
+    _check_algorithm(config)
+
+
 def _check_algorithm(config: RunConfig) -> None:
     method, rewards = config.method, config.rewards
     algorithm = method.algorithm
-    if algorithm == "gndmr" and not rewards.reward:
-        raise ValueError("--algorithm gndmr needs external rewards: add --reward name, for example --reward tiny_bold.")
     if algorithm != "gndmr" and rewards.reward:
         raise ValueError(f"--algorithm {algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
-    if rewards.reward_vae and not rewards.reward:
+    if rewards.reward_vae and algorithm != "gndmr":
         raise ValueError("--reward_vae decodes pictures for rewards alone; add --reward name, or leave it out.")
+    if algorithm != "gndmr" and (rewards.reward_scheduler != "constant" or rewards.reward_warmup_steps):
+        name = "reward_warmup_steps" if rewards.reward_warmup_steps else "reward_scheduler"
+        raise ValueError(f"--{name} would have no effect without rewards; leave it out, or use --algorithm gndmr.")
     if algorithm == "dmd" and method.preset not in (None, "dmd2"):
         raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {method.preset} out or use gndm.")
     if algorithm == "dmd" and method.gndm_lambda != 0:

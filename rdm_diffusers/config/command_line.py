@@ -10,6 +10,7 @@ from typing import Any
 
 from ..bounds import PATH, TOKEN, Bound, Interval, OneOf, Parser, set_bounds
 from ..families import use_token
+from .checks import check_rewards
 from .fields import Setting, settings_of
 from .record import command_line
 from .retired import RETIRED, retirement
@@ -90,6 +91,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         said = {**({} if file is None else read_yaml(file)), **given}
         use_given_token(token, said.get("report_to", OutputConfig.report_to))  # first: a LoRA may be on the Hub
         config = RunConfig.of(student, **given) if file is None else RunConfig.from_yaml(file, student, **given)
+        check_rewards(config)
         words = [*_words_of(file, given, student), *(sys.argv[1:] if argv is None else argv)]
         return replace(config, command=command_line(f"train_rdm_{student}.py", words))
     except (ValueError, ImportError) as error:

@@ -11,6 +11,7 @@ import yaml
 
 from ..bounds import did_you_mean
 from ..families import Lora
+from ..rewards import is_function, split_function
 from ..untrusted import INSTEAD, check_kinds, has_secret
 from .checks import check
 from .fields import Setting, settings_of
@@ -170,8 +171,7 @@ class RunConfig:
         rest = {name: value for name, value in values.items() if name not in (*DERIVED, *ONE_TIME)}
         derived = RunConfig._unchecked(**rest).as_arguments()
         written = {name: value for name, value in values.items() if name in rest or value != derived[name]}
-        lines = [f"# Starts this run again: accelerate launch train_rdm_{self.student.kind}.py --config THIS_FILE",
-                 f"student: {self.student.kind}"]  # fmt: skip
+        lines = [f"# Starts this run again: {self._start}", f"student: {self.student.kind}"]
         for subject, kind in subjects_of(self.student.kind).items():
             named = {
                 each.names[0]: written[each.name] for each in settings_of(kind) if written.get(each.name) is not None
@@ -179,6 +179,14 @@ class RunConfig:
             if named:
                 lines += ["", f"# {subject}", yaml.safe_dump(named, sort_keys=False, allow_unicode=True).rstrip()]
         return "\n".join(lines) + "\n"
+
+    @property
+    def _start(self) -> str:
+        """What starts a run with a file of its settings."""
+        functions = [split_function(spec)[0] for spec in self.rewards.reward if is_function(spec)]
+        if functions:
+            return f"Trainer(RunConfig.from_yaml(THIS_FILE), reward_funcs=[{', '.join(functions)}])"
+        return f"accelerate launch train_rdm_{self.student.kind}.py --config THIS_FILE"
 
 
 def subjects_of(student: str) -> dict[str, type]:

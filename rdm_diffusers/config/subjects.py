@@ -162,6 +162,10 @@ class RewardsConfig:
         "Hub id", FOLDER_OR_ID, is_path=True)
     reward_tilt: float = flag(
         0.25, "kappa, by how many of their standard deviations rewards without gradients are to rise, about", RATE)
+    reward_scheduler: str = flag(
+        "constant", "how strong the rewards are after their warm-up: as strong to the end, or falling to 0 there",
+        OneOf(("constant", "linear", "cosine")))
+    reward_warmup_steps: int = flag(0, "updates in which the rewards' strength rises from 0", whole(f"[0, {MANY}]"))
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,16 @@ class GNDMR:
     reward_combination: str = "share"
     projection_guard: bool = False
 
-    def combine(self, advantage: Tensor, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> Tensor:
+    def combine(
+        self,
+        advantage: Tensor,
+        gradients: Mapping[str, RewardGradient],
+        statistics: RunningMeans,
+        strength: float = 1.0,
+    ) -> Tensor:
         """d `[M, C, H, W]` and the rewards' gradients as one ascent direction, same shape, detached.
+
+        The rewards' part is multiplied by `strength`, in [0, 1].
 
         Invalid gradients count in no statistic and push nowhere; where all are invalid the result is d and the
         statistics stay as they were. Updates `statistics`.
@@ -61,6 +69,7 @@ class GNDMR:
             part = sum(pushes, torch.zeros_like(advantage))
         else:
             part = self._share(advantage, gradients, statistics)
+        part = strength * part
         return advantage + (guarded(part, advantage) if self.projection_guard else part)
 
     def _share(self, advantage: Tensor, gradients: Mapping[str, RewardGradient], statistics: RunningMeans) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib import import_module
+from types import MappingProxyType
 
 import torch
 
 from .base import Reward, WeightedReward
+from .functions import Functions, function_reward, is_function, split_function
 from .served import is_address, load_served, split_address
 from .user_file import load_from_file, prepare
 
@@ -34,20 +36,28 @@ PRETRAINED_REWARDS: dict[str, str] = {  # functions of the weights' path and dty
     "image_reward": "rdm_diffusers.rewards.image_reward:load",
     "aesthetic": "rdm_diffusers.rewards.clip_rewards:load_aesthetic",
 }
-REWARDS: dict[str, str] = TINY_REWARDS | PRETRAINED_REWARDS
+REWARDS: dict[str, str] = TINY_REWARDS | PRETRAINED_REWARDS | {"ocr": "rdm_diffusers.rewards.ocr:TextReward"}
 
 
 def load_distinct_rewards(
-    specs: Sequence[str], device: torch.device | str, dtype: torch.dtype = torch.float32
+    specs: Sequence[str],
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    functions: Functions = MappingProxyType({}),
 ) -> dict[str, WeightedReward]:
     """Rewards by their specifications, each from `load_reward`. Raises ValueError, too, if two have one name."""
-    rewards = {spec: load_reward(spec, device, dtype) for spec in specs}
+    rewards = {spec: load_reward(spec, device, dtype, functions) for spec in specs}
     if len({weighted.reward.name for weighted in rewards.values()}) < len(specs):
         raise ValueError(f"Two of the rewards {', '.join(specs)} have one name; name each once.")
     return rewards
 
 
-def load_reward(spec: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> WeightedReward:
+def load_reward(
+    spec: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    functions: Functions = MappingProxyType({}),
+) -> WeightedReward:
     """The reward that a specification names.
 
     Args:
@@ -56,14 +66,16 @@ def load_reward(spec: str, device: torch.device | str, dtype: torch.dtype = torc
             you trust. Weights are not: they are safetensors, or files of tensors that are never unpickled.
         device: where a reward that is a `torch.nn.Module` goes; it is also frozen, in evaluation mode.
         dtype: of the weights of pretrained rewards; the others have their own.
+        functions: those that `python:name` names.
 
     Raises:
         ValueError: one sentence on what is wrong and what to do.
     """
-    if is_address(spec):
-        address, text = split_address(spec)
+    if is_address(spec) or is_function(spec):
+        place, text = split_address(spec) if is_address(spec) else split_function(spec)
         weight = 1.0 if text is None else _weight(spec, text)
-        return WeightedReward(load_served(address), weight)
+        reward = load_served(place) if is_address(spec) else function_reward(place, functions, device)
+        return WeightedReward(reward, weight)
     place, function, weight = _parse(spec)
     reward = _built_in(place, device, dtype) if function is None else load_from_file(place, function, device)
     return WeightedReward(reward, weight)
@@ -106,7 +118,7 @@ def _built_in(place: str, device: torch.device | str, dtype: torch.dtype) -> Rew
         )
     if equals and not path:
         raise ValueError(f"--reward {place!r} names no weights behind the =; write {name}=/path/to/weights, or {name}.")
-    if equals and name in TINY_REWARDS:
+    if equals and name not in PRETRAINED_REWARDS:
         raise ValueError(f"The reward {name} has no weights to choose; leave ={path} out.")
     module, attribute = REWARDS[name].split(":")
     make = getattr(import_module(module), attribute)

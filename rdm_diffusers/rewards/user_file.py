@@ -57,9 +57,14 @@ def load_from_file(path: str, attribute: str, device: torch.device | str) -> Rew
         raise ValueError(
             f"Instances of {attribute} in {path} cannot be called; give it __call__(self, images, prompts)."
         )
-    name = getattr(function, "name", attribute)
+    return named(function, attribute)
+
+
+def named(function: Callable[[Tensor, Sequence[str]], Any], usual: str) -> NamedReward:
+    """A callable with its attributes `name` and `differentiable`, by default the `usual` name and False."""
+    name = getattr(function, "name", usual)
     differentiable = bool(getattr(function, "differentiable", False))
-    return NamedReward(function, name if isinstance(name, str) else attribute, differentiable)
+    return NamedReward(function, name if isinstance(name, str) else usual, differentiable)
 
 
 def prepare(reward: Any, device: torch.device | str) -> Any:

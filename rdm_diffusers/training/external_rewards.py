@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..config import RunConfig
+from ..config.checks import check_rewards
 from ..distillation import (
     GNDMR,
     Decode,
@@ -25,8 +27,9 @@ from ..distillation import (
 )
 from ..distillation.advantages import rows
 from ..families import Family, Teacher, load_tiny_vae, rebuilt
-from ..rewards import Reward, WeightedReward, load_distinct_rewards, reward_networks
+from ..rewards import Functions, Reward, WeightedReward, load_distinct_rewards, reward_networks, with_functions
 from .devices import on_device
+from .reward_schedule import reward_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class ExternalRewards:
         offloaded_vae: the autoencoder, if it and the rewards' networks are to be on the samples' device only while they
             work; None leaves them where they are.
         reward_tilt: kappa, by about how many standard deviations within a prompt those without gradients are to rise.
+        schedule: update, counted from 0 -> how much of their strength the rewards have there, in [0, 1].
     """
 
     rewards: Sequence[Reward]
@@ -49,9 +53,10 @@ class ExternalRewards:
     micro_batch_size: int
     offloaded_vae: nn.Module | None = None
     reward_tilt: float = 0.25
+    schedule: Callable[[int], float] = lambda update: 1.0
 
     def tilt(
-        self, samples: Samples, prompts: Sequence[str], statistics: RunningMeans
+        self, samples: Samples, prompts: Sequence[str], statistics: RunningMeans, strength: float = 1.0
     ) -> tuple[Samples, dict[str, Tensor]]:
         """The samples with the weights that rewards without gradients give them, if there are any; health numbers.
 
@@ -59,6 +64,7 @@ class ExternalRewards:
             samples: M samples, whose x̂ is scored.
             prompts: length M.
             statistics: the method's running means; updated.
+            strength: kappa is multiplied by it.
         """
         boxes = [reward for reward in self.rewards if not reward.differentiable]
         if not boxes:
@@ -69,12 +75,17 @@ class ExternalRewards:
             scores = reward_values(boxes, self.decode, samples.x0, prompts, self.micro_batch_size)
         for reward, values in zip(boxes, scores, strict=True):
             advantage = standardised_advantage(reward.name, values, self.combination.group_size, statistics)
-            tilt += self.reward_tilt * self.combination.proportion(reward.name) * advantage
+            tilt += strength * self.reward_tilt * self.combination.proportion(reward.name) * advantage
             health |= self._health(reward.name, values, values.isfinite(), samples.step)
         return replace(samples, weight=tilted_weight(tilt, statistics)), health
 
     def join(
-        self, ascent: Tensor, samples: Samples, prompts: Sequence[str], statistics: RunningMeans
+        self,
+        ascent: Tensor,
+        samples: Samples,
+        prompts: Sequence[str],
+        statistics: RunningMeans,
+        strength: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """R_dm's direction with the part of the rewards that have gradients, and health numbers.
 
@@ -83,12 +94,13 @@ class ExternalRewards:
             samples: M samples, whose x̂ is scored.
             prompts: length M.
             statistics: the method's running means; updated.
+            strength: the rewards' part is multiplied by it.
         """
         exact = [reward for reward in self.rewards if reward.differentiable]
         with self._at_work(exact, samples.x0.device):
             found = differentiable_gradients(exact, self.decode, samples.x0, prompts, self.micro_batch_size)
         gradients = {reward.name: gradient for reward, gradient in zip(exact, found, strict=True)}
-        joined = self.combination.combine(ascent, gradients, statistics)
+        joined = self.combination.combine(ascent, gradients, statistics, strength)
         size = ascent.square().mean().sqrt()
         health = {"reward_share_effective": (joined - ascent).square().mean().sqrt() / size}
         for name, reward in gradients.items():
@@ -118,13 +130,23 @@ class ExternalRewards:
         return health
 
 
-def load_rewards(config: RunConfig, device: torch.device) -> list[WeightedReward]:
-    """The run's rewards, with `--offload` on the CPU.
+def with_reward_funcs(config: RunConfig, functions: Functions, weights: Sequence[float] | None) -> RunConfig:
+    """The configuration with the functions that Python gives; ValueError if they do not fit together."""
+    config = config.changed("rewards", reward=with_functions(config.rewards.reward, functions, weights))
+    check_rewards(config)
+    return config
+
+
+def load_rewards(
+    config: RunConfig, device: torch.device, functions: Functions = MappingProxyType({})
+) -> list[WeightedReward]:
+    """The run's rewards, with `--offload` on the CPU; `functions` are those that Python gives.
 
     Raises ValueError as `load_distinct_rewards`, and for a black box without groups.
     """
     rewards, home = config.rewards, torch.device("cpu") if config.memory.offload else device
-    loaded = list(load_distinct_rewards(rewards.reward, home, getattr(torch, rewards.reward_dtype)).values())
+    dtype = getattr(torch, rewards.reward_dtype)
+    loaded = list(load_distinct_rewards(rewards.reward, home, dtype, functions).values())
     boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
     if boxes and config.method.group_size == 1:
         raise ValueError(
@@ -160,6 +182,7 @@ def join_rewards(
         micro_batch_size=config.memory.decode_batch_size,
         offloaded_vae=pipeline.vae if config.memory.offload else None,
         reward_tilt=config.rewards.reward_tilt,
+        schedule=reward_schedule(config),
     )
 
 

@@ -46,7 +46,7 @@ def train(trainer: Trainer) -> int:
             batch = collect(run, state.update // method.reuse_rollouts)
             for visit in range(method.reuse_rollouts):
                 batch = reuse(run, batch) if visit else batch
-                batch, health = weigh_samples(run, batch, state.statistics)
+                batch, health = weigh_samples(run, batch, state.statistics, state.update)
                 health |= student_update(run, batch, state.statistics)
                 health["student_grad_norm"] = step(state, STUDENT, run.checks)
                 for repeat in range(method.fake_updates_per_step):

@@ -151,7 +151,7 @@ class Monitor:
             yield f"hacking/{name}", rose and gap > 1.5, text
             invalid = self._now(f"reward_invalid/{name}")
             text = (
-                f"The reward {name} is not finite for {invalid:.0%} of the samples: fix the reward; those samples are "
-                "trained by R_dm alone."
+                f"The reward {name} is not finite for {invalid:.0%} of the samples, which are trained by R_dm alone: "
+                "fix the reward, or give prompts that it can score."
             )
             yield f"invalid/{name}", invalid > 0.1, text

@@ -118,7 +118,8 @@ def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     settings = (each for each in all_settings(now["student"]) if each.name not in DERIVED)
     usual = {each.name: None if each.is_repeatable else each.default for each in settings}
     then = {IMAGES_DIGEST: None, **usual, **then, **names}
-    free = FREE_ON_RESUME - (set() if now["lr_scheduler"].startswith("constant") else {"max_train_steps"})
+    falls = not now["lr_scheduler"].startswith("constant") or now["reward_scheduler"] != "constant"
+    free = FREE_ON_RESUME - ({"max_train_steps"} if falls else set())
     free |= set(IMAGES)
     free |= PROMPTS if {PROMPTS_DIGEST} <= now.keys() & then.keys() else {PROMPTS_DIGEST}  # version 0.1.0 had none
     changed = [name for name in then if name not in free and now.get(name) != then[name]]

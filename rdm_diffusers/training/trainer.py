@@ -18,11 +18,11 @@ from ..families import Teacher
 from ..folders import write_whole
 from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks, SeparateNetworks
-from ..rewards import WeightedReward
+from ..rewards import Function, WeightedReward, functions_by_name
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
-from .external_rewards import load_rewards
+from .external_rewards import load_rewards, with_reward_funcs
 from .finish import draw_and_measure
 from .launch import make_accelerator
 from .loop import train
@@ -76,9 +76,12 @@ class Trainer:
     Args:
         config: the run's, of a LoRA student or a full one.
         callbacks: are called while it trains.
+        reward_funcs: rewards beside those of the configuration, whose algorithm is `gndmr`: one or several
+            functions `(images, prompts) -> [B]`, or `Reward` objects (docs/rewards.md).
+        reward_weights: their weights; 1 each by default.
 
     Attributes:
-        config: as above.
+        config: as above, with the names of `reward_funcs`.
         folder: the run's.
         accelerator: the device, the processes and the trackers.
         teacher, networks, distillation, state: the teacher; the roles; what stays the same through the run; and
@@ -86,7 +89,7 @@ class Trainer:
             are dropped in `load`, except where a full student's files are written.
 
     Raises:
-        ValueError, ImportError: one sentence, if the folder or the way it was launched cannot be used.
+        ValueError, ImportError: one sentence, if the folder, the way it was launched or `reward_funcs` cannot be used.
     """
 
     teacher: Teacher
@@ -99,8 +102,15 @@ class Trainer:
     rewards: list[WeightedReward]
     checkpoint: Path | None
 
-    def __init__(self, config: RunConfig, callbacks: Sequence[Callback] = ()) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        callbacks: Sequence[Callback] = (),
+        reward_funcs: Function | Sequence[Function] = (),
+        reward_weights: Sequence[float] | None = None,
+    ) -> None:
+        self.reward_funcs = functions_by_name(reward_funcs)
+        self.config = config = with_reward_funcs(config, self.reward_funcs, reward_weights)
         self.callbacks = list(callbacks)
         self.folder = prepare_output(config.output)
         self.accelerator = make_accelerator(config.output, config.memory)
@@ -156,7 +166,7 @@ class Trainer:
             check_resumable(self.arguments, read_record(self.checkpoint)["arguments"])
         check_with_teacher(config)
         check_hub(config, accelerator)
-        self.rewards = load_rewards(config, accelerator.device)
+        self.rewards = load_rewards(config, accelerator.device, self.reward_funcs)
 
     def plan(self) -> MemoryPlan:
         """What memory the run needs, from configurations alone; after `check`, that of its rewards, too."""

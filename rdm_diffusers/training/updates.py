@@ -119,6 +119,7 @@ class Batch:
     visit: int = 0  # how many updates the rollout has served
     rollout: WholeRollout | None = None  # the whole of it, only where importance weights are asked for
     log_ratio: Tensor | None = None  # log p_now - log p_then of reaching each state [M], in nats; where weighed
+    reward_strength: float = 1.0  # what the rewards' schedule gives at the update
 
     @property
     def sample_prompts(self) -> list[str]:
@@ -167,12 +168,19 @@ def reuse(run: Distillation, batch: Batch) -> Batch:
     return replace(batch, samples=samples, visit=batch.visit + 1, log_ratio=log_ratio)
 
 
-def weigh_samples(run: Distillation, batch: Batch, statistics: RunningMeans) -> tuple[Batch, dict[str, Tensor]]:
-    """The batch with the weights that rewards without gradients give its samples, if there are any; health numbers."""
+def weigh_samples(
+    run: Distillation, batch: Batch, statistics: RunningMeans, update: int
+) -> tuple[Batch, dict[str, Tensor]]:
+    """The batch with the weights that rewards without gradients give its samples, if there are any; health numbers.
+
+    It also notes how strong the rewards are at this update.
+    """
     if run.rewards is None:
         return batch, {}
-    samples, health = run.rewards.tilt(batch.samples, batch.sample_prompts, statistics)
-    return replace(batch, samples=samples), health
+    strength = run.rewards.schedule(update)
+    samples, health = run.rewards.tilt(batch.samples, batch.sample_prompts, statistics, strength)
+    health["reward_strength"] = samples.x0.new_tensor(strength)
+    return replace(batch, samples=samples, reward_strength=strength), health
 
 
 def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) -> dict[str, Tensor]:
@@ -196,7 +204,8 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
     ascent = advantage.value.unflatten(0, (copies, len(samples))).mean(0)
     health = batch_health(estimate, advantage, run.draws.group_size) | {"contrast": contrast(samples, run.num_steps)}
     if run.rewards is not None:
-        ascent, reward_health = run.rewards.join(ascent, samples, batch.sample_prompts, statistics)
+        given = (batch.sample_prompts, statistics, batch.reward_strength)
+        ascent, reward_health = run.rewards.join(ascent, samples, *given)
         health |= reward_health
     if batch.log_ratio is not None:
         ascent = expand(importance_weights(batch.log_ratio, run.importance_weighting), ascent) * ascent
