@@ -23,7 +23,6 @@ from ..bounds import (
     PLACE_INSIDE,
     REVISION,
     SEED,
-    SIDE,
     STEPS,
     TOKENS,
     VARIANT,
@@ -33,6 +32,7 @@ from ..bounds import (
     whole,
 )
 from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
+from ..sizes import RESOLUTION
 from ..tiny import TINY_NAME
 from .fields import flag
 from .presets import PRESETS
@@ -73,7 +73,9 @@ class TeacherConfig:
         "folder, a Hub id, or a Hub id with /FILE.safetensors", LORA, is_path=True)
     max_sequence_length: int | None = flag(
         None, "tokens of a T5 text encoder; the stock pipeline's number by default", TOKENS)
-    resolution: int | None = flag(None, "pixels per side; the teacher's own by default", SIDE)
+    resolution: int | str | None = flag(
+        None, "pixels per side, 1024 for example, or width x height, 1216x832; the teacher's own by default",
+        RESOLUTION)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from ..bounds import (
     MODEL,
     PATH,
     REVISION,
-    SIDE,
     STEPS,
     TOKENS,
     VARIANT,
@@ -34,6 +33,7 @@ from ..bounds import (
 from ..folders import aside_of
 from ..pipelines import StudentConfig
 from ..program import run_program
+from ..sizes import RESOLUTION
 from ..tiny import is_tiny
 from ..untrusted import without_secrets
 from .features import FEATURES, save_reference
@@ -67,7 +67,7 @@ BOUNDS: dict[str, Bound] = {  # of every flag without choices
     "batch_size":          whole("[1, 65536]"),
     "num_inference_steps": STEPS,
     "guidance_scale":      GUIDANCE,
-    "resolution":          SIDE,
+    "resolution":          RESOLUTION,
     "max_sequence_length": TOKENS,
     "revision":            REVISION,
     "variant":             VARIANT,
@@ -100,7 +100,7 @@ def make_parser() -> Parser:
     add("--guidance_scale", help="a teacher's w in u + w (c - u), 1 is off; by default the stock pipeline's")
     add("--solver", choices=SOLVERS, help="a teacher's; by default ddim, or euler for flow matching")
     add("--dtype", default="float32", choices=list(DTYPES), help="of the sampled networks")
-    add("--resolution", help="of a teacher's pictures; its own by default")
+    add("--resolution", help="of a teacher's pictures, 1024 or 1216x832, width x height; its own by default")
     add("--max_sequence_length", help="tokens of a prompt that a teacher reads")
     add("--revision", help="of a Hub repository")
     add("--variant", help="of a teacher's files, for example fp16")

@@ -53,7 +53,7 @@ class Options:
     guidance_scale: float | None
     solver: str | None
     dtype: str
-    resolution: int | None
+    resolution: str | None
     max_sequence_length: int | None
     revision: str | None
     variant: str | None
@@ -218,6 +218,7 @@ def _load_teacher(options: Options) -> tuple[Sampler, str, float]:
     reading = PromptOptions(max_sequence_length=options.max_sequence_length, resolution=options.resolution)
     teacher = load_teacher(name, DTYPES[options.dtype], options.revision, options.variant, reading)
     teacher.family.check_options(reading)
+    teacher.family.latent_shape(teacher.pipeline, reading.resolution)  # raises for a size that it cannot draw
     solvers = list(solvers_of(teacher.pipeline))
     solver = options.solver or solvers[0]
     if solver not in solvers:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..families import STUDENT_CONFIG, Lora, check_no_checkpoint, fetch
 from ..folders import ASIDE
+from ..sizes import RESOLUTION, in_words
 from ..untrusted import Kinds, check_kinds, described, digest_of, is_kind, read_object
 
 DIGEST = "digest"
@@ -31,7 +32,7 @@ TRAINING_KINDS: dict[str, Kinds] = {
 }  # fmt: skip
 ARGUMENT_KINDS: dict[str, Kinds] = {  # of the arguments that code reads
     "pretrained_model_name_or_path": TEXT, "student": TEXT, "algorithm": TEXT, "reward": (list, type(None)),
-    "resolution": (int, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
+    "resolution": (int, str, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
     "gradient_accumulation_steps": (int, type(None)), "teacher_lora": (list, type(None)), "init_lora": TEXT,
 }  # fmt: skip
 LORA_KINDS: dict[str, Kinds] = {"name": str, "scale": float, "sha256": str}
@@ -127,6 +128,12 @@ class StudentConfig:
         return self.training.get("arguments", {})
 
     @property
+    def sizes(self) -> list[str]:
+        """The sizes that it was trained at, as `1216 x 832`, width first; empty if not known, or the teacher's."""
+        resolution = self.arguments.get("resolution")
+        return [] if resolution is None else [in_words(resolution)]
+
+    @property
     def teacher(self) -> str | None:
         """The teacher's name; for a full student of a local folder only that folder's name."""
         return self.base_model_name_or_path or self.arguments.get("pretrained_model_name_or_path")
@@ -202,6 +209,8 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     arguments = training.get("arguments", {})
     check_kinds(arguments, ARGUMENT_KINDS, "training's argument ")
     _check_loras(entries.get("base_loras", []))
+    if arguments.get("resolution") is not None and RESOLUTION.problem(arguments["resolution"]):
+        raise ValueError("training's argument resolution should be a size")
     for name in ("reward", "teacher_lora"):
         if not all(isinstance(each, str) for each in arguments.get(name) or []):
             raise ValueError(f"training's argument {name} should hold text")

@@ -23,6 +23,7 @@ from ..config import PromptsConfig, RunConfig
 from ..distillation import Draws
 from ..families import Teacher
 from ..prompts import FLAGS, captions_of, load_rows
+from ..sizes import resolution_of
 from .assembly import DTYPES
 from .devices import on_device
 from .prompts import check_source
@@ -88,12 +89,12 @@ class UserImages:
             digest.update(repr((hashlib.sha256(content).digest(), self.texts[i])).encode())
         return digest.hexdigest()
 
-    def image(self, index: int, size: int, place: tuple[float, float]) -> Tensor:
-        """An image as `[3, size, size]` in [0, 1]: turned as its camera says, cropped to a square, and resized.
+    def image(self, index: int, size: tuple[int, int], place: tuple[float, float]) -> Tensor:
+        """An image as `[3, height, width]` in [0, 1]: turned as its camera says, cropped to that shape, and resized.
 
         Args:
             index: of the image.
-            size: pixels per side.
+            size: its height and width in pixels.
             place: of the crop, from (0, 0), the left and the top, to (1, 1).
 
         Raises:
@@ -103,10 +104,10 @@ class UserImages:
         try:
             with file:
                 turned = ImageOps.exif_transpose(file).convert("RGB")
-                square = ImageOps.fit(turned, (size, size), Image.Resampling.LANCZOS, centering=place)
+                cropped = ImageOps.fit(turned, size[::-1], Image.Resampling.LANCZOS, centering=place)
         except Exception as error:  # Pillow raises dozens of kinds
             raise ValueError(f"{self._name(index)} is damaged ({error}); replace it, or take it out.") from error
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
 
     def _open(self, index: int, content: bytes) -> Image.Image:
         """The image in a file's `content`, not yet decoded; ValueError if it is none, or too large."""
@@ -213,17 +214,17 @@ def _latents(
 ) -> tuple[Tensor, str]:
     """All latents `[N, C, H, W]`, with their mirror images `[2N, C, H, W]`, and a digest of all that decides them."""
     dtype, vae, target = DTYPES[config.memory.mixed_precision], teacher.pipeline.vae, config.target
-    size = run.latent_shape[-1] * teacher.pipeline.vae_scale_factor
+    height, width = (side * teacher.pipeline.vae_scale_factor for side in run.latent_shape[1:])
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    decides = (images.digest, size, target.center_crop, target.random_flip, settings, vae.dtype)
+    decides = (images.digest, resolution_of(height, width), target.center_crop, target.random_flip, settings, vae.dtype)
     weights = [parameter.double().sum().item() for parameter in vae.parameters()]
     digest = hashlib.sha256(repr((decides, weights)).encode()).hexdigest()[:32]
     folder = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER / digest
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
 
     def encode(numbers: range) -> dict[str, Tensor]:
-        squares = torch.stack([_square(images, i, size, target.center_crop) for i in numbers])
-        versions = [squares, squares.flip(-1)] if target.random_flip else [squares]
+        cropped = torch.stack([_cropped(images, i, (height, width), target.center_crop) for i in numbers])
+        versions = [cropped, cropped.flip(-1)] if target.random_flip else [cropped]
         tensors = {}
         for i, version in enumerate(versions):
             batches = version.split(config.memory.decode_batch_size)
@@ -236,7 +237,7 @@ def _latents(
     return torch.cat([file[version] for version in sorted(files[0]) for file in files]), digest
 
 
-def _square(images: UserImages, index: int, size: int, center_crop: bool) -> Tensor:
+def _cropped(images: UserImages, index: int, size: tuple[int, int], center_crop: bool) -> Tensor:
     """An image, cropped in its middle or at a place that its index decides."""
     place = Draws(SEED, 2).uniform("user_crop", [index])
     return images.image(index, size, (0.5, 0.5) if center_crop else (float(place[0]), float(place[1])))
