@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from .bounds import Bound
@@ -24,6 +25,29 @@ def height_and_width(resolution: Resolution) -> tuple[int, int]:
 def resolution_of(height: int, width: int) -> Resolution:
     """The name of a size; one size has one name."""
     return width if height == width else f"{width}x{height}"
+
+
+def read_buckets(text: str) -> list[Resolution]:
+    """The sizes of `--aspect_ratio_buckets`: `HEIGHT,WIDTH` pairs between semicolons, or `WIDTHxHEIGHT` ones.
+
+    Raises:
+        ValueError: as the end of a sentence, if one is no size, or is there twice.
+    """
+    found: list[Resolution] = []
+    for each in text.split(";"):
+        sides = [side.strip() for side in each.split(",")]
+        size = RESOLUTION.parse("x".join(reversed(sides)) if len(sides) == 2 else each)
+        if len(sides) > 2 or RESOLUTION.problem(size):
+            raise ValueError(f"holds {each.strip() or 'an empty pair'}, which is no size")
+        if size in found:
+            raise ValueError(f"holds {size} twice, and each size may be there once")
+        found.append(size)
+    return found
+
+
+def buckets_of(sizes: Sequence[Resolution]) -> str:
+    """The sizes as the example scripts of diffusers take them: `HEIGHT,WIDTH;HEIGHT,WIDTH`."""
+    return ";".join("{},{}".format(*height_and_width(size)) for size in sizes)
 
 
 def nearest(resolution: Resolution, multiple: int, most: int | None = None) -> Resolution:
@@ -61,4 +85,21 @@ class SizeBound(Bound):
             return text  # which `problem` refuses
 
 
-RESOLUTION = SizeBound()
+class BucketsBound(Bound):
+    """Sizes of pictures, as `read_buckets` reads them."""
+
+    def problem(self, value: Any) -> str | None:
+        try:
+            read_buckets(value)
+        except ValueError as error:
+            return f'{error}; give height,width pairs, "1024,1024;832,1216", or width x height, "1024x1024;1216x832"'
+        return None
+
+    def parse(self, text: str) -> Any:
+        try:
+            return buckets_of(read_buckets(text))
+        except ValueError:
+            return text  # which `problem` refuses
+
+
+RESOLUTION, BUCKETS = SizeBound(), BucketsBound()

@@ -149,7 +149,9 @@ def test_gradient_checkpointing_is_for_the_autoencoders_that_support_it_and_the_
 ) -> None:
     pipeline = make_pipeline(name)
     pipeline.save_pretrained(tmp_path)
-    config = RunConfig.of(pretrained_model=str(tmp_path), gradient_checkpointing=True, num_student_steps=4, **GNDMR)
+    config = RunConfig.of(
+        pretrained_model=str(tmp_path), gradient_checkpointing=True, num_student_steps=4, resolution=32, **GNDMR
+    )
     check_with_teacher(config)
     supports = name == "StableDiffusionPipeline"
     assert ("has no gradient checkpointing" in capsys.readouterr().out) == (not supports)

@@ -29,6 +29,7 @@ def check(config: RunConfig) -> None:
     """Checks what needs neither teacher nor files; ValueError or ImportError, one sentence on what to do."""
     _check_algorithm(config)
     _check_target(config)
+    _check_sizes(config)
     _check_loras(config)
     _check_reuse(config)
     _check_memory(config)
@@ -73,6 +74,20 @@ def _check_target(config: RunConfig) -> None:
         remedy = "have the teacher draw images, too, with a --target_weight below 1"
     if idle:
         raise ValueError(f"--{idle[0]} would have no effect; leave it out, or {remedy}.")
+
+
+def _check_sizes(config: RunConfig) -> None:
+    teacher = config.teacher
+    if teacher.resolution not in teacher.sizes:
+        raise ValueError(
+            f"--resolution is {teacher.resolution}, which is not among --aspect_ratio_buckets; add it there, or leave "
+            f"it out, which is the first of them."
+        )
+    if len(teacher.sizes) > 1 and config.target.teacher_target == "samples":
+        raise ValueError(
+            "--aspect_ratio_buckets are for --teacher_target score, because a target learns images of one size; add "
+            "that, or give one --resolution."
+        )
 
 
 def _check_loras(config: RunConfig) -> None:

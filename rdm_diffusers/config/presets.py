@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..families import Lora, full_name, rank_of
+from ..sizes import read_buckets
 from ..tiny import is_tiny
 from ..tiny.reference import REFERENCES
 
@@ -39,8 +40,8 @@ TINY_FAKE_RATE = 4  # times the student's, where both start at the target
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 # What follows from other flags, where it is not given.
 DERIVED = (
-    *PRESETS["gndm"], "decode_batch_size", "fake_learning_rate", "lora_alpha", "sample_guidance_scale", "target_rank",
-    "tracker_project_name",
+    *PRESETS["gndm"], "decode_batch_size", "fake_learning_rate", "lora_alpha", "resolution", "sample_guidance_scale",
+    "target_rank", "tracker_project_name",
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
         "decode_batch_size": values["train_batch_size"],
         "fake_learning_rate": values["learning_rate"] * (TINY_FAKE_RATE if at_target else 1),
         "lora_alpha": values.get("rank"),
+        "resolution": read_buckets(values["aspect_ratio_buckets"])[0] if values["aspect_ratio_buckets"] else None,
         "sample_guidance_scale": values["guidance_scale"],
         "target_rank": values.get("rank", 64),
         "tracker_project_name": f"rdm-{student}",

@@ -205,6 +205,14 @@ class Family(ABC):
         """What guidance steers away from when no negative prompt is given: of length 1. No gradients."""
         return self.encode_prompts(pipeline, [""], options)
 
+    def at_size(self, pipeline: DiffusionPipeline, conditioning: Conditioning, resolution: Resolution) -> Conditioning:
+        """The same prompts for pictures of another size; most denoisers read it from the latents alone."""
+        return conditioning
+
+    def unconditional(self, nothing: Conditioning, conditioning: Conditioning) -> Conditioning:
+        """The empty prompt, of length 1, for each of these prompts: of their length, and for pictures of their size."""
+        return nothing.expand(len(conditioning))
+
     @abstractmethod
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
         """The shapes of one prompt's tensors, from the networks' configurations alone."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..families import STUDENT_CONFIG, Lora, check_no_checkpoint, fetch
 from ..folders import ASIDE
-from ..sizes import RESOLUTION, in_words
+from ..sizes import BUCKETS, RESOLUTION, in_words, read_buckets
 from ..untrusted import Kinds, check_kinds, described, digest_of, is_kind, read_object
 
 DIGEST = "digest"
@@ -34,6 +34,7 @@ ARGUMENT_KINDS: dict[str, Kinds] = {  # of the arguments that code reads
     "pretrained_model_name_or_path": TEXT, "student": TEXT, "algorithm": TEXT, "reward": (list, type(None)),
     "resolution": (int, str, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
     "gradient_accumulation_steps": (int, type(None)), "teacher_lora": (list, type(None)), "init_lora": TEXT,
+    "aspect_ratio_buckets": TEXT,
 }  # fmt: skip
 LORA_KINDS: dict[str, Kinds] = {"name": str, "scale": float, "sha256": str}
 SCHEDULER_KINDS: dict[str, Kinds] = {
@@ -130,8 +131,9 @@ class StudentConfig:
     @property
     def sizes(self) -> list[str]:
         """The sizes that it was trained at, as `1216 x 832`, width first; empty if not known, or the teacher's."""
-        resolution = self.arguments.get("resolution")
-        return [] if resolution is None else [in_words(resolution)]
+        buckets, resolution = (self.arguments.get(name) for name in ("aspect_ratio_buckets", "resolution"))
+        sizes = read_buckets(buckets) if buckets else [] if resolution is None else [resolution]
+        return [in_words(size) for size in sizes]
 
     @property
     def teacher(self) -> str | None:
@@ -209,8 +211,9 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     arguments = training.get("arguments", {})
     check_kinds(arguments, ARGUMENT_KINDS, "training's argument ")
     _check_loras(entries.get("base_loras", []))
-    if arguments.get("resolution") is not None and RESOLUTION.problem(arguments["resolution"]):
-        raise ValueError("training's argument resolution should be a size")
+    for name, bound in (("resolution", RESOLUTION), ("aspect_ratio_buckets", BUCKETS)):
+        if arguments.get(name) is not None and bound.problem(arguments[name]):
+            raise ValueError(f"training's argument {name} should hold sizes")
     for name in ("reward", "teacher_lora"):
         if not all(isinstance(each, str) for each in arguments.get(name) or []):
             raise ValueError(f"training's argument {name} should hold text")

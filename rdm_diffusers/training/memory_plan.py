@@ -100,7 +100,8 @@ class _Planner:
         if self.run.student.quantization:
             model.quantise(self.denoiser, self.run.student.quantization)
         self.frozen_size = model.nbytes(self.denoiser)
-        self.latents = self.family.latent_shape(self.pipeline, self.options.resolution)
+        shapes = (self.family.latent_shape(self.pipeline, size) for size in self.run.teacher.sizes)
+        self.latents = max(shapes, key=math.prod)  # the largest bucket
         self.latent_size = FLOAT * math.prod(self.latents)
         self.prompt = model.conditioning(self.family, self.pipeline, self.options, self.dtype)
 

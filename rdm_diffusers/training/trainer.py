@@ -20,6 +20,7 @@ from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks, SeparateNetworks
 from ..rewards import WeightedReward
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
+from .buckets import with_buckets
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
 from .external_rewards import load_rewards
@@ -180,6 +181,7 @@ class Trainer:
         self.distillation = make_distillation(
             self.teacher, self.networks, self.texts, self.rewards, config, accelerator
         )
+        self.distillation = with_buckets(self.distillation, self.teacher, config)
         contrast = teacher_contrast(self.distillation, self.teacher, config.output.monitor_images)
         if config.target.teacher_target == "samples":
             latents = self.learn_target().latents
