@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers.training_utils import parse_buckets_string
-from parts import PROMPTS, make_run, relative_error, run_arguments, train_only
+from parts import PROMPTS, relative_error
 from parts_families import CALLS, MAKERS, make_pipeline
 from parts_sd3 import make_shared
-from safetensors.torch import load_file
 
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher
@@ -110,69 +107,3 @@ def test_the_teacher_is_what_the_stock_pipeline_computes_where_width_and_height_
     assert relative_error(pack(x0) if packs else x0, expected) < 1e-5
     assert decoded.shape[-2:] == pictures.shape[-2:] == height_and_width(size)
     assert (decoded - pictures).abs().max() < 1e-4
-
-
-# --- buckets ------------------------------------------------------------------------------------------------------
-
-
-def test_buckets_are_written_as_in_diffusers_or_as_width_and_height() -> None:
-    given = ("32,48; 32,32;48,32", "48x32;32;32x48", "48x32;32x32;48,32")
-    configs = [RunConfig.of(aspect_ratio_buckets=text, teacher_target="score") for text in given]
-    assert {config.teacher.aspect_ratio_buckets for config in configs} == {"32,48;32,32;48,32"}
-    assert configs[0].teacher.sizes == ("48x32", 32, "32x48")
-    assert parse_buckets_string(configs[0].teacher.aspect_ratio_buckets) == [(32, 48), (32, 32), (48, 32)]
-
-
-def test_the_size_that_is_shown_is_the_first_bucket_or_another() -> None:
-    settings: dict[str, Any] = dict(aspect_ratio_buckets="48x32;32x32", teacher_target="score")
-    config = RunConfig.of(**settings)
-    assert config.teacher.resolution == "48x32" and "resolution" not in config.as_yaml()
-    assert RunConfig.of(**settings, resolution=32).teacher.resolution == 32
-    with pytest.raises(ValueError, match="--resolution is 64, which is not among --aspect_ratio_buckets; add it there"):
-        RunConfig.of(**settings, resolution=64)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "holds an empty pair, which is no size"),
-        ("32,32;", "holds an empty pair, which is no size"),
-        ("32,32,32", "holds 32,32,32, which is no size"),
-        ("32x0", "holds 32x0, which is no size"),
-        ("32,48;48x32", "holds 48x32 twice, and each size may be there once"),
-    ],
-)
-def test_buckets_that_are_no_sizes_are_refused(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=f'^--aspect_ratio_buckets {said}; give height,width pairs, "1024,1024;'):
-        RunConfig.of(aspect_ratio_buckets=text, teacher_target="score")
-
-
-@pytest.fixture
-def argv(teacher_folder: Path, prompts_file: Path, tmp_path: Path):
-    def make(folder: str = "run", **changes: Any) -> list[str]:
-        settings = {"aspect_ratio_buckets": "32x32;48x32", **changes}
-        return run_arguments(teacher_folder, prompts_file, tmp_path / folder, **settings)
-
-    return make
-
-
-def shapes_of(it, rollouts: range) -> list[tuple[int, ...]]:
-    return [tuple(it.distillation.of_rollout(number).latent_shape) for number in rollouts]
-
-
-def test_every_bucket_has_its_turn_in_an_order_that_the_seed_decides(argv) -> None:
-    buckets = dict(aspect_ratio_buckets="32x32;48x32;32x48")
-    orders = [shapes_of(make_run(argv(f"run-{seed}", seed=seed, **buckets)), range(30)) for seed in (0, 1)]
-    for order in orders:
-        assert all(len(set(order[start : start + 3])) == 3 for start in range(0, 30, 3))
-        assert len({tuple(order[start : start + 3]) for start in range(0, 30, 3)}) > 1
-    assert orders[0] != orders[1] and orders[0] == shapes_of(make_run(argv("again", **buckets)), range(30))
-
-
-def test_one_bucket_is_the_same_as_its_resolution(argv) -> None:
-    for folder, changes in (("bucket", {"aspect_ratio_buckets": "32,48"}), ("size", {"resolution": "48x32"})):
-        train_only(argv(folder, **{"aspect_ratio_buckets": None, **changes}))
-    root = Path(argv("x")[argv("x").index("--output_dir") + 1]).parent
-    states = [load_file(root / folder / "pytorch_lora_weights.safetensors") for folder in ("bucket", "size")]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
