@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import parse_buckets_string
 from parts import make_run, read_state, relative_error, run_arguments, train_only
 from parts_families import CALLS, make_pipeline
 from parts_processes import in_two_processes
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -23,7 +25,11 @@ from rdm_diffusers.families import FAMILIES
 from rdm_diffusers.families.flow import pack
 from rdm_diffusers.hub import write_card
 from rdm_diffusers.pipelines import RdmDistillationPipeline
+from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.training.memory_plan import plan_memory
+from rdm_diffusers.training.target import _of_update
+from rdm_diffusers.training.target_buckets import images_of_sizes, nearest_buckets
+from rdm_diffusers.training.target_images import TargetImages
 from rdm_diffusers.training.updates import collect, student_update
 
 SIZES = ("32x32", "48x32", "32x64")
@@ -65,7 +71,8 @@ def test_buckets_that_are_no_sizes_are_refused(text: str, said: str) -> None:
 def argv(teacher_folder: Path, prompts_file: Path, tmp_path: Path):
     def make(folder: str = "run", **changes: Any) -> list[str]:
         settings = {"aspect_ratio_buckets": "32x32;48x32", **changes}
-        return run_arguments(teacher_folder, prompts_file, tmp_path / folder, **settings)
+        prompts = settings.pop("prompts_file", prompts_file)
+        return run_arguments(teacher_folder, prompts, tmp_path / folder, **settings)
 
     return make
 
@@ -112,9 +119,7 @@ def test_a_run_with_buckets_resumes_exactly(argv, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "straight" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
     train_only(argv("broken", resume_from_checkpoint="latest", **options))
     assert same_state(*(read_state(tmp_path / name / "checkpoint-8") for name in ("straight", "broken")))
-    with pytest.raises(
-        ValueError, match=r"other arguments: --aspect_ratio_buckets \(was 32,32;32,48;64,32, is 32,32\)"
-    ):
+    with pytest.raises(ValueError, match=r"--aspect_ratio_buckets \(was 32,32;32,48;64,32, is 32,32\)"):
         train_only(argv("broken", resume_from_checkpoint="latest", **{**options, "aspect_ratio_buckets": "32x32"}))
 
 
@@ -223,3 +228,93 @@ def test_the_card_and_the_file_for_comfyui_name_the_sizes(argv, tmp_path: Path) 
     (file,) = (tmp_path / "run" / "comfyui").glob("*.safetensors")
     with safe_open(file, "pt") as opened:
         assert opened.metadata()["modelspec.resolution"] == "32x32"
+
+
+# --- the target ---------------------------------------------------------------------------------------------------
+
+
+TARGET: dict[str, Any] = dict(
+    teacher_target="samples", target_inference_steps=2, target_train_steps=8, target_learning_rate=1e-2, target_rank=2
+)
+
+
+def images_of(it) -> list[TargetImages]:
+    return images_of_sizes(it.images, it.distillation, it.teacher, it.config, it.accelerator)
+
+
+def test_the_teacher_draws_the_target_images_of_every_size_as_a_run_of_that_size_would(argv, tmp_path: Path) -> None:
+    settings = dict(TARGET, num_target_images=61, cache_dir=tmp_path / "cache")
+    it = make_run(argv(aspect_ratio_buckets=";".join(SIZES), **settings))
+    assert it.networks.calls["target backward"] == 8 * 8
+    found = images_of(it)
+    assert [len(each) for each in found] == [21, 20, 20]
+    assert [each.share for each in found] == [21 / 61, 20 / 61, 20 / 61]
+    for place, (size, images) in enumerate(zip(SIZES, found, strict=True)):
+        alone = make_run(argv(f"run-{size}", aspect_ratio_buckets=None, resolution=size, **settings))
+        (whole,) = images_of(alone)
+        numbers = list(range(place, 61, 3))
+        assert torch.equal(images.prompt_of, whole.prompt_of[numbers])
+        assert (images.latents - whole.latents[numbers]).abs().max() < 1e-4
+    chosen = {tuple(_of_update(found, update).latents.shape) for update in range(20)}
+    assert len(chosen) == 3
+    again = make_run(argv("again", aspect_ratio_buckets=";".join(SIZES), **settings))
+    assert again.networks.calls == {}  # images and target are read from the cache
+    assert json.loads((tmp_path / "again" / "target.json").read_text())["images"] == 61
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images of three shapes, 30 of each, the second lying on its side until it is turned as its camera says."""
+    place = tmp_path / "images"
+    place.mkdir()
+    rows = [{"file_name": f"{i:02}.jpg", "text": CAPTIONS[i]} for i in range(90)]
+    for i, row in enumerate(rows):
+        pixels = np.random.default_rng(i).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+        lying = {0x0112: 6} if i % 3 == 1 else {}
+        exif = Image.Exif()
+        exif.update(lying)
+        size = ((40, 40), (40, 66), (33, 70))[i % 3]
+        Image.fromarray(pixels).resize(size).save(place / row["file_name"], exif=exif)
+    (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def test_each_image_of_the_user_has_the_size_that_is_nearest_in_shape(argv, folder: Path, tmp_path: Path) -> None:
+    own = dict(TARGET, train_data_dir=folder, prompts_file=None, cache_dir=tmp_path / "cache", random_flip=True)
+    own["target_inference_steps"] = None
+    it = make_run(argv(aspect_ratio_buckets=";".join(SIZES), **own))
+    assert nearest_buckets(it.images, it.config) == [list(range(i, 90, 3)) for i in range(3)]
+    found = images_of(it)
+    assert [each.latents.shape for each in found] == [(60, 4, 8, 8), (60, 4, 8, 12), (60, 4, 16, 8)]
+    for i, images in enumerate(found):
+        assert [it.prompts[number] for number in images.prompt_of[:30].tolist()] == CAPTIONS[i:90:3]
+    middle = it.images.image(4, (32, 48), (0.5, 0.5))
+    assert middle.shape == (3, 32, 48)
+    mixed = make_run(argv("mixed", aspect_ratio_buckets="32x32;48x32", target_weight=0.5, num_target_images=64, **own))
+    shares = [[each.share * share for share, _ in each.sources] for each in images_of(mixed)]
+    assert torch.tensor(shares).sum(0).tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_a_size_without_images_and_too_few_images_are_told(argv, folder: Path, tmp_path: Path) -> None:
+    own = dict(TARGET, train_data_dir=folder, prompts_file=None, cache_dir=tmp_path / "cache", monitor_images=1)
+    own["target_inference_steps"] = None
+    with pytest.warns(UserWarning, match="No image is nearest in shape to 128x32, so that the target learns nothing"):
+        it = make_run(argv(aspect_ratio_buckets="32x32;32x64;128x32", **own))
+    assert [each.latents.shape[1:] for each in images_of(it)] == [(4, 8, 8), (4, 16, 8)]
+    with pytest.raises(ValueError, match="The most images that one of --aspect_ratio_buckets has are 10; the target"):
+        make_run(argv(aspect_ratio_buckets="32x32;48x32;32x64", max_train_samples=30, **own))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"num_target_images": 50},
+            "--num_target_images is 50; it must be at least 20 for each of the 3 --asp",
+        ),
+        ({"target_images_dir": "there"}, "--target_images_dir is for images of one size; leave it out, or --aspect_"),
+    ],
+)
+def test_a_target_that_cannot_have_buckets_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        RunConfig.of(aspect_ratio_buckets=";".join(SIZES), teacher_target="samples", **changes)

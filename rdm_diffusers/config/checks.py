@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 IMAGES = ("train_data_dir", "image_column")  # name the user's images
 OF_IMAGES = ("target_weight", "center_crop", "random_flip")
 OF_DRAWING = ("num_target_images", "target_inference_steps", "target_images_dir")
+FEWEST_OF_A_SIZE = 20  # images, of which one is held out
 LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
 
 
@@ -83,11 +84,19 @@ def _check_sizes(config: RunConfig) -> None:
             f"--resolution is {teacher.resolution}, which is not among --aspect_ratio_buckets; add it there, or leave "
             f"it out, which is the first of them."
         )
-    if len(teacher.sizes) > 1 and config.target.teacher_target == "samples":
+    if len(teacher.sizes) > 1 and config.output.target_images_dir:
+        raise ValueError("--target_images_dir is for images of one size; leave it out, or --aspect_ratio_buckets.")
+    target, draws = config.target, config.target.teacher_target == "samples" and _teacher_draws(config)
+    if draws and target.num_target_images < FEWEST_OF_A_SIZE * len(teacher.sizes):
         raise ValueError(
-            "--aspect_ratio_buckets are for --teacher_target score, because a target learns images of one size; add "
-            "that, or give one --resolution."
+            f"--num_target_images is {target.num_target_images}; it must be at least {FEWEST_OF_A_SIZE} for each "
+            f"of the {len(teacher.sizes)} --aspect_ratio_buckets."
         )
+
+
+def _teacher_draws(config: RunConfig) -> bool:
+    """Whether the target learns images of the teacher, too."""
+    return config.target.target_weight < 1 or not any(getattr(config.prompts, name) is not None for name in IMAGES)
 
 
 def _check_loras(config: RunConfig) -> None:
