@@ -20,7 +20,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+import train_rdm_lora
 from rdm_diffusers.config import RunConfig
+from rdm_diffusers.evaluation import command as evaluation
 from rdm_diffusers.families import FAMILIES
 from rdm_diffusers.families.flow import pack
 from rdm_diffusers.hub import write_card
@@ -230,6 +232,27 @@ def test_the_card_and_the_file_for_comfyui_name_the_sizes(argv, tmp_path: Path) 
         assert opened.metadata()["modelspec.resolution"] == "32x32"
 
 
+def test_all_that_is_drawn_at_the_end_has_the_default_size_and_an_evaluation_another(argv, tmp_path: Path) -> None:
+    settings = dict(aspect_ratio_buckets="48x32;32x48", validation_steps=1)
+    train_rdm_lora.main(argv("run", **settings))
+    run = tmp_path / "run"
+    assert {Image.open(path).size for path in (run / "pictures").glob("*.png")} == {(48, 32)}
+    rows = Image.open(run / "samples.png")
+    zoom = 96 // 32
+    assert rows.width == 2 * 48 * zoom and rows.height > 3 * 32 * zoom
+    assert Image.open(run / "validation" / "step-1.png").width == 2 * 48 * zoom
+    config = json.loads((run / "rdm_config.json").read_text())
+    assert config["format_version"] == 2 and config["call_arguments"]["width"] == 48
+    prompts = str(tmp_path / "prompts.txt")
+    Path(prompts).write_text("a\nb\n")
+    for name, size in (("default", []), ("portrait", ["--resolution", "32x48"])):
+        words = ["--student", str(run), "--prompts", prompts, "--output_dir", str(tmp_path / name), *size]
+        settings = evaluation.main(words)["settings"]
+        assert settings["image_size"] == ([32, 48] if name == "default" else [48, 32])
+    with pytest.raises(ValueError, match="draws no pictures of 30 x 48 pixels, because each side"):
+        evaluation.main([*words[:-1], "30x48"])
+
+
 # --- the target ---------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +310,7 @@ def test_each_image_of_the_user_has_the_size_that_is_nearest_in_shape(argv, fold
     found = images_of(it)
     assert [each.latents.shape for each in found] == [(60, 4, 8, 8), (60, 4, 8, 12), (60, 4, 16, 8)]
     for i, images in enumerate(found):
-        assert [it.prompts[number] for number in images.prompt_of[:30].tolist()] == CAPTIONS[i:90:3]
+        assert [it.prompts[number] for number in images.prompt_of[:30].tolist()] == list(CAPTIONS[i:90:3])
     middle = it.images.image(4, (32, 48), (0.5, 0.5))
     assert middle.shape == (3, 32, 48)
     mixed = make_run(argv("mixed", aspect_ratio_buckets="32x32;48x32", target_weight=0.5, num_target_images=64, **own))

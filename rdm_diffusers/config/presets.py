@@ -8,6 +8,7 @@ from typing import Any
 from ..families import Lora, full_name, rank_of
 from ..sizes import read_buckets
 from ..tiny import is_tiny
+from ..tiny.handwriting import IMAGE_SIZE
 from ..tiny.reference import REFERENCES
 
 # fmt: off
@@ -35,7 +36,6 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 FULL_LEARNING_RATE = 0.5  # of a LoRA's
-TINY_SIDE = 32  # pixels
 TINY_FAKE_RATE = 4  # times the student's, where both start at the target
 
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
@@ -108,7 +108,7 @@ def _tiny_defaults(student: str, defaults: Mapping[str, Any], given: Mapping[str
     if values["train_data_dir"] or values["image_column"]:
         for name in ("num_target_images", "target_inference_steps"):
             chosen.pop(name, None)  # the teacher draws nothing, unless that is asked for
-    if values["teacher_lora"] or values["aspect_ratio_buckets"] or values["resolution"] not in (None, TINY_SIDE):
+    if values["teacher_lora"] or values["aspect_ratio_buckets"] or values["resolution"] not in (None, IMAGE_SIZE):
         chosen.pop("num_eval_images")  # the shipped references are of the teachers alone, and of their own size
     if values["mixed_precision"] != "no":
         chosen.pop("fold_adapters", None)  # adapters are folded in float32 alone

@@ -17,8 +17,8 @@ from ..sizes import BUCKETS, RESOLUTION, in_words, read_buckets
 from ..untrusted import Kinds, check_kinds, described, digest_of, is_kind, read_object
 
 DIGEST = "digest"
-FORMAT_VERSION = 2  # raised only when older releases would sample a student wrongly
-WITHOUT_LORAS = 1  # the version of students whose base has no LoRAs
+FORMAT_VERSION = 2  # raised only when older releases would sample a student wrongly, or call it damaged
+FIRST_VERSION = 1  # of students that every release reads
 MOST_LORAS = 16
 REMEDY = "download or export the student again"
 TEXT: Kinds = (str, type(None))
@@ -108,10 +108,11 @@ class StudentConfig:
     scheduler_sha256: str | None = None
     base_loras: list[dict[str, Any]] = field(default_factory=list)
     version: str | None = field(default_factory=package_version)
-    format_version: int = WITHOUT_LORAS
+    format_version: int = FIRST_VERSION
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format_version", FORMAT_VERSION if self.base_loras else WITHOUT_LORAS)
+        is_new = self.base_loras or isinstance(self.arguments.get("resolution"), str)  # as 1216x832
+        object.__setattr__(self, "format_version", FORMAT_VERSION if is_new else FIRST_VERSION)
 
     @property
     def loras(self) -> list[Lora]:

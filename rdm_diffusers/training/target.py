@@ -75,13 +75,13 @@ def learn_target(
 def _digest(run: Distillation, images: Sequence[TargetImages], config: RunConfig) -> str:
     """Of all that decides the target beside the images."""
     optimisation = config.optimisation
+    sizes = [(each.folder.name, each.share) for each in images] if len(images) > 1 else []
     settings = (
         config.target, getattr(config.student, "quantization", None), sum(map(len, images)), _batch_size(run, config),
         run.num_processes, optimisation.adam_beta1, optimisation.adam_beta2, optimisation.adam_weight_decay,
         optimisation.adam_epsilon, optimisation.max_grad_norm, optimisation.use_ema, optimisation.ema_decay,
-        config.memory.mixed_precision, config.memory.use_8bit_adam,
+        config.memory.mixed_precision, config.memory.use_8bit_adam, *sizes,
     )  # fmt: skip
-    settings += tuple((each.folder.name, each.share) for each in images) if len(images) > 1 else ()
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
 
 

@@ -159,8 +159,8 @@ def draw_target_images(
 def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, times: Tensor, numbers: range) -> str:
     """Of all that decides an image: the teacher's weights, its prompts and how they are read, and the sampler."""
     networks, ends = run.networks, prompts.once([0, len(prompts.prompts) - 1])
-    settings = list(prompts.prompts), networks.guidance_scale, times.tolist(), run.latent_shape
-    settings += (numbers.start, numbers.step) if numbers.step > 1 else ()
+    strided = (numbers.start, numbers.step) if numbers.step > 1 else ()
+    settings = (list(prompts.prompts), networks.guidance_scale, times.tolist(), run.latent_shape, *strided)
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(repr((teacher.options, dict(teacher.pipeline.scheduler.config), prompts.dtype)).encode())
     weights = (p for name, p in teacher.denoiser.named_parameters() if "lora_" not in name)
