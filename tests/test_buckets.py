@@ -35,6 +35,13 @@ from rdm_diffusers.training.target_images import TargetImages
 from rdm_diffusers.training.updates import collect, student_update
 
 SIZES = ("32x32", "48x32", "32x64")
+TARGET: dict[str, Any] = dict(
+    teacher_target="samples", target_inference_steps=2, target_train_steps=8, target_learning_rate=1e-2, target_rank=2
+)
+
+
+def images_of(it) -> list[TargetImages]:
+    return images_of_sizes(it.images, it.distillation, it.teacher, it.config, it.accelerator)
 
 
 def test_buckets_are_written_as_in_diffusers_or_as_width_and_height() -> None:
@@ -144,13 +151,16 @@ def test_the_memory_plan_is_that_of_the_largest_bucket(argv, teacher_folder: Pat
 # --- the sizes in SDXL's conditioning -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("target", ["score", "samples"])
 def test_sdxls_denoiser_is_told_of_each_bucket_what_the_stock_pipeline_tells_it(
-    prompts_file: Path, tmp_path: Path
+    target: str, prompts_file: Path, tmp_path: Path
 ) -> None:
     stock = make_pipeline("StableDiffusionXLPipeline")
     stock.save_pretrained(tmp_path / "teacher")
-    words = run_arguments(tmp_path / "teacher", prompts_file, tmp_path / "run", aspect_ratio_buckets="32x32;48x32")
-    it = make_run(words)
+    settings = dict(aspect_ratio_buckets="32x32;48x32", cache_dir=tmp_path / "cache")
+    if target == "samples":
+        settings |= TARGET | dict(num_target_images=40, target_train_steps=1)
+    it = make_run(run_arguments(tmp_path / "teacher", prompts_file, tmp_path / "run", **settings))
     told: list[tuple[Tensor, tuple[int, ...]]] = []
 
     def listen(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,7 +181,11 @@ def test_sdxls_denoiser_is_told_of_each_bucket_what_the_stock_pipeline_tells_it(
         student_update(run, batch, it.state.statistics)
     assert {shape for _, shape in told} == expected.keys()
     assert all(torch.equal(row, expected[shape]) for ids, shape in told for row in ids)
-    assert it.networks.calls["teacher forward"] and it.networks.calls["fake_score forward"]  # among those told
+    roles = ("student", "fake_score", "teacher" if target == "score" else "target")
+    assert all(it.networks.calls[f"{role} forward"] for role in roles)
+    for images in images_of(it) if target == "samples" else []:
+        ids = images.conditioning(torch.arange(2)).tensors["time_ids"]
+        assert all(torch.equal(row, expected[tuple(images.latents.shape[-2:])]) for row in ids)
 
 
 # --- a student at several sizes -----------------------------------------------------------------------------------
@@ -254,15 +268,6 @@ def test_all_that_is_drawn_at_the_end_has_the_default_size_and_an_evaluation_ano
 
 
 # --- the target ---------------------------------------------------------------------------------------------------
-
-
-TARGET: dict[str, Any] = dict(
-    teacher_target="samples", target_inference_steps=2, target_train_steps=8, target_learning_rate=1e-2, target_rank=2
-)
-
-
-def images_of(it) -> list[TargetImages]:
-    return images_of_sizes(it.images, it.distillation, it.teacher, it.config, it.accelerator)
 
 
 def test_the_teacher_draws_the_target_images_of_every_size_as_a_run_of_that_size_would(argv, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _check_sizes(config: RunConfig) -> None:
     if teacher.resolution not in teacher.sizes:
         raise ValueError(
             f"--resolution is {teacher.resolution}, which is not among --aspect_ratio_buckets; add it there, or leave "
-            f"it out, which is the first of them."
+            "--resolution out."
         )
     if len(teacher.sizes) > 1 and config.output.target_images_dir:
         raise ValueError("--target_images_dir is for images of one size; leave it out, or --aspect_ratio_buckets.")

@@ -138,6 +138,6 @@ class PromptGroups:
 
     def once(self, indices: Sequence[int]) -> Conditioning:
         """The embeddings of the chosen prompts, or of the captions behind them, on the device."""
-        device, found = self.draws.device, self.embeddings(indices).tensors
-        whole = Conditioning({name: sent(tensor, device) for name, tensor in found.items()}).to(device, self.dtype)
-        return whole if self.at_size is None else self.at_size(whole)
+        device, found = self.draws.device, self.embeddings(indices)
+        sized = found if self.at_size is None else self.at_size(found)
+        return Conditioning({name: sent(each, device) for name, each in sized.tensors.items()}).to(device, self.dtype)
