@@ -9,8 +9,9 @@ What it does, and the flags that steer it:
 - the objective: --algorithm gndm (group-normalised R_dm, the default), dmd (DMD2's), or gndmr with --reward
 - the student: --num_student_steps, --eta, --rank, --lora_alpha, --lora_layers; its times: --student_timesteps,
   --student_sigmas or --student_grid
-- the teacher, of any family in the README's table: --resolution, --max_sequence_length,
-  --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale (u + w (c - u), 1 is off)
+- the teacher, of any family in the README's table: --resolution 1216x832 or --aspect_ratio_buckets
+  (docs/sizes.md), --max_sequence_length, --pretrained_vae_model_name_or_path; its guidance in R_dm: --guidance_scale
+  (u + w (c - u), 1 is off)
 - the target: the guided teacher's score, or with --teacher_target samples the score of its images, which a LoRA learns
   first: --num_target_images, --target_inference_steps, --target_train_steps, --target_learning_rate, --target_rank,
   --target_batch_size; --target_images_dir also writes them as pictures;

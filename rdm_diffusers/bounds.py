@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 MANY = 10**9  # the highest count
 FEW = 3  # a list of so few names needs no hint at the nearest one
@@ -21,11 +21,17 @@ NOT_IN_GIT = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[/.-]|(/|\.|\.lo
 
 
 class Bound(ABC):
-    """Which values one flag allows."""
+    """Which values one flag allows; `kinds` are their types in JSON."""
+
+    kinds: ClassVar[tuple[type, ...]] = (str,)
 
     @abstractmethod
     def problem(self, value: Any) -> str | None:
         """The end of a sentence that starts with the flag: what is wrong, and what is allowed; None if it is fine."""
+
+    def parse(self, text: str) -> Any:
+        """A word of the command line as a value, inside or outside of the bounds."""
+        return text
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,6 @@ PATH = Text("a path")
 PLACE_INSIDE = Text("a relative path that stays inside the output folder", stays_inside)
 REVISION = Text("a branch, a tag or a commit, in which are no blanks and no '..'", is_git_name)
 SEED = whole(f"[0, {2**64 - 1}]")  # of torch's generators
-SIDE = whole("[1, 16384]")  # pixels
 STEPS = whole("[1, 1000]")  # most teachers have no more times
 TOKEN = Text("one word, as `hf auth login` takes it", _fits_in_a_header, secret=True)
 TOKENS = whole("[1, 4096]")

@@ -185,7 +185,7 @@ class Networks(ABC):
 
     def _guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """The teacher's outputs with guidance and without."""
-        both = Conditioning.cat([self.null_conditioning.expand(len(x_t)), conditioning])
+        both = Conditioning.cat([self.family.unconditional(self.null_conditioning, conditioning), conditioning])
         unconditional, conditional = self._output(TEACHER, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         scale: float | Tensor = self.guidance_scale
         if self.guidance_interval:

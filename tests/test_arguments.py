@@ -233,7 +233,11 @@ def test_lora_layers_that_the_teacher_does_not_have(complaint) -> None:
 
 
 def test_a_resolution_that_the_autoencoder_cannot_have(complaint) -> None:
-    assert complaint(resolution=30) == "--resolution is 30; this teacher needs a multiple of 4."
+    said = complaint(resolution="30x40")
+    assert said == (
+        "This teacher draws no pictures of 30 x 40 pixels, because each side must be a multiple of 8; the nearest size "
+        "is 32x40."
+    )
 
 
 def test_an_output_folder_that_cannot_be_written(complaint, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ FLOORS = (
         "prompts",
         "quiet",
         "rewards",
+        "sizes",
         "tiny",
         "untrusted",
     },

@@ -87,7 +87,10 @@ def test_a_flow_teacher_is_loaded_as_one(teacher: Teacher) -> None:
     assert teacher.schedule.is_flow
     assert teacher.family.latent_shape(teacher.pipeline, None) == (4, 8, 8)
     assert teacher.family.latent_shape(teacher.pipeline, 24) == (4, 6, 6)
-    with pytest.raises(ValueError, match="--resolution is 20; this teacher needs a multiple of 8"):
+    with pytest.raises(
+        ValueError,
+        match="of 20 x 20 pixels, because each side must be a multiple of 8; the",
+    ):
         teacher.family.latent_shape(teacher.pipeline, 20)
 
 

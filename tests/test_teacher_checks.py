@@ -87,7 +87,10 @@ def test_a_rank_that_no_adapted_layer_holds_is_refused(complaint) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"resolution": 30}, "--resolution is 30; this teacher needs a multiple of 4."),
+        (
+            {"resolution": 30},
+            "This teacher draws no pictures of 30 x 30 pixels, because each side must be",
+        ),
         ({"max_sequence_length": 77}, "A StableDiffusionPipeline reads a fixed number of tokens; leave"),
         ({"num_student_steps": 463, "eta": 0}, "--num_student_steps is 463, for which the stock scheduler of --eta 0"),
         ({"attention_backend": "sage"}, "--attention_backend sage does not work here: "),
@@ -111,7 +114,7 @@ def test_more_steps_than_the_teacher_knows_times(no_weights: Path, tmp_path: Pat
 
 def test_a_dry_run_is_checked_as_well_but_for_what_the_machine_cannot_do(complaint, no_weights: Path) -> None:
     assert complaint(dry_run=True, lora_layers="to_nowhere").startswith("--lora_layers names to_nowhere")
-    assert complaint(dry_run=True, resolution=30).startswith("--resolution is 30")
+    assert complaint(dry_run=True, resolution=30).startswith("This teacher draws no pictures of 30 x 30")
     words = ["--pretrained_model", str(no_weights), "--attention_backend", "sage", "--dry_run"]
     assert check_with_teacher(parse_args(words)) is None
 

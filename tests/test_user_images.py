@@ -139,13 +139,15 @@ def test_images_are_encoded_once_and_an_interrupted_encoding_goes_on(
         assert torch.equal(images_of(it).latents, whole)
 
 
-def test_a_crop_is_square_keeps_the_shape_of_things_and_is_always_the_same(folder: Path) -> None:
+def test_a_crop_has_the_trained_size_keeps_the_shape_of_things_and_is_always_the_same(folder: Path) -> None:
     stripes = Image.fromarray(np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2))
     stripes.save(folder / "00.png")
     images = read(train_data_dir=folder)
-    left, middle, right = (images.image(0, 40, (x, 0.5))[0, 20] * 255 for x in (0.0, 0.5, 1.0))
+    left, middle, right = (images.image(0, (40, 40), (x, 0.5))[0, 20] * 255 for x in (0.0, 0.5, 1.0))
     assert [round(float(line[0])) for line in (left, middle, right)] == [0, 80, 160]
-    places = {tuple(user_images._square(images, 0, 40, False)[0, 20].tolist()) for _ in range(3)}
+    wide = images.image(0, (20, 60), (0.5, 0.5))
+    assert wide.shape == (3, 20, 60) and torch.equal(wide[:, 5], wide[:, 15])
+    places = {tuple(user_images._cropped(images, 0, (40, 40), False)[0, 20].tolist()) for _ in range(3)}
     assert len(places) == 1 and places != {tuple((middle / 255).tolist())}
 
 
@@ -163,7 +165,7 @@ def test_images_and_captions_of_a_dataset_are_paired(tmp_path: Path) -> None:
     kept = [i for i in range(22) if i != 7]
     assert texts == [f"{i} {'ab'[place % 2]}" for place, i in enumerate(kept)]
     assert torch.equal(
-        images.image(7, 40, (0.0, 0.0)), torch.tensor(np.array(picture(8, 40, 40))).permute(2, 0, 1) / 255
+        images.image(7, (40, 40), (0.0, 0.0)), torch.tensor(np.array(picture(8, 40, 40))).permute(2, 0, 1) / 255
     )
     config = RunConfig.of(teacher_target="samples", **flags)
     assert load_prompts(config.prompts, "tiny", images.captions) == images.captions
@@ -204,7 +206,7 @@ def test_an_image_that_cannot_be_used_is_named_in_one_sentence(content: str, sen
         ValueError, match=rf"--train_data_dir .*: the image of row {row} \(.*04\.png\) {sentence}"
     ) as told:
         assert images.digest  # is found before the run loads anything, but for images that are cut off
-        images.image(row - 1, 32, (0.0, 0.0))
+        images.image(row - 1, (32, 32), (0.0, 0.0))
     assert "\n" not in str(told.value)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 IMAGES = ("train_data_dir", "image_column")  # name the user's images
 OF_IMAGES = ("target_weight", "center_crop", "random_flip")
 OF_DRAWING = ("num_target_images", "target_inference_steps", "target_images_dir")
+FEWEST_OF_A_SIZE = 20  # images, of which one is held out
 LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
 
 
@@ -29,6 +30,7 @@ def check(config: RunConfig) -> None:
     """Checks what needs neither teacher nor files; ValueError or ImportError, one sentence on what to do."""
     _check_algorithm(config)
     _check_target(config)
+    _check_sizes(config)
     _check_loras(config)
     _check_reuse(config)
     _check_memory(config)
@@ -81,6 +83,28 @@ def _check_target(config: RunConfig) -> None:
         remedy = "have the teacher draw images, too, with a --target_weight below 1"
     if idle:
         raise ValueError(f"--{idle[0]} would have no effect; leave it out, or {remedy}.")
+
+
+def _check_sizes(config: RunConfig) -> None:
+    teacher = config.teacher
+    if teacher.resolution not in teacher.sizes:
+        raise ValueError(
+            f"--resolution is {teacher.resolution}, which is not among --aspect_ratio_buckets; add it there, or leave "
+            "--resolution out."
+        )
+    if len(teacher.sizes) > 1 and config.output.target_images_dir:
+        raise ValueError("--target_images_dir is for images of one size; leave it out, or --aspect_ratio_buckets.")
+    target, draws = config.target, config.target.teacher_target == "samples" and _teacher_draws(config)
+    if draws and target.num_target_images < FEWEST_OF_A_SIZE * len(teacher.sizes):
+        raise ValueError(
+            f"--num_target_images is {target.num_target_images}; it must be at least {FEWEST_OF_A_SIZE} for each "
+            f"of the {len(teacher.sizes)} --aspect_ratio_buckets."
+        )
+
+
+def _teacher_draws(config: RunConfig) -> bool:
+    """Whether the target learns images of the teacher, too."""
+    return config.target.target_weight < 1 or not any(getattr(config.prompts, name) is not None for name in IMAGES)
 
 
 def _check_loras(config: RunConfig) -> None:

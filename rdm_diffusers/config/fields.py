@@ -66,7 +66,7 @@ class Setting:
             return (list, *empty)
         if isinstance(bound, Interval):
             return (int if bound.whole else float, *empty)
-        return (bool if bound is None else str, *empty)
+        return (bool, *empty) if bound is None else (*bound.kinds, *empty)
 
     def checked(self, value: Any) -> Any:
         """A value of a file, of Python or of the command line as the field holds it; ValueError if it is none."""
@@ -81,7 +81,7 @@ class Setting:
                 raise ValueError(f"{self.option} is {value}; it must be true or false.")
             return value
         try:
-            value = bound.parse(str(value)) if isinstance(bound, Interval) else str(value)
+            value = bound.parse(str(value))
         except Exception as error:  # argparse's, which is no ValueError
             raise ValueError(f"{self.option}: {error}.") from error
         problem = bound.problem(value)

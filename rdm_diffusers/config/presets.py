@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..families import Lora, full_name, rank_of
+from ..sizes import read_buckets
 from ..tiny import is_tiny
+from ..tiny.handwriting import IMAGE_SIZE
 from ..tiny.reference import REFERENCES
 
 # fmt: off
@@ -39,8 +41,8 @@ TINY_FAKE_RATE = 4  # times the student's, where both start at the target
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 # What follows from other flags, where it is not given.
 DERIVED = (
-    *PRESETS["gndm"], "decode_batch_size", "fake_learning_rate", "lora_alpha", "sample_guidance_scale", "target_rank",
-    "tracker_project_name",
+    *PRESETS["gndm"], "decode_batch_size", "fake_learning_rate", "lora_alpha", "resolution", "sample_guidance_scale",
+    "target_rank", "tracker_project_name",
 )  # fmt: skip
 
 
@@ -60,6 +62,7 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
         "decode_batch_size": values["train_batch_size"],
         "fake_learning_rate": values["learning_rate"] * (TINY_FAKE_RATE if at_target else 1),
         "lora_alpha": values.get("rank"),
+        "resolution": read_buckets(values["aspect_ratio_buckets"])[0] if values["aspect_ratio_buckets"] else None,
         "sample_guidance_scale": values["guidance_scale"],
         "target_rank": values.get("rank", 64),
         "tracker_project_name": f"rdm-{student}",
@@ -105,8 +108,8 @@ def _tiny_defaults(student: str, defaults: Mapping[str, Any], given: Mapping[str
     if values["train_data_dir"] or values["image_column"]:
         for name in ("num_target_images", "target_inference_steps"):
             chosen.pop(name, None)  # the teacher draws nothing, unless that is asked for
-    if values["teacher_lora"]:
-        chosen.pop("num_eval_images")  # the shipped references are of the teachers alone
+    if values["teacher_lora"] or values["aspect_ratio_buckets"] or values["resolution"] not in (None, IMAGE_SIZE):
+        chosen.pop("num_eval_images")  # the shipped references are of the teachers alone, and of their own size
     if values["mixed_precision"] != "no":
         chosen.pop("fold_adapters", None)  # adapters are folded in float32 alone
     return chosen

@@ -23,7 +23,6 @@ from ..bounds import (
     PLACE_INSIDE,
     REVISION,
     SEED,
-    SIDE,
     STEPS,
     TOKENS,
     VARIANT,
@@ -33,6 +32,7 @@ from ..bounds import (
     whole,
 )
 from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
+from ..sizes import BUCKETS, RESOLUTION, read_buckets
 from ..tiny import TINY_NAME
 from .fields import flag
 from .presets import PRESETS
@@ -73,7 +73,18 @@ class TeacherConfig:
         "folder, a Hub id, or a Hub id with /FILE.safetensors", LORA, is_path=True)
     max_sequence_length: int | None = flag(
         None, "tokens of a T5 text encoder; the stock pipeline's number by default", TOKENS)
-    resolution: int | None = flag(None, "pixels per side; the teacher's own by default", SIDE)
+    resolution: int | str | None = flag(
+        None, "pixels per side, 1024 for example, or width x height, 1216x832; by default the first of "
+        "--aspect_ratio_buckets, or else the teacher's own", RESOLUTION)
+    aspect_ratio_buckets: str | None = flag(
+        None, "sizes to train on, of which each rollout has one: HEIGHT,WIDTH pairs with semicolons between, as in "
+        "diffusers' scripts, \"1024,1024;832,1216\", or WIDTHxHEIGHT, \"1024x1024;1216x832\"; what is drawn on the "
+        "way and at the end has the size of --resolution", BUCKETS)
+
+    @property
+    def sizes(self) -> tuple[int | str | None, ...]:
+        """The sizes that are trained on; None is the teacher's own."""
+        return tuple(read_buckets(self.aspect_ratio_buckets)) if self.aspect_ratio_buckets else (self.resolution,)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from ..bounds import (
     MODEL,
     PATH,
     REVISION,
-    SIDE,
     STEPS,
     TOKENS,
     VARIANT,
@@ -34,6 +33,7 @@ from ..bounds import (
 from ..folders import aside_of
 from ..pipelines import StudentConfig
 from ..program import run_program
+from ..sizes import RESOLUTION
 from ..tiny import is_tiny
 from ..untrusted import without_secrets
 from .features import FEATURES, save_reference
@@ -48,7 +48,7 @@ from .subjects import DRAWING_PACKAGES, DTYPES, FLOW_SOLVERS, TEACHER_SOLVERS, O
 FIRST_SEED = 1_000_000  # far from the seeds of the tiny teachers' references
 TINY_REWARDS = ("tiny_prompt", "tiny_bold")
 SOLVERS = tuple(dict.fromkeys([*TEACHER_SOLVERS, *FLOW_SOLVERS]))
-OF_TEACHERS = ("guidance_scale", "solver", "resolution", "max_sequence_length", "variant")
+OF_TEACHERS = ("guidance_scale", "solver", "max_sequence_length", "variant")
 PATIENCE = timedelta(days=2)  # how long processes wait for the slowest
 MEASURING_PACKAGES = ("numpy", "pillow", "torch", "torch-fidelity", "clean-fid")
 SHEET = "contact_sheet.png"
@@ -67,7 +67,7 @@ BOUNDS: dict[str, Bound] = {  # of every flag without choices
     "batch_size":          whole("[1, 65536]"),
     "num_inference_steps": STEPS,
     "guidance_scale":      GUIDANCE,
-    "resolution":          SIDE,
+    "resolution":          RESOLUTION,
     "max_sequence_length": TOKENS,
     "revision":            REVISION,
     "variant":             VARIANT,
@@ -100,7 +100,7 @@ def make_parser() -> Parser:
     add("--guidance_scale", help="a teacher's w in u + w (c - u), 1 is off; by default the stock pipeline's")
     add("--solver", choices=SOLVERS, help="a teacher's; by default ddim, or euler for flow matching")
     add("--dtype", default="float32", choices=list(DTYPES), help="of the sampled networks")
-    add("--resolution", help="of a teacher's pictures; its own by default")
+    add("--resolution", help="of the pictures, 1024 or 1216x832, width x height; the student's or teacher's by default")
     add("--max_sequence_length", help="tokens of a prompt that a teacher reads")
     add("--revision", help="of a Hub repository")
     add("--variant", help="of a teacher's files, for example fp16")
@@ -147,8 +147,8 @@ def _check(arguments: Mapping[str, Any]) -> None:
     given = [f"--{name}" for name in OF_TEACHERS if arguments[name] is not None]
     if given and not arguments["teacher"]:
         raise ValueError(f"Only a teacher is sampled with {', '.join(given)}; leave this out.")
-    if arguments["images"] and arguments["num_inference_steps"]:
-        raise ValueError("--num_inference_steps has no effect on existing pictures; leave it out.")
+    if arguments["images"] and (arguments["num_inference_steps"] or arguments["resolution"]):
+        raise ValueError("--num_inference_steps and --resolution have no effect on existing pictures; leave them out.")
 
 
 def _with_defaults(arguments: Mapping[str, Any]) -> Options:

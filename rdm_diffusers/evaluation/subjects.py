@@ -53,7 +53,7 @@ class Options:
     guidance_scale: float | None
     solver: str | None
     dtype: str
-    resolution: int | None
+    resolution: str | None
     max_sequence_length: int | None
     revision: str | None
     variant: str | None
@@ -181,9 +181,11 @@ def student_settings(student: RdmDistillationPipeline) -> StudentConfig:
     return student.student
 
 
-def student_sampler(student: RdmDistillationPipeline, batch_size: int = 250, steps: int | None = None) -> Sampler:
-    """The student with its trained settings, or with another number of steps."""
-    return Sampler(student, steps or student_settings(student).num_inference_steps, False, batch_size)
+def student_sampler(
+    student: RdmDistillationPipeline, batch_size: int = 250, steps: int | None = None, **call_options: Any
+) -> Sampler:
+    """The student with its trained settings, or with another number of steps or other options of the call."""
+    return Sampler(student, steps or student_settings(student).num_inference_steps, False, batch_size, call_options)
 
 
 def teacher_options(student: RdmDistillationPipeline) -> dict[str, Any]:
@@ -210,7 +212,10 @@ def load_subject(options: Options, device: torch.device) -> tuple[Sampler, dict[
 def _load_student(options: Options) -> tuple[Sampler, str, None]:
     hub = {"revision": options.revision} if options.revision and not Path(options.name).is_dir() else {}
     pipeline = RdmDistillationPipeline.from_pretrained(options.name, dtype=DTYPES[options.dtype], **hub)
-    return student_sampler(pipeline, options.batch_size, options.num_inference_steps), "rdm", None
+    family, size = FAMILIES[student_settings(pipeline).pipeline_class], options.resolution
+    family.latent_shape(pipeline, size)  # raises for a size that it cannot draw
+    call = family.call_options(PromptOptions(resolution=size))
+    return student_sampler(pipeline, options.batch_size, options.num_inference_steps, **call), "rdm", None
 
 
 def _load_teacher(options: Options) -> tuple[Sampler, str, float]:
@@ -218,6 +223,7 @@ def _load_teacher(options: Options) -> tuple[Sampler, str, float]:
     reading = PromptOptions(max_sequence_length=options.max_sequence_length, resolution=options.resolution)
     teacher = load_teacher(name, DTYPES[options.dtype], options.revision, options.variant, reading)
     teacher.family.check_options(reading)
+    teacher.family.latent_shape(teacher.pipeline, reading.resolution)  # raises for a size that it cannot draw
     solvers = list(solvers_of(teacher.pipeline))
     solver = options.solver or solvers[0]
     if solver not in solvers:

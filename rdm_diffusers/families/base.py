@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor
+
+from ..sizes import Resolution, height_and_width, in_words, nearest
 
 # File names: of every student, of a LoRA, of a whole pipeline, and of a model card.
 STUDENT_CONFIG = "rdm_config.json"
@@ -54,29 +57,18 @@ class PromptOptions:
     Args:
         max_sequence_length: tokens that the large text encoder reads, if there is one; by default the family's
             `prompt_tokens`.
-        resolution: pixels per side; by default the teacher's own.
+        resolution: pixels per side, or "WIDTHxHEIGHT"; by default the teacher's own.
         embedded_guidance: the guidance that a guidance-distilled denoiser gets as an input.
     """
 
     max_sequence_length: int | None = None
-    resolution: int | None = None
+    resolution: Resolution | None = None
     embedded_guidance: float | None = None
 
     @property
     def length(self) -> dict[str, int]:
         """`max_sequence_length` as an argument of the stock pipeline, if it is set."""
         return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
-
-
-def square_latents(channels: int, resolution: int, factor: int, patch: int = 1) -> tuple[int, int, int]:
-    """`(C, H, W)` of the latents of square images, for a denoiser that reads patches of `patch` x `patch`.
-
-    Raises:
-        ValueError: if the resolution does not make whole patches.
-    """
-    if resolution % (factor * patch):
-        raise ValueError(f"--resolution is {resolution}; this teacher needs a multiple of {factor * patch}.")
-    return channels, resolution // factor, resolution // factor
 
 
 @torch.no_grad()
@@ -114,6 +106,7 @@ class Family(ABC):
             example of a standing instruction; negative if another encoder's tokens are appended.
         has_lora: whether the stock pipeline loads LoRAs; if not, students are full ones.
         has_tiny_vae: whether the stock pipeline decodes with an `AutoencoderTiny` in its autoencoder's place.
+        stock_multiple: pixels of which each side must be a multiple for the stock pipeline, with any autoencoder.
         bins_resolutions: whether the stock pipeline rounds to the nearest of its own resolutions by default.
         comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's usual grid is even.
         comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
@@ -132,6 +125,7 @@ class Family(ABC):
     extra_encoder_tokens: int = 0
     has_lora: bool = True
     has_tiny_vae: bool = True
+    stock_multiple: int = 1
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
     comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = None
@@ -182,8 +176,9 @@ class Family(ABC):
         """Arguments of the stock pipeline that read prompts and size images as `options` say."""
         if options.resolution is None:
             return options.length
+        height, width = height_and_width(options.resolution)
         exact = {"use_resolution_binning": False} if self.bins_resolutions else {}
-        return {**options.length, "height": options.resolution, "width": options.resolution, **exact}
+        return {**options.length, "height": height, "width": width, **exact}
 
     def tokens(self, options: PromptOptions) -> int:
         """How many tokens of a prompt the large text encoder reads."""
@@ -210,6 +205,14 @@ class Family(ABC):
         """What guidance steers away from when no negative prompt is given: of length 1. No gradients."""
         return self.encode_prompts(pipeline, [""], options)
 
+    def at_size(self, pipeline: DiffusionPipeline, conditioning: Conditioning, resolution: Resolution) -> Conditioning:
+        """The same prompts for pictures of another size; most denoisers read it from the latents alone."""
+        return conditioning
+
+    def unconditional(self, nothing: Conditioning, conditioning: Conditioning) -> Conditioning:
+        """The empty prompt, of length 1, for each of these prompts: of their length, and for pictures of their size."""
+        return nothing.expand(len(conditioning))
+
     @abstractmethod
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
         """The shapes of one prompt's tensors, from the networks' configurations alone."""
@@ -221,15 +224,35 @@ class Family(ABC):
         Gradients flow to x_t and the denoiser's parameters.
         """
 
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        """`(C, H, W)` of the latents of square images of `resolution` pixels, by default the teacher's own.
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: Resolution | None) -> tuple[int, int, int]:
+        """`(C, H, W)` of the latents of images of this size, by default the teacher's own.
 
         Raises:
-            ValueError: if the resolution does not make whole latents or patches.
+            ValueError: naming the nearest size, if the teacher does not draw this one.
         """
         config, factor = self.denoiser(pipeline).config, pipeline.vae_scale_factor
         patch = config.get("patch_size", 1)  # U-Nets have none
-        return square_latents(config.in_channels, resolution or config.sample_size * factor, factor, patch)
+        return self.latents_of(pipeline, config.in_channels, resolution or config.sample_size * factor, patch)
+
+    def latents_of(
+        self, pipeline: DiffusionPipeline, channels: int, resolution: Resolution, patch: int
+    ) -> tuple[int, int, int]:
+        """`latent_shape` for a denoiser of so many channels that reads patches of `patch` x `patch`."""
+        height, width = height_and_width(resolution)
+        factor, most = pipeline.vae_scale_factor, self.largest_side(pipeline)
+        multiple = math.lcm(factor * patch, self.stock_multiple)
+        too_long = most is not None and max(height, width) > most
+        if too_long or height % multiple or width % multiple:
+            why = f"it knows no places beyond {most}" if too_long else f"each side must be a multiple of {multiple}"
+            raise ValueError(
+                f"This teacher draws no pictures of {in_words(resolution)} pixels, because {why}; the nearest size is "
+                f"{nearest(resolution, multiple, most)}."
+            )
+        return channels, height // factor, width // factor
+
+    def largest_side(self, pipeline: DiffusionPipeline) -> int | None:
+        """The longest side in pixels for which the denoiser has positions; None if it computes them for any size."""
+        return None
 
     @abstractmethod
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Literal
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SchedulerMixin
 from torch import Tensor
 
-from .base import Family, square_latents
+from ..sizes import Resolution
+from .base import Family
 
 
 class FlowFamily(Family):
@@ -45,9 +46,9 @@ class FlowFamily(Family):
 class PackedFlowFamily(FlowFamily):
     """Transformers that take latents as rows of patches of 2 x 2, see `pack`."""
 
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: Resolution | None) -> tuple[int, int, int]:
         factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config.in_channels // 4
-        return square_latents(channels, resolution or pipeline.default_sample_size * factor, factor, 2)
+        return self.latents_of(pipeline, channels, resolution or pipeline.default_sample_size * factor, 2)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class SanaFamily(FlowFamily):
     pipeline_class = SanaPipeline
     time_embedding_name = "time_embed.emb"
     bins_resolutions = True
+    stock_multiple = 32
     prompt_tokens = 300
     extra_encoder_tokens = 256  # of the instruction
     comfyui_keys = None  # ComfyUI does not support SANA

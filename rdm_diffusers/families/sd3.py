@@ -26,6 +26,10 @@ class StableDiffusion3Family(FlowFamily):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
 
+    def largest_side(self, pipeline: DiffusionPipeline) -> int | None:
+        config = pipeline.transformer.config
+        return config.pos_embed_max_size * config.patch_size * pipeline.vae_scale_factor
+
     @torch.no_grad()
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions

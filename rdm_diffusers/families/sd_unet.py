@@ -27,6 +27,7 @@ class StableDiffusionFamily(Family):
 
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
+    stock_multiple = 8
     time_embedding_name = "time_embedding"
     load_options = {"safety_checker": None, "requires_safety_checker": False}
     comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = "kohya"

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from ..sizes import Resolution, height_and_width
 from .base import Conditioning, PromptOptions, encoding_device
 from .sd_unet import StableDiffusionFamily
 
@@ -47,6 +48,15 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         return Conditioning(
             {"prompt_embeds": embeds, "text_embeds": pooled, "time_ids": ids.expand(len(embeds), -1).clone()}
         )
+
+    def at_size(self, pipeline: DiffusionPipeline, conditioning: Conditioning, resolution: Resolution) -> Conditioning:
+        size, ids = height_and_width(resolution), conditioning.tensors["time_ids"]
+        return Conditioning({**conditioning.tensors, "time_ids": ids.new_tensor([*size, 0, 0, *size]).expand_as(ids)})
+
+    def unconditional(self, nothing: Conditioning, conditioning: Conditioning) -> Conditioning:
+        """As in `Family`; size and crop are the prompts' own, as in the stock pipeline."""
+        expanded = super().unconditional(nothing, conditioning).tensors
+        return Conditioning({**expanded, "time_ids": conditioning.tensors["time_ids"]})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
         config, tokens = pipeline.unet.config, pipeline.text_encoder_2.config.max_position_embeddings

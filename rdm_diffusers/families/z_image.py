@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ZImagePipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, square_latents
+from ..sizes import Resolution
+from .base import Conditioning, PromptOptions, encoding_device
 from .flow import FlowFamily
 
 
@@ -52,5 +53,9 @@ class ZImageFamily(FlowFamily):
         outputs = denoiser(frames, 1 - t / 1000, captions, return_dict=False)[0]
         return -torch.stack(list(outputs)).squeeze(2)
 
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
-        return square_latents(pipeline.transformer.in_channels, resolution or 1024, pipeline.vae_scale_factor, 2)
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: Resolution | None) -> tuple[int, int, int]:
+        return self.latents_of(pipeline, pipeline.transformer.in_channels, resolution or 1024, 2)
+
+    def largest_side(self, pipeline: DiffusionPipeline) -> int | None:
+        _, rows, columns = pipeline.transformer.config.axes_lens
+        return 2 * min(rows, columns) * pipeline.vae_scale_factor

@@ -261,6 +261,8 @@ def _metadata(title: str, family: Family, student: StudentConfig, weights: Mappi
     if prediction_type in ("epsilon", "v_prediction"):
         metadata["modelspec.prediction_type"] = prediction_type.removesuffix("_prediction")
         metadata["ss_v2"] = str("-v2-" in architecture)
+    if student.call_arguments.keys() >= {"width", "height"}:
+        metadata["modelspec.resolution"] = "{width}x{height}".format_map(student.call_arguments)
     return metadata | ({"ss_base_model_version": family.kohya_base_version} if family.kohya_base_version else {})
 
 

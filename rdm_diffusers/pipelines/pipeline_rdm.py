@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
@@ -33,6 +33,7 @@ from ..families import (
     rebuilt,
 )
 from ..schedulers import RdmScheduler
+from ..sizes import in_words, resolution_of
 from ..tiny import resolve_teacher
 from .bases import add_loras, check_noise_schedule, shown
 from .lora_file import check_lora_file
@@ -251,6 +252,7 @@ def _few_step_call(stock: type[DiffusionPipeline]) -> Callable:
         given = {name: value for name, value in call.arguments.items() if name not in trained or value is not None}
         own = {"num_inference_steps": student.num_inference_steps, **student.call_arguments} if student else {}
         call.arguments = own | given
+        _warn_of_size(student, call.arguments)
         with _draws_from(self.scheduler, call.arguments.get("generator")):
             return stock.__call__(*call.args, **call.kwargs)
 
@@ -260,6 +262,15 @@ def _few_step_call(stock: type[DiffusionPipeline]) -> Callable:
     ]
     setattr(__call__, "__signature__", signature.replace(parameters=defaults))  # noqa: B010 - functions have no such field
     return __call__
+
+
+def _warn_of_size(student: StudentConfig | None, call: Mapping[str, Any]) -> None:
+    """Warns of a size that a student was not trained at, if its sizes are known."""
+    if student and student.sizes and call.get("height") and call.get("width"):
+        size = in_words(resolution_of(call["height"], call["width"]))
+        if size not in student.sizes:
+            known = ", ".join(student.sizes)
+            logger.warning("The student was trained at %s pixels; pictures of %s may be worse.", known, size)
 
 
 def _register_for_auto_pipelines(pipeline_class: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 from ..families import STUDENT_CONFIG, Lora, check_no_checkpoint, fetch
 from ..folders import ASIDE
+from ..sizes import BUCKETS, RESOLUTION, in_words, read_buckets
 from ..untrusted import Kinds, check_kinds, described, digest_of, is_kind, read_object
 
 DIGEST = "digest"
-FORMAT_VERSION = 2  # raised only when older releases would sample a student wrongly
-WITHOUT_LORAS = 1  # the version of students whose base has no LoRAs
+FORMAT_VERSION = 2  # raised only when older releases would sample a student wrongly, or call it damaged
+FIRST_VERSION = 1  # of students that every release reads
 MOST_LORAS = 16
 REMEDY = "download or export the student again"
 TEXT: Kinds = (str, type(None))
@@ -31,8 +32,9 @@ TRAINING_KINDS: dict[str, Kinds] = {
 }  # fmt: skip
 ARGUMENT_KINDS: dict[str, Kinds] = {  # of the arguments that code reads
     "pretrained_model_name_or_path": TEXT, "student": TEXT, "algorithm": TEXT, "reward": (list, type(None)),
-    "resolution": (int, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
+    "resolution": (int, str, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
     "gradient_accumulation_steps": (int, type(None)), "teacher_lora": (list, type(None)), "init_lora": TEXT,
+    "aspect_ratio_buckets": TEXT,
 }  # fmt: skip
 LORA_KINDS: dict[str, Kinds] = {"name": str, "scale": float, "sha256": str}
 SCHEDULER_KINDS: dict[str, Kinds] = {
@@ -106,10 +108,11 @@ class StudentConfig:
     scheduler_sha256: str | None = None
     base_loras: list[dict[str, Any]] = field(default_factory=list)
     version: str | None = field(default_factory=package_version)
-    format_version: int = WITHOUT_LORAS
+    format_version: int = FIRST_VERSION
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format_version", FORMAT_VERSION if self.base_loras else WITHOUT_LORAS)
+        is_new = self.base_loras or isinstance(self.arguments.get("resolution"), str)  # as 1216x832
+        object.__setattr__(self, "format_version", FORMAT_VERSION if is_new else FIRST_VERSION)
 
     @property
     def loras(self) -> list[Lora]:
@@ -125,6 +128,13 @@ class StudentConfig:
     def arguments(self) -> dict[str, Any]:
         """The training's arguments; empty if unknown."""
         return self.training.get("arguments", {})
+
+    @property
+    def sizes(self) -> list[str]:
+        """The sizes that it was trained at, as `1216 x 832`, width first; empty if not known, or the teacher's."""
+        buckets, resolution = (self.arguments.get(name) for name in ("aspect_ratio_buckets", "resolution"))
+        sizes = read_buckets(buckets) if buckets else [] if resolution is None else [resolution]
+        return [in_words(size) for size in sizes]
 
     @property
     def teacher(self) -> str | None:
@@ -202,6 +212,9 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     arguments = training.get("arguments", {})
     check_kinds(arguments, ARGUMENT_KINDS, "training's argument ")
     _check_loras(entries.get("base_loras", []))
+    for name, bound in (("resolution", RESOLUTION), ("aspect_ratio_buckets", BUCKETS)):
+        if arguments.get(name) is not None and bound.problem(arguments[name]):
+            raise ValueError(f"training's argument {name} should hold sizes")
     for name in ("reward", "teacher_lora"):
         if not all(isinstance(each, str) for each in arguments.get(name) or []):
             raise ValueError(f"training's argument {name} should hold text")

@@ -43,7 +43,9 @@ def train(trainer: Trainer) -> int:
         while state.update < trainer.config.optimisation.max_train_steps and not end():
             began = time.monotonic()
             seed_all(run, state.update)
-            batch = collect(run, state.update // method.reuse_rollouts)
+            number = state.update // method.reuse_rollouts
+            run = trainer.distillation.of_rollout(number)
+            batch = collect(run, number)
             for visit in range(method.reuse_rollouts):
                 batch = reuse(run, batch) if visit else batch
                 batch, health = weigh_samples(run, batch, state.statistics, state.update)

@@ -100,7 +100,8 @@ class _Planner:
         if self.run.student.quantization:
             model.quantise(self.denoiser, self.run.student.quantization)
         self.frozen_size = model.nbytes(self.denoiser)
-        self.latents = self.family.latent_shape(self.pipeline, self.options.resolution)
+        shapes = (self.family.latent_shape(self.pipeline, size) for size in self.run.teacher.sizes)
+        self.latents = max(shapes, key=math.prod)  # the largest bucket
         self.latent_size = FLOAT * math.prod(self.latents)
         self.prompt = model.conditioning(self.family, self.pipeline, self.options, self.dtype)
 
@@ -255,8 +256,8 @@ class _Planner:
         trajectory = self._trajectory(run.output.monitor_images, CONTRAST_STEPS)
         contrast = stays - sizes["two optimisers"] + trajectory + sizes["teacher, at most"]
         # The autoencoder, unless rewards hold it already; one picture's decoding; and all pictures, twice.
-        count, side = run.output.num_validation_images, self.latents[-1] * self.pipeline.vae_scale_factor
-        pictures = int(sizes["decoding a picture, at most"] + 2 * FLOAT * count * 3 * side**2)
+        count, area = run.output.num_validation_images, math.prod(self.latents[1:]) * self.pipeline.vae_scale_factor**2
+        pictures = int(sizes["decoding a picture, at most"] + 2 * FLOAT * count * 3 * area)
         validation = pictures + (0 if held and shares_vae else sizes["autoencoder"])
         validation += self._trajectory(count, run.method.num_student_steps)
         external = {"external rewards": stays - held + scoring + rollouts + self.rewards.peak}

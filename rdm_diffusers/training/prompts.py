@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -116,6 +116,7 @@ class PromptGroups:
     embeddings: Embeddings  # of the prompts, and then of other captions
     draws: Draws
     dtype: torch.dtype  # that the denoiser reads
+    at_size: Callable[[Conditioning], Conditioning] | None = None  # names another size of pictures than they do
 
     def __post_init__(self) -> None:
         self._order = lru_cache(maxsize=2)(
@@ -137,5 +138,6 @@ class PromptGroups:
 
     def once(self, indices: Sequence[int]) -> Conditioning:
         """The embeddings of the chosen prompts, or of the captions behind them, on the device."""
-        device, found = self.draws.device, self.embeddings(indices).tensors
-        return Conditioning({name: sent(tensor, device) for name, tensor in found.items()}).to(device, self.dtype)
+        device, found = self.draws.device, self.embeddings(indices)
+        sized = found if self.at_size is None else self.at_size(found)
+        return Conditioning({name: sent(each, device) for name, each in sized.tensors.items()}).to(device, self.dtype)

@@ -42,19 +42,19 @@ PATIENCE = 5  # checks without a lower loss that end it; while the learning rate
 
 
 def learn_target(
-    run: Distillation, images: TargetImages, config: RunConfig, accelerator: Accelerator, folder: Path
+    run: Distillation, images: Sequence[TargetImages], config: RunConfig, accelerator: Accelerator, folder: Path
 ) -> None:
     """Trains the target with the teacher's own denoising loss, or reads what an equal run has trained.
 
     The weights' moving average is kept: the last one, or the one with the lowest loss on held-out images where that has
     risen clearly since. `target.json` in the run's folder has that loss, and beside it the teacher's own, guided and
-    unguided.
+    unguided. `images` are those of each size; every update has one size, drawn by its share.
 
     Raises:
         NonFiniteError: if the loss is not finite.
     """
     parameters = run.networks.parameters(TARGET)
-    cache = images.folder / f"target-{_digest(run, images, config)}"
+    cache = images[0].folder / f"target-{_digest(run, images, config)}"
     found = whole_parts(cache, DAMAGED)
     if found:
         with safe_open(found[0], "pt") as saved:
@@ -72,14 +72,15 @@ def learn_target(
     accelerator.wait_for_everyone()
 
 
-def _digest(run: Distillation, images: TargetImages, config: RunConfig) -> str:
+def _digest(run: Distillation, images: Sequence[TargetImages], config: RunConfig) -> str:
     """Of all that decides the target beside the images."""
     optimisation = config.optimisation
+    sizes = [(each.folder.name, each.share) for each in images] if len(images) > 1 else []
     settings = (
-        config.target, getattr(config.student, "quantization", None), len(images), _batch_size(run, config),
+        config.target, getattr(config.student, "quantization", None), sum(map(len, images)), _batch_size(run, config),
         run.num_processes, optimisation.adam_beta1, optimisation.adam_beta2, optimisation.adam_weight_decay,
         optimisation.adam_epsilon, optimisation.max_grad_norm, optimisation.use_ema, optimisation.ema_decay,
-        config.memory.mixed_precision, config.memory.use_8bit_adam,
+        config.memory.mixed_precision, config.memory.use_8bit_adam, *sizes,
     )  # fmt: skip
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
 
@@ -91,7 +92,11 @@ def _batch_size(run: Distillation, config: RunConfig) -> int:
 
 
 def _train(
-    run: Distillation, images: TargetImages, config: RunConfig, accelerator: Accelerator, parameters: list[nn.Parameter]
+    run: Distillation,
+    images: Sequence[TargetImages],
+    config: RunConfig,
+    accelerator: Accelerator,
+    parameters: list[nn.Parameter],
 ) -> dict[str, Any]:
     """Trains until the last update, or until the held-out loss rises; the record of that loss."""
     updates, rate = config.target.target_train_steps, config.target.target_learning_rate
@@ -101,11 +106,13 @@ def _train(
     average = EMAModel(parameters, decay=config.optimisation.ema_decay if config.optimisation.use_ema else 0.0)
 
     def check(role: str) -> float:
+        found = [(each, each.share * share, chosen) for each in images for share, chosen in each.held_out]
+        parts = [part for part in found if len(part[2])]  # a size may have too few to hold one out
         losses = [
-            share * _losses(run, images, role, chosen, chosen.tolist(), "target_held_out").mean()
-            for share, chosen in images.held_out
+            share * _losses(run, each, role, chosen, chosen.tolist(), "target_held_out").mean()
+            for each, share, chosen in parts
         ]
-        return float(accelerator.reduce(torch.stack(losses).sum(), "mean"))
+        return float(accelerator.reduce(torch.stack(losses).sum(), "mean")) / sum(share for _, share, _ in parts)
 
     teacher = {"guided": check(TEACHER), "unguided": check(TARGET)}  # the target is not different yet
     losses, best = {0: teacher["unguided"]}, (0, _copies(average.shadow_params))
@@ -113,8 +120,9 @@ def _train(
     for update in range(updates):
         first = (update * run.num_processes + run.process_index) * batch
         keys = range(first, first + batch)
-        chosen = images.chosen(images.draws.uniform("target_choice", keys).cpu())
-        _losses(run, images, TARGET, chosen, keys, "target", trains=True)
+        of_size = _of_update(images, update)
+        chosen = of_size.chosen(of_size.draws.uniform("target_choice", keys).cpu())
+        _losses(run, of_size, TARGET, chosen, keys, "target", trains=True)
         optimizer.set_update(update)
         optimizer.step()
         update_average(average, parameters)
@@ -139,7 +147,13 @@ def _train(
         best = max(losses), average.shadow_params
     for parameter, kept in zip(parameters, best[1], strict=True):
         parameter.data.copy_(kept)
-    return {"images": len(images), "teacher": teacher, "target": losses, "update": best[0]}
+    return {"images": sum(map(len, images)), "teacher": teacher, "target": losses, "update": best[0]}
+
+
+def _of_update(images: Sequence[TargetImages], update: int) -> TargetImages:
+    """The images of the size that an update has, on all processes."""
+    generator = images[0].draws.generator("target_bucket", update)
+    return images[int(torch.multinomial(torch.tensor([each.share for each in images]), 1, generator=generator))]
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,7 +183,7 @@ def _losses(
     """
     networks, schedule, draws = run.networks, run.networks.schedule, images.draws
     t = denoising_times(draws.uniform(f"{purpose}_time", keys), schedule)
-    noise = draws.normal(f"{purpose}_noise", keys, run.latent_shape)
+    noise = draws.normal(f"{purpose}_noise", keys, images.latents.shape[1:])
     x0, conditioning = images.latents[indices].to(draws.device, torch.float32), images.conditioning(indices)
     x_t = schedule.add_noise(x0, noise, t)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)

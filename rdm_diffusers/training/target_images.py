@@ -35,7 +35,7 @@ MOST_ALIKE = 128  # images of one prompt
 
 @dataclass(frozen=True)
 class TargetImages:
-    """N images and their prompts, from one source or two.
+    """N images of one size and their prompts, from one source or two.
 
     Args:
         folder: the cache, whose name is a digest of all that decides the images.
@@ -44,6 +44,7 @@ class TargetImages:
         prompt_of: the number of each image's prompt among them `[N]`.
         sources: the share that each source has in the training, and the numbers of its images `[M, V]`, of which each
             has V versions, mirrored or not.
+        share: of the training, that images of this size have.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class TargetImages:
     prompts: PromptGroups
     prompt_of: Tensor
     sources: tuple[tuple[float, Tensor], ...]
+    share: float = 1.0
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -109,27 +111,29 @@ class TargetImages:
 
 
 def draw_target_images(
-    run: Distillation, teacher: Teacher, config: RunConfig, accelerator: Accelerator
+    run: Distillation, teacher: Teacher, config: RunConfig, accelerator: Accelerator, numbers: range | None = None
 ) -> TargetImages:
     """Draws the guided teacher's images, or reads those that an earlier run cached; an interrupted drawing goes on.
 
     Every process draws its share, in parts of `PART` images, and reads all of them.
 
-    With `--target_images_dir` they are written as picture files, too.
+    With `--target_images_dir` they are written as picture files, too. `numbers` are those of the images, by which their
+    prompts and noises are drawn; by default `--num_target_images` from 0.
 
     Raises:
         OSError: if a part cannot be written, or if the processes share no cache.
         ValueError: if `--target_images_dir` holds other images.
     """
     prompts = replace(run.prompts, draws=Draws(SEED, 1, run.draws.device))
-    count, dtype = config.target.num_target_images, DTYPES[config.memory.mixed_precision]
+    numbers = range(config.target.num_target_images) if numbers is None else numbers
+    dtype = DTYPES[config.memory.mixed_precision]
     sampler = teacher_scheduler(teacher, config, config.target.target_inference_steps)
     parent = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
-    folder = parent / _digest(run, teacher, prompts, sampler.timesteps)
+    folder = parent / _digest(run, teacher, prompts, sampler.timesteps, numbers)
     asked = config.output.target_images_dir
     pictures = asked and PictureFolder.of(asked, folder.name, teacher.pipeline.vae)
     if pictures:
-        pictures.check(count)
+        pictures.check(len(numbers))
 
     def draw(numbers: range) -> dict[str, Tensor]:
         latents = draw_samples(
@@ -141,20 +145,22 @@ def draw_target_images(
         )
         return {"latents": latents.to("cpu", dtype)}
 
-    parts = [range(start, start + PART) for start in range(0, count, PART)]  # whole ones, which any run can share
+    first, step = numbers.start, numbers.step
+    starts = (first + step * place for place in range(0, len(numbers), PART))
+    parts = [range(start, start + step * PART, step) for start in starts]  # whole ones, which any run can share
     drawn = [part["latents"] for part in shared_parts(folder, parts, draw, accelerator, "the teacher's images")]
-    latents = torch.cat([torch.empty(0, *run.latent_shape, dtype=dtype), *drawn])[:count]
-    numbers = torch.arange(count)
-    prompt_of = torch.tensor([prompts.index(number) for number in range(count)], dtype=torch.long)
+    latents = torch.cat([torch.empty(0, *run.latent_shape, dtype=dtype), *drawn])[: len(numbers)]
+    prompt_of = torch.tensor([prompts.index(number) for number in numbers], dtype=torch.long)
     if pictures:
-        pictures.write(latents, [prompts.prompt(number) for number in range(count)], teacher, accelerator)
-    return TargetImages(folder, latents, prompts, prompt_of, ((1.0, numbers[:, None]),))
+        pictures.write(latents, [prompts.prompt(number) for number in numbers], teacher, accelerator)
+    return TargetImages(folder, latents, prompts, prompt_of, ((1.0, torch.arange(len(numbers))[:, None]),))
 
 
-def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, times: Tensor) -> str:
+def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, times: Tensor, numbers: range) -> str:
     """Of all that decides an image: the teacher's weights, its prompts and how they are read, and the sampler."""
     networks, ends = run.networks, prompts.once([0, len(prompts.prompts) - 1])
-    settings = list(prompts.prompts), networks.guidance_scale, times.tolist(), run.latent_shape
+    strided = (numbers.start, numbers.step) if numbers.step > 1 else ()
+    settings = (list(prompts.prompts), networks.guidance_scale, times.tolist(), run.latent_shape, *strided)
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(repr((teacher.options, dict(teacher.pipeline.scheduler.config), prompts.dtype)).encode())
     weights = (p for name, p in teacher.denoiser.named_parameters() if "lora_" not in name)

@@ -47,7 +47,7 @@ def check_with_teacher(config: RunConfig) -> None:
         if scheduler is not None:
             pipeline.scheduler = scheduler
             _check_steps(config, Teacher(pipeline, family, name))
-        channels, *_ = family.latent_shape(pipeline, config.teacher.resolution)
+        (channels, *_), *_ = [family.latent_shape(pipeline, size) for size in config.teacher.sizes]
         _check_decoder(config, family, pipeline, channels)
         _check_denoiser(config, family, family.denoiser(pipeline))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ..config import LoraStudentConfig, RunConfig
@@ -20,6 +21,7 @@ from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks, SeparateNetworks
 from ..rewards import Function, WeightedReward, functions_by_name
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
+from .buckets import with_buckets
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
 from .external_rewards import load_rewards, with_reward_funcs
@@ -32,12 +34,13 @@ from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
 from .run_folder import check_resumable, checkpoint_to_resume, locked_for_run, prepare_output, resume_from
 from .target import learn_target
-from .target_images import TargetImages, draw_target_images
+from .target_buckets import check_images_of_sizes, images_of_sizes
+from .target_images import TargetImages
 from .target_start import start_at_target
 from .teacher_checks import check_with_teacher
 from .tracking import announcement, end_trackers, start_trackers
 from .updates import Distillation
-from .user_images import UserImages, find_user_images, user_target_images
+from .user_images import UserImages, find_user_images
 from .validation import averaged_student, validation_picture, write_picture
 
 CONFIG_FILE = "config.yaml"
@@ -151,6 +154,8 @@ class Trainer:
         self._held.enter_context(locked_for_run(self.folder, accelerator, changes=not config.output.dry_run))
         self.checkpoint = checkpoint_to_resume(self.folder, config)
         self.images = find_user_images(config.prompts)
+        if self.images:
+            check_images_of_sizes(self.images, config)
         captions = self.images.captions if self.images else ()
         self.prompts = load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path, captions)
         self.arguments = {
@@ -190,11 +195,12 @@ class Trainer:
         self.distillation = make_distillation(
             self.teacher, self.networks, self.texts, self.rewards, config, accelerator
         )
+        self.distillation = with_buckets(self.distillation, self.teacher, config)
         contrast = teacher_contrast(self.distillation, self.teacher, config.output.monitor_images)
         if config.target.teacher_target == "samples":
-            latents = self.learn_target().latents
-            if self.images is not None and contrast is not None:
-                contrast = latents.float().std().item()  # of the user's images, which the student's is to be
+            images = self.learn_target()
+            if self.images is not None and contrast is not None:  # the student's is to be that of the user's images
+                contrast = torch.cat([each.latents.float().flatten() for each in images]).std().item()
         self.state = make_state(self.networks, accelerator, config)
         self.state.monitor.teacher_contrast = contrast
         if self.checkpoint:
@@ -205,14 +211,14 @@ class Trainer:
         """The roles; a subclass may have others."""
         return networks_of_run(self.config, self.teacher, self.texts.nothing, self.accelerator)
 
-    def learn_target(self) -> TargetImages:
+    def learn_target(self) -> list[TargetImages]:
         """Draws the teacher's images, or encodes the user's, and trains the target on them.
 
         What an equal run made is read from the cache. Student and fake score start at the target, but for a student
         that starts from another LoRA.
         """
         run = (self.distillation, self.teacher, self.config, self.accelerator)
-        images = draw_target_images(*run) if self.images is None else user_target_images(self.images, *run)
+        images = images_of_sizes(self.images, *run)
         learn_target(self.distillation, images, self.config, self.accelerator, self.folder)
         if not (isinstance(self.config.student, LoraStudentConfig) and self.config.student.init_lora):
             start_at_target(self.networks)

@@ -65,6 +65,7 @@ class Distillation:
     is_sharded: bool = False  # whether a network call needs all processes
     sync_each_batch: bool = False  # whether sharded gradients are averaged after every micro-batch
     checks: FiniteChecks = field(default_factory=FiniteChecks)  # what the next optimiser's step waits for
+    buckets: tuple[Distillation, ...] = ()  # this run at each of several sizes, of which every rollout has one
 
     @property
     def num_steps(self) -> int:
@@ -74,6 +75,14 @@ class Distillation:
     def student(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The student's x0 `[B, C, H, W]`."""
         return self.networks.predict(STUDENT, x_t, t, conditioning)
+
+    def of_rollout(self, number: int) -> Distillation:
+        """This run at the size of its `number`-th rollout, on all processes: each bucket in turn, in drawn orders."""
+        if not self.buckets:
+            return self
+        count = len(self.buckets)
+        order = torch.randperm(count, generator=self.draws.generator("buckets", number // count))
+        return self.buckets[int(order[number % count])]
 
     def groups(self, number: int) -> range:
         """The groups of this process in the `number`-th rollout; no two rollouts or processes share one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -23,6 +24,7 @@ from ..config import PromptsConfig, RunConfig
 from ..distillation import Draws
 from ..families import Teacher
 from ..prompts import FLAGS, captions_of, load_rows
+from ..sizes import resolution_of
 from .assembly import DTYPES
 from .devices import on_device
 from .prompts import check_source
@@ -34,6 +36,7 @@ FOLDER = "rdm_user_images"
 FEWEST = 20  # of which one is held out
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # and none that runs other programs, as EPS does
 MOST_BYTES, MOST_PIXELS = 2**28, 2**26  # of one image
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the tag of EXIF, and those of its values that exchange the sides
 PATIENCE = 5  # seconds of reading after which its progress is shown
 
 
@@ -88,12 +91,17 @@ class UserImages:
             digest.update(repr((hashlib.sha256(content).digest(), self.texts[i])).encode())
         return digest.hexdigest()
 
-    def image(self, index: int, size: int, place: tuple[float, float]) -> Tensor:
-        """An image as `[3, size, size]` in [0, 1]: turned as its camera says, cropped to a square, and resized.
+    def size(self, index: int) -> tuple[int, int]:
+        """The height and the width of an image in pixels, turned as its camera says. Raises as `image` does."""
+        with self._open(index, self._bytes(index)) as file:
+            return file.size if file.getexif().get(ORIENTATION) in LYING else file.size[::-1]
+
+    def image(self, index: int, size: tuple[int, int], place: tuple[float, float]) -> Tensor:
+        """An image as `[3, height, width]` in [0, 1]: turned as its camera says, cropped to that shape, and resized.
 
         Args:
             index: of the image.
-            size: pixels per side.
+            size: its height and width in pixels.
             place: of the crop, from (0, 0), the left and the top, to (1, 1).
 
         Raises:
@@ -103,10 +111,10 @@ class UserImages:
         try:
             with file:
                 turned = ImageOps.exif_transpose(file).convert("RGB")
-                square = ImageOps.fit(turned, (size, size), Image.Resampling.LANCZOS, centering=place)
+                cropped = ImageOps.fit(turned, size[::-1], Image.Resampling.LANCZOS, centering=place)
         except Exception as error:  # Pillow raises dozens of kinds
             raise ValueError(f"{self._name(index)} is damaged ({error}); replace it, or take it out.") from error
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
 
     def _open(self, index: int, content: bytes) -> Image.Image:
         """The image in a file's `content`, not yet decoded; ValueError if it is none, or too large."""
@@ -182,24 +190,31 @@ def _folder(place: str, named: str) -> Dataset:
 
 
 def user_target_images(
-    images: UserImages, run: Distillation, teacher: Teacher, config: RunConfig, accelerator: Accelerator
+    images: UserImages,
+    run: Distillation,
+    teacher: Teacher,
+    config: RunConfig,
+    accelerator: Accelerator,
+    chosen: Sequence[int] | None = None,
+    numbers: range | None = None,
 ) -> TargetImages:
     """The user's images, encoded by this run or an earlier one, and with `--target_weight` below 1 the teacher's, too.
+
+    Those of the images are taken that are `chosen`, by default all, and of the teacher's those of the `numbers`.
 
     Raises:
         ValueError: naming an image that cannot be decoded; those before it are cached.
         OSError: if the cache cannot be written, or if the processes share none.
     """
     weight, prompts = config.target.target_weight, run.prompts.prompts
-    own, digest = _latents(images, run, teacher, config, accelerator)
-    drawn = draw_target_images(
-        run, teacher, config if weight < 1 else config.changed("target", num_target_images=0), accelerator
-    )
-    numbers = torch.arange(len(own) + len(drawn))
-    sources = [(weight, numbers[: len(own)].reshape(-1, len(images)).T)]
+    indices = list(range(len(images)) if chosen is None else chosen)
+    own, digest = _latents(images, indices, run, teacher, config, accelerator)
+    drawn = draw_target_images(run, teacher, config, accelerator, numbers if weight < 1 else range(0))
+    places = torch.arange(len(own) + len(drawn))
+    sources = [(weight, places[: len(own)].reshape(-1, len(indices)).T)]
     if weight < 1:
-        sources.append((1 - weight, numbers[len(own) :, None]))
-    caption_of = images.caption_of.repeat(len(own) // len(images))
+        sources.append((1 - weight, places[len(own) :, None]))
+    caption_of = images.caption_of[indices].repeat(len(own) // len(indices))
     if config.prompts.prompts_file is not None:
         caption_of += len(prompts)  # they lie behind the prompts
     folder = drawn.folder / f"own-{digest}"
@@ -209,21 +224,29 @@ def user_target_images(
 
 
 def _latents(
-    images: UserImages, run: Distillation, teacher: Teacher, config: RunConfig, accelerator: Accelerator
+    images: UserImages,
+    indices: list[int],
+    run: Distillation,
+    teacher: Teacher,
+    config: RunConfig,
+    accelerator: Accelerator,
 ) -> tuple[Tensor, str]:
     """All latents `[N, C, H, W]`, with their mirror images `[2N, C, H, W]`, and a digest of all that decides them."""
     dtype, vae, target = DTYPES[config.memory.mixed_precision], teacher.pipeline.vae, config.target
-    size = run.latent_shape[-1] * teacher.pipeline.vae_scale_factor
+    height, width = (side * teacher.pipeline.vae_scale_factor for side in run.latent_shape[1:])
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    decides = (images.digest, size, target.center_crop, target.random_flip, settings, vae.dtype)
+    some = () if len(indices) == len(images) else (indices,)
+    crops = (resolution_of(height, width), target.center_crop, target.random_flip)
+    decides = (images.digest, *some, *crops, settings, vae.dtype)
     weights = [parameter.double().sum().item() for parameter in vae.parameters()]
     digest = hashlib.sha256(repr((decides, weights)).encode()).hexdigest()[:32]
     folder = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER / digest
-    parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
+    parts = [range(start, min(start + PART, len(indices))) for start in range(0, len(indices), PART)]
 
     def encode(numbers: range) -> dict[str, Tensor]:
-        squares = torch.stack([_square(images, i, size, target.center_crop) for i in numbers])
-        versions = [squares, squares.flip(-1)] if target.random_flip else [squares]
+        chosen = (indices[number] for number in numbers)
+        cropped = torch.stack([_cropped(images, i, (height, width), target.center_crop) for i in chosen])
+        versions = [cropped, cropped.flip(-1)] if target.random_flip else [cropped]
         tensors = {}
         for i, version in enumerate(versions):
             batches = version.split(config.memory.decode_batch_size)
@@ -236,7 +259,7 @@ def _latents(
     return torch.cat([file[version] for version in sorted(files[0]) for file in files]), digest
 
 
-def _square(images: UserImages, index: int, size: int, center_crop: bool) -> Tensor:
+def _cropped(images: UserImages, index: int, size: tuple[int, int], center_crop: bool) -> Tensor:
     """An image, cropped in its middle or at a place that its index decides."""
     place = Draws(SEED, 2).uniform("user_crop", [index])
     return images.image(index, size, (0.5, 0.5) if center_crop else (float(place[0]), float(place[1])))
