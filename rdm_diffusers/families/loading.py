@@ -271,7 +271,7 @@ def load_teacher(
         replaced[family.denoiser_name] = load_denoiser(name_or_path, dtype, revision, variant, quantization, device)
     loading = {"revision": revision, "variant": variant, "dtype": dtype, **load_options(config), **replaced}
     pipeline = family.pipeline_class.from_pretrained(resolve_teacher(name_or_path), **loading)
-    check_teacher(name_or_path, pipeline)
+    check_teacher(name_or_path, pipeline, config, family)
     lora_layers = fuse_loras(pipeline, family, loras)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

@@ -14,7 +14,17 @@ from torch import nn
 
 from ..bounds import did_you_mean
 from ..config import LoraStudentConfig, RunConfig, TeacherConfig
-from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, load_tiny_vae, pipeline_config
+from ..families import (
+    Family,
+    Teacher,
+    check_lora,
+    check_teacher,
+    explain_hub_errors,
+    family_of,
+    few_step_warning,
+    load_tiny_vae,
+    pipeline_config,
+)
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .assembly import lora_config, prompt_options, student_scheduler, teacher_shift
@@ -46,10 +56,17 @@ def check_with_teacher(config: RunConfig) -> None:
         pipeline = meta_pipeline(family, networks)
         if scheduler is not None:
             pipeline.scheduler = scheduler
+            check_teacher(name, pipeline, index, family)
+            _warn(few_step_warning(name, index, scheduler, family.denoiser(pipeline).config))
             _check_steps(config, Teacher(pipeline, family, name))
         channels, *_ = family.latent_shape(pipeline, config.teacher.resolution)
         _check_decoder(config, family, pipeline, channels)
         _check_denoiser(config, family, family.denoiser(pipeline))
+
+
+def _warn(sentence: str | None) -> None:
+    if sentence:
+        print(f"warning: {sentence}")
 
 
 def _on_meta(
