@@ -65,7 +65,7 @@ def test_names_of_few_step_releases(name: str, word: str) -> None:
     "name",
     [
         "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-base-9B", "stabilityai/sdxl-base-1.0",
-        "turbo/models/v1-5.safetensors", "lightning-owner/anime-xl", "me/hyperrealism-v3", "nyanko7/flux-dev-de-distill",
+        "turbo/models/v1-5.safetensors", "lightning-owner/anime-xl", "me/hyperrealism-v3", "nyanko7/flux-de-distill",
         "me/flux-undistilled", "me/sd15-20000-steps", "Tongyi-MAI/Z-Image", "Qwen/Qwen-Image", "me/steps", "tiny", "",
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
-from ..families import Lora
+from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
 from .students import LoraStudentConfig
@@ -29,6 +29,7 @@ def check(config: RunConfig) -> None:
     """Checks what needs neither teacher nor files; ValueError or ImportError, one sentence on what to do."""
     _check_algorithm(config)
     _check_target(config)
+    _check_file(config)
     _check_loras(config)
     _check_reuse(config)
     _check_memory(config)
@@ -73,6 +74,15 @@ def _check_target(config: RunConfig) -> None:
         remedy = "have the teacher draw images, too, with a --target_weight below 1"
     if idle:
         raise ValueError(f"--{idle[0]} would have no effect; leave it out, or {remedy}.")
+
+
+def _check_file(config: RunConfig) -> None:
+    teacher = config.teacher
+    if teacher.single_file_config and not is_single_file(teacher.pretrained_model_name_or_path):
+        raise ValueError(
+            f"--single_file_config would have no effect, because {teacher.pretrained_model_name_or_path} is no single "
+            "file; leave it out."
+        )
 
 
 def _check_loras(config: RunConfig) -> None:

@@ -18,10 +18,7 @@ LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's i
 def check_folder(name: str, folder: Path) -> None:
     """Refuses a folder that holds no teacher, as far as its files show that. Raises ValueError."""
     if folder.is_file():
-        raise ValueError(
-            f"{name} is a single file; save it as a folder first: in Python, the pipeline class's "
-            f"from_single_file({name!r}).save_pretrained('teacher')."
-        )
+        raise ValueError(f"{name} is a file; give the folder that a diffusers pipeline was saved in, or a Hub id.")
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise ValueError(f"The teacher folder {name} does not exist; check the path or give a Hub model id.")

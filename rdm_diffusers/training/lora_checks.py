@@ -26,7 +26,7 @@ def check_loras(config: RunConfig, index: dict[str, Any], family: Family) -> Non
     if not family.has_lora:
         raise ValueError(f"{family.pipeline_class.__name__} loads no LoRAs; leave --teacher_lora out.")
     source, student, denoiser = config.teacher, config.student, family.denoiser_name
-    networks = meta_models(source.pretrained_model_name_or_path, index, source.revision)
+    networks = meta_models(source.configuration, index, source.revision)
     pipeline = meta_pipeline(family, networks)
     for lora in [Lora.parse(each) for each in source.teacher_lora]:
         if warning := check_lora_not_distilled(lora):
