@@ -64,7 +64,9 @@ def original_vae(vae: nn.Module) -> dict[str, Tensor]:
 
 def original_clip(encoder: nn.Module, prefix: str = CLIP_SD) -> dict[str, Tensor]:
     """OpenAI's names of a text encoder's weights, which transformers has, too."""
-    return {f"{prefix}text_model.{name.removeprefix('text_model.')}": each for name, each in encoder.state_dict().items()}
+    return {
+        f"{prefix}text_model.{name.removeprefix('text_model.')}": each for name, each in encoder.state_dict().items()
+    }
 
 
 def original_open_clip(encoder: nn.Module) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from .weights import check_files, check_network, check_weights, files_in, networ
 
 INDEX_REMEDY = "save or download it again"
 
+
 def load_scheduler(what: str, name_or_path: str, config: dict[str, Any], **hub_options) -> SchedulerMixin:
     """A pipeline's scheduler alone. Raises ValueError if it cannot be downloaded."""
     with explain_hub_errors(what, name_or_path, hub_options.get("revision")):
@@ -236,4 +237,4 @@ def load_teacher(
             component.requires_grad_(False).eval()
     if not family.embeds_guidance(pipeline):
         options = replace(options, embedded_guidance=None)
-    return Teacher(pipeline, family, name_or_path, options_for(origin, options), vae, loras, lora_layers, file)
+    return Teacher(pipeline, family, name_or_path, options_for(origin, options), vae, loras, lora_layers, file, own)

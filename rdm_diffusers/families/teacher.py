@@ -31,6 +31,7 @@ class Teacher:
         loras: those that are in its weights.
         lora_layers: what they added to the denoiser.
         file: the single file that its weights are from, if they are.
+        file_parts: the components that are in it.
     """
 
     pipeline: DiffusionPipeline
@@ -41,6 +42,7 @@ class Teacher:
     loras: Sequence[Lora] = ()
     lora_layers: LoraLayers = field(default_factory=dict, compare=False)
     file: SingleFile | None = None
+    file_parts: Sequence[str] = ()
 
     @property
     def denoiser(self) -> ModelMixin:

@@ -130,7 +130,11 @@ def export_lora(
     names: dict[str, Any] = {"base_model_name_or_path": full_name(teacher.name)}
     names["vae"] = teacher.vae and full_name(teacher.vae)
     if teacher.file:
-        names["base_file"] = {"config": full_name(teacher.file.config), "sha256": teacher.file.digest()}
+        names["base_file"] = {
+            "config": full_name(teacher.file.config),
+            "sha256": teacher.file.digest(),
+            "parts": list(teacher.file_parts),
+        }
     adapter = teacher.denoiser.peft_config["default"]
     if teacher.lora_layers and student_base == "plain":
         weights, adapter = join_loras(teacher.denoiser, teacher.lora_layers, weights, adapter)

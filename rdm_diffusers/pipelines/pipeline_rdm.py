@@ -125,7 +125,11 @@ class RdmDistillationPipeline(DiffusionPipeline):
         base_class = index["_class_name"]
         if base_class != student.pipeline_class:
             raise ValueError(f"{lora} is a student of a {student.pipeline_class}, and {base} is a {base_class}.")
-        own = {"base_file": file and {"config": file.config, "sha256": ""}, "revision": None, "variant": None}
+        own = {
+            "base_file": file and {"config": file.config, "sha256": "", "parts": []},
+            "revision": None,
+            "variant": None,
+        }
         student = replace(student, base_model_name_or_path=str(base), **own)
         return CLASSES[student.pipeline_class]._load(str(lora), student, kwargs)._as(student)
 

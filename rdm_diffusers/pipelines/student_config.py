@@ -37,7 +37,7 @@ ARGUMENT_KINDS: dict[str, Kinds] = {  # of the arguments that code reads
     "num_processes": (int, type(None)), "gradient_accumulation_steps": (int, type(None)),
     "teacher_lora": (list, type(None)), "init_lora": TEXT,
 }  # fmt: skip
-FILE_KINDS: dict[str, Kinds] = {"config": str, "sha256": str}
+FILE_KINDS: dict[str, Kinds] = {"config": str, "sha256": str, "parts": list}
 LORA_KINDS: dict[str, Kinds] = {"name": str, "scale": float, "sha256": str}
 SCHEDULER_KINDS: dict[str, Kinds] = {
     "_class_name": str, "num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": str,
@@ -92,7 +92,8 @@ class StudentConfig:
         weights_sha256, scheduler_sha256: digests of a LoRA student's weights and of its stock scheduler's
             configuration, which reveal damage; None if unknown.
         base_file: of a base model that is a single file: `config`, the folder or Hub id with its configuration, whose
-            `revision` and `variant` are meant, and the file's `sha256`; None for other base models.
+            `revision` and `variant` are meant, the file's `sha256`, and its `parts`, the components that are in it;
+            None for other base models.
         base_loras: `name`, `scale` and `sha256` of the LoRAs that a LoRA student's base model must have.
         version: the release of this package that made it.
         format_version: of this file.
@@ -111,7 +112,7 @@ class StudentConfig:
     weights_sha256: str | None = None
     scheduler_sha256: str | None = None
     base_loras: list[dict[str, Any]] = field(default_factory=list)
-    base_file: dict[str, str] | None = None
+    base_file: dict[str, Any] | None = None
     version: str | None = field(default_factory=package_version)
     format_version: int = PLAIN
 
@@ -222,8 +223,8 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     _check_loras(entries.get("base_loras", []))
     if (file := entries.get("base_file")) is not None:
         check_kinds(file, FILE_KINDS, "base_file's ")
-        if file.keys() != FILE_KINDS.keys():
-            raise ValueError("base_file should hold config and sha256")
+        if file.keys() != FILE_KINDS.keys() or not all(isinstance(part, str) for part in file["parts"]):
+            raise ValueError("base_file should hold config, sha256 and parts")
     for name in ("reward", "teacher_lora"):
         if not all(isinstance(each, str) for each in arguments.get(name) or []):
             raise ValueError(f"training's argument {name} should hold text")
