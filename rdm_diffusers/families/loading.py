@@ -17,7 +17,7 @@ from ..untrusted import read_object
 from .base import INDEX, STUDENT_CONFIG, PromptOptions
 from .hub_files import explain_hub_errors, fetch, repository_files
 from .loras import Lora, fuse_loras
-from .quantization import quantized_loading
+from .quantization import quantised_copy, quantized_loading
 from .registry import FAMILIES, family_of
 from .single_file import FLAG, SingleFile
 from .single_file_parts import check_prediction, load_parts, parts_of
@@ -175,7 +175,8 @@ def load_denoiser(
     component = family_of(config).denoiser_name
     quantized = quantized_loading(quantization, dtype, device) if quantization else {}
     if file:
-        return load_parts(file, config, [component], dtype, quantized, revision=revision)[component].to("cpu")
+        own: Any = load_parts(file, config, [component], dtype, revision=revision)[component]
+        return quantised_copy(own, dtype, quantized).to("cpu") if quantized else own
     options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": True, **quantized}
     kind = getattr(diffusers, config[component][1])
     return kind.from_pretrained(resolve_teacher(name_or_path), subfolder=component, **options).to("cpu")

@@ -20,6 +20,8 @@ from .base import Family
 from .single_file import FLAG, SingleFile, predicts_v, read_tensors
 from .weights import listed, networks_of, quiet
 
+ABSENT = "absent"
+
 
 def check_prediction(file: SingleFile, prediction_type: str) -> None:
     """Refuses a configuration of another prediction type than the one that a file is marked with. Raises ValueError."""
@@ -44,7 +46,7 @@ def parts_of(file: SingleFile, index: Mapping[str, Any], family: Family, **hub_o
     """
     path = file.path(**hub_options)
     stamp = path.stat().st_size, path.stat().st_mtime_ns
-    networks = tuple(sorted(networks_of(index).items()))
+    networks = tuple(sorted(networks_of(index).items(), key=lambda entry: (entry[0] != family.denoiser_name, entry[0])))
     return list(_parts(file, path, stamp, file.folder(**hub_options), family.denoiser_name, networks))
 
 
@@ -59,11 +61,12 @@ def _parts(
         if not (name == denoiser or _has(kind, name, tensors)):
             continue
         try:
-            problem = _problem(kind, name, tensors, folder) if issubclass(kind, ModelMixin) else None
-            if not issubclass(kind, ModelMixin) and (problem := _text_problem(kind, name, path, folder)) == ABSENT:
-                continue
+            is_ours = issubclass(kind, ModelMixin)
+            problem = _problem(kind, name, tensors, folder) if is_ours else _text_problem(kind, name, path, folder)
         except OSError as error:
             problem = f"has no configuration there ({str(error).splitlines()[0].rstrip('.')})"
+        if problem == ABSENT:
+            continue
         if problem:
             raise ValueError(
                 f"{file.name} does not fit the configuration of {file.config}: its {name} {problem}; give the folder "
@@ -109,9 +112,6 @@ def _problem(kind: Any, name: str, tensors: dict[str, Tensor], folder: Path) -> 
     return f"has other shapes, in {listed(wrong)}" if wrong else None
 
 
-ABSENT = "absent"
-
-
 def _text_problem(kind: Any, name: str, path: Path, folder: Path) -> str | None:
     """What is wrong with a text encoder; `ABSENT` if the file has none of its width.
 
@@ -136,7 +136,6 @@ def load_parts(
     index: Mapping[str, Any],
     names: Collection[str],
     dtype: torch.dtype,
-    quantization: Mapping[str, Any] | None = None,
     **hub_options: Any,
 ) -> dict[str, nn.Module]:
     """Networks from a single file, on the CPU, by component; call `parts_of` before, which checks them.
@@ -146,23 +145,18 @@ def load_parts(
         index: the `pipeline_config` of its configuration.
         names: of components that are in the file.
         dtype: of the weights.
-        quantization: `quantized_loading`'s arguments for diffusers' networks.
         hub_options: as of `fetch`.
     """
     tensors, folder, kinds = load_file(file.path(**hub_options)), file.folder(**hub_options), networks_of(index)
-    return {name: _load(kinds[name], name, tensors, folder, dtype, **(quantization or {})) for name in names}
+    return {name: _load(kinds[name], name, tensors, folder, dtype) for name in names}
 
 
-def _load(
-    kind: Any, name: str, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, **quantization: Any
-) -> nn.Module:
+def _load(kind: Any, name: str, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> nn.Module:
     """One network; diffusers' conversions take tensors out of what they are given, so it is a copy."""
-    place = {"subfolder": name, "local_files_only": True}
     with quiet():
         if issubclass(kind, ModelMixin):
-            device = quantization.pop("device_map", {"": None})[""]
-            options = {**quantization, "dtype": dtype, "device": device}
-            network: nn.Module = kind.from_single_file(dict(tensors), config=str(folder), **place, **options)
+            place = {"config": str(folder), "subfolder": name, "local_files_only": True}
+            network: nn.Module = kind.from_single_file(dict(tensors), dtype=dtype, **place)
             return network
         library = kind.__module__.partition(".")[0]
         encoder: nn.Module = load_single_file_sub_model(
