@@ -116,7 +116,7 @@ def test_a_run_of_a_file_is_recorded_exported_resumed_and_evaluated(
         "sha256": digest_of_file(places["file"]),
         "parts": ["unet", "text_encoder", "vae"],
     }
-    assert student.format_version == 3
+    assert student.format_version == 1  # older releases refuse the file by its name
     assert (run / "samples.png").exists()
     whole = image(RdmDistillationPipeline.from_pretrained(run))
     export.main([str(run / "checkpoint-2"), "--format", "lora", "--output_dir", str(tmp_path / "again")])

@@ -86,12 +86,6 @@ def test_a_student_of_ours(student: Path, tmp_path: Path) -> None:
         load_teacher(str(tmp_path), torch.float32)
 
 
-def test_a_single_file(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="is a single file; save it as a folder first"):
-        load_teacher(str(tmp_path / "model.safetensors"), torch.float32)
-
-
 def test_a_video_model(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     with pytest.raises(ValueError, match="Teachers of class WanPipeline are not supported; supported are StableDiff"):

@@ -217,7 +217,11 @@ def _load_student(options: Options) -> tuple[Sampler, str, None]:
 def _load_teacher(options: Options) -> tuple[Sampler, str, float]:
     name, scale, steps = options.name, options.guidance_scale, options.num_inference_steps or TEACHER_STEPS
     reading = PromptOptions(max_sequence_length=options.max_sequence_length, resolution=options.resolution)
-    place = {"revision": options.revision, "variant": options.variant, "single_file_config": options.single_file_config}
+    place: dict[str, Any] = {
+        "revision": options.revision,
+        "variant": options.variant,
+        "single_file_config": options.single_file_config,
+    }
     teacher = load_teacher(name, DTYPES[options.dtype], options=reading, **place)
     teacher.family.check_options(reading)
     solvers = list(solvers_of(teacher.pipeline))

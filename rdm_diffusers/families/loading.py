@@ -51,7 +51,7 @@ def teacher_config(
     Raises:
         ValueError: as `SingleFile.of` and `pipeline_config`.
     """
-    file = SingleFile.of(name_or_path, single_file_config)
+    file = SingleFile.of(name_or_path, single_file_config, **hub_options)
     if file is None:
         return None, name_or_path, pipeline_config(name_or_path, **hub_options)
     try:

@@ -57,19 +57,20 @@ class SingleFile:
     config: str
 
     @classmethod
-    def of(cls, name: str, config: str | None = None) -> SingleFile | None:
+    def of(cls, name: str, config: str | None = None, **hub_options: Any) -> SingleFile | None:
         """The file of this name; None if the name is that of a folder, of a Hub repository or of an embedded teacher.
 
         Args:
             name: of a teacher.
             config: as above; by default the file's keys say which pipeline it is of, as far as they can.
+            hub_options: as of `find`.
 
         Raises:
             ValueError: if the file is missing or damaged, no checkpoint, or of an unknown kind.
         """
         if not is_single_file(name):
             return None
-        return cls(name, config or default_config(name, read_tensors(find(name))[0]))
+        return cls(name, config or default_config(name, read_tensors(find(name, **hub_options))[0]))
 
     @property
     def repository(self) -> str | None:
@@ -80,9 +81,9 @@ class SingleFile:
         """The file, downloaded if it is on the Hub; errors as of `find`."""
         return find(self.name, **hub_options)
 
-    def digest(self) -> str:
-        """SHA-256 of the file."""
-        path = self.path()
+    def digest(self, **hub_options: Any) -> str:
+        """SHA-256 of the file; errors as of `find`."""
+        path = self.path(**hub_options)
         return _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
 
     def folder(self, **hub_options: Any) -> Path:

@@ -41,10 +41,12 @@ def load_file_parts(
     file, family = student.file, FAMILIES[student.pipeline_class]
     if file is None or student.base_file is None:
         return {}
-    names = [name for name in parts_of(file, index, family, **hub_options) if name not in without]
-    if student.base_file["sha256"] not in ("", file.digest()):
-        warn_of_change(file.path(), "base_file")
-    return load_parts(file, index, names, dtype, **hub_options)
+    path = file.path(**hub_options)
+    once = {name: value for name, value in hub_options.items() if name != "force_download"}  # the file is there now
+    names = [name for name in parts_of(file, index, family, **once) if name not in without]
+    if student.base_file["sha256"] not in ("", file.digest(**once)):
+        warn_of_change(path, "base_file")
+    return load_parts(file, index, names, dtype, **once)
 
 
 def add_loras(pipeline: DiffusionPipeline, student: StudentConfig, hub_options: dict[str, Any]) -> None:

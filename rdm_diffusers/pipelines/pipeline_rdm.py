@@ -125,12 +125,9 @@ class RdmDistillationPipeline(DiffusionPipeline):
         base_class = index["_class_name"]
         if base_class != student.pipeline_class:
             raise ValueError(f"{lora} is a student of a {student.pipeline_class}, and {base} is a {base_class}.")
-        own = {
-            "base_file": file and {"config": file.config, "sha256": "", "parts": []},
-            "revision": None,
-            "variant": None,
-        }
-        student = replace(student, base_model_name_or_path=str(base), **own)
+        student = replace(student, base_model_name_or_path=str(base), revision=None, variant=None, base_file=None)
+        if file:
+            student = replace(student, base_file={"config": file.config, "sha256": "", "parts": []})
         return CLASSES[student.pipeline_class]._load(str(lora), student, kwargs)._as(student)
 
     @classmethod
@@ -227,7 +224,13 @@ class RdmDistillationPipeline(DiffusionPipeline):
         hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if key in kwargs}
         stock.save_pretrained(folder, **kwargs)
         remove_origins(folder)
-        nothing = {"base_model_name_or_path": None, "revision": None, "variant": None, "vae": None, "base_file": None}
+        nothing: dict[str, Any] = {
+            "base_model_name_or_path": None,
+            "revision": None,
+            "variant": None,
+            "vae": None,
+            "base_file": None,
+        }
         alone = replace(student, **nothing, base_loras=[])
         alone.save(folder)
         if push:

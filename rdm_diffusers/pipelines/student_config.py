@@ -16,9 +16,8 @@ from ..folders import ASIDE
 from ..untrusted import Kinds, check_kinds, described, digest_of, is_kind, read_object
 
 DIGEST = "digest"
-FORMAT_VERSION = 3  # raised only when older releases would sample a student wrongly, or could not find its base
-WITH_LORAS = 2  # the version of students whose base has LoRAs, and is no single file
-PLAIN = 1  # the version of all others
+FORMAT_VERSION = 2  # raised only when older releases would sample a student wrongly
+WITHOUT_LORAS = 1  # the version of students whose base has no LoRAs
 MOST_LORAS = 16
 REMEDY = "download or export the student again"
 TEXT: Kinds = (str, type(None))
@@ -114,11 +113,10 @@ class StudentConfig:
     base_loras: list[dict[str, Any]] = field(default_factory=list)
     base_file: dict[str, Any] | None = None
     version: str | None = field(default_factory=package_version)
-    format_version: int = PLAIN
+    format_version: int = WITHOUT_LORAS
 
     def __post_init__(self) -> None:
-        version = FORMAT_VERSION if self.base_file else WITH_LORAS if self.base_loras else PLAIN
-        object.__setattr__(self, "format_version", version)
+        object.__setattr__(self, "format_version", FORMAT_VERSION if self.base_loras else WITHOUT_LORAS)
 
     @property
     def loras(self) -> list[Lora]:

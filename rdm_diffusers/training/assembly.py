@@ -73,8 +73,8 @@ def load(config: RunConfig, device: torch.device) -> Teacher:
 def load_trained(config: RunConfig, teacher: Teacher) -> ModelMixin:
     """The network that a full student begins with: the teacher's, in float32."""
     source = config.teacher
-    same = {"revision": source.revision, "variant": source.variant, "single_file_config": source.single_file_config}
-    denoiser = load_denoiser(teacher.name, torch.float32, **same).eval()
+    own: dict[str, Any] = {"single_file_config": source.single_file_config}
+    denoiser = load_denoiser(teacher.name, torch.float32, source.revision, source.variant, **own).eval()
     add_layers(denoiser, teacher.lora_layers)
     return denoiser
 
