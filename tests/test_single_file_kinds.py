@@ -9,11 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from parts import make_pipeline, make_unet, run_arguments
+from parts_configs import write_configs
 from parts_families import make_pipeline as make_family
 from parts_loras import OWN, write_lora
-from parts_single_file import DENOISER, original, original_unet, original_vae, original_z_image, write_file
+from parts_single_file import (
+    DENOISER,
+    original,
+    original_clip,
+    original_flux,
+    original_sd3,
+    original_unet,
+    original_vae,
+    original_z_image,
+    write_file,
+)
 from safetensors.torch import load_file
 from test_single_file import assert_same, weights_of
 
@@ -21,6 +33,7 @@ from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import LORA_FILE, QUANTIZATIONS, SingleFile, is_single_file, load_teacher
 from rdm_diffusers.families.single_file import default_config
+from rdm_diffusers.families.single_file_parts import network_problem
 from rdm_diffusers.training.teacher_checks import check_with_teacher
 
 
@@ -61,6 +74,58 @@ def test_a_file_of_the_transformer_alone_gets_the_other_networks_from_the_given_
     teacher = load_teacher(file, torch.float32, single_file_config=str(tmp_path / "folder"))
     assert_same(teacher, whole)
     assert teacher.file_parts == ["transformer"]
+
+
+def test_a_whole_file_of_stable_diffusion_3_is_its_teacher_bit_for_bit(tmp_path: Path) -> None:
+    pipeline = make_family("StableDiffusion3Pipeline")
+    with torch.no_grad():  # such files lack this projection, which diffusers takes to be the identity
+        pipeline.text_encoder.text_projection.weight.copy_(torch.eye(16))
+    pipeline.save_pretrained(tmp_path / "folder")
+    own = original_sd3(pipeline.transformer) | original_vae(pipeline.vae)
+    own |= original_clip(pipeline.text_encoder, "text_encoders.clip_l.transformer.")
+    del own["text_encoders.clip_l.transformer.text_model.text_projection.weight"]
+    own |= {
+        f"text_encoders.clip_g.transformer.{key}": each for key, each in pipeline.text_encoder_2.state_dict().items()
+    }
+    file = str(write_file(tmp_path / "model.safetensors", own))
+    teacher = load_teacher(file, torch.float32, single_file_config=str(tmp_path / "folder"))
+    assert_same(teacher, load_teacher(str(tmp_path / "folder"), torch.float32))
+    assert teacher.file_parts == ["transformer", "text_encoder", "text_encoder_2", "vae"]
+
+
+def test_a_whole_transformer_of_flux_fits_its_configuration_by_the_header_alone(tmp_path: Path) -> None:
+    folder = write_configs("black-forest-labs/FLUX.1-dev", tmp_path / "flux")
+    with torch.device("meta"):
+        kind = FluxTransformer2DModel
+        weights = original_flux(kind.from_config(kind.load_config(folder, subfolder="transformer")))
+    assert default_config("flux.safetensors", weights) == "black-forest-labs/FLUX.1-dev"
+    assert network_problem(kind, "transformer", weights, folder) is None
+    guidance = {name: tensor for name, tensor in weights.items() if "guidance" in name}
+    plain = {name: tensor for name, tensor in weights.items() if name not in guidance}
+    assert (network_problem(kind, "transformer", plain, folder) or "").startswith(
+        "lacks time_text_embed.guidance_embedder"
+    )
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "guidance_embeds": False}))
+    said = network_problem(kind, "transformer", weights, folder) or ""
+    assert said.startswith("has tensors that the configuration does not have, time_text_embed.guidance_embedder")
+
+
+@pytest.mark.parametrize(
+    "name", ["stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"]
+)
+def test_networks_of_real_sizes_fit_their_configurations_by_the_header_alone(name: str, tmp_path: Path) -> None:
+    folder, weights = write_configs(name, tmp_path / "folder"), {}
+    with torch.device("meta"):
+        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            network = kind.from_config(kind.load_config(folder, subfolder=part))
+            network.save_config(folder / part)  # with the defaults, which diffusers' conversions read
+            weights |= original_unet(network) if part == "unet" else original_vae(network)
+    for part, kind, mark in (("unet", UNet2DConditionModel, "middle_block.1."), ("vae", AutoencoderKL, "mid.attn_1.q")):
+        assert network_problem(kind, part, weights, folder) is None
+        lost = next(key for key in weights if mark in key)
+        less = {key: tensor for key, tensor in weights.items() if key != lost}
+        assert "lacks " in (network_problem(kind, part, less, folder) or "")
 
 
 def test_a_file_in_half_precision_is_loaded_in_the_dtype_that_is_asked_for(

@@ -21,6 +21,7 @@ from .single_file import FLAG, SingleFile, predicts_v, read_tensors
 from .weights import listed, networks_of, quiet
 
 ABSENT = "absent"
+TEXT_MARKS = ("text_model", "token_embedding", "t5xxl")  # in the names of text encoders' weights
 
 
 def check_prediction(file: SingleFile, prediction_type: str) -> None:
@@ -62,7 +63,9 @@ def _parts(
             continue
         try:
             is_ours = issubclass(kind, ModelMixin)
-            problem = _problem(kind, name, tensors, folder) if is_ours else _text_problem(kind, name, path, folder)
+            problem = (
+                network_problem(kind, name, tensors, folder) if is_ours else _text_problem(kind, name, path, folder)
+            )
         except OSError as error:
             problem = f"has no configuration there ({str(error).splitlines()[0].rstrip('.')})"
         if problem == ABSENT:
@@ -85,8 +88,18 @@ def _has(kind: type, name: str, tensors: Mapping[str, Tensor]) -> bool:
     return is_clip_model_in_single_file(kind, tensors)
 
 
-def _problem(kind: Any, name: str, tensors: dict[str, Tensor], folder: Path) -> str | None:
-    """What is wrong with the tensors of one of diffusers' networks; None if nothing is."""
+def network_problem(kind: Any, name: str, tensors: dict[str, Tensor], folder: Path) -> str | None:
+    """What is wrong with the tensors of one of diffusers' networks, which may be on the meta device.
+
+    Args:
+        kind: the network's class.
+        name: its component's, which is its folder's in `folder`.
+        tensors: of the single file.
+        folder: with the configuration.
+
+    Returns:
+        The end of a sentence; None if nothing is wrong.
+    """
     config = kind.load_config(folder, subfolder=name)
     with torch.device("meta"), no_init_weights():
         wanted = kind.from_config(config).state_dict()
@@ -118,8 +131,8 @@ def _text_problem(kind: Any, name: str, path: Path, folder: Path) -> str | None:
     It is loaded in its own dtype, so that its weights are mapped from the disk, and not read.
     """
     tensors = load_file(path)
-    dtype = next(each.dtype for key, each in tensors.items() if "text_model" in key or "token_embedding" in key
-                 or "t5xxl" in key)  # fmt: skip
+    own = (tensor.dtype for key, tensor in tensors.items() if any(mark in key for mark in TEXT_MARKS))
+    dtype = next(own, torch.float32)
     try:
         encoder = _load(kind, name, tensors, folder, dtype)
     except ValueError as error:
