@@ -18,10 +18,12 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
+from diffusers import StableDiffusionPipeline
 from hub_repositories import Repository
 from hub_server import HubServer, visitor_environment
 from huggingface_hub import ModelCard
 from parts import PROMPTS, run_arguments
+from parts_single_file import original, write_file
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
@@ -29,8 +31,10 @@ import train_rdm_lora
 from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import export
 from rdm_diffusers.families import LORA_FILE, Lora, load_teacher
+from rdm_diffusers.folders import digest_of_file
 from rdm_diffusers.prompts import read_captions
 
+FILE = "me/models/xl/anime.safetensors"
 TOLERANCE = 1e-5  # of a picture in [0, 1]
 TOKEN, KEY = "hf_dummytoken", "hf_key"  # what the visitor is logged in with, and what opens private repositories
 CAPTIONS = [f"caption {i}" for i in range(12)]
@@ -61,6 +65,7 @@ def visit(prompts_file: Path, folder: Path) -> None:
         export.main(["me/student", "--format", kind, "--output_dir", str(folder / "exports" / kind)])
     arguments = run_arguments("me/teacher", prompts_file, folder / "student", checkpointing_steps=2)
     train_rdm_lora.main(["--pretrained_model", *arguments[1:]])
+    torch.save(draw("me/of-file"), folder / "of-file.pt")
     outcomes = {
         "student of a missing teacher": outcome(RdmDistillationPipeline.from_pretrained, "me/orphan"),
         "student of a private teacher": outcome(RdmDistillationPipeline.from_pretrained, "me/locked-out"),
@@ -138,6 +143,24 @@ def as_repository(source: Path, target: Path, base: str | None = None, **changes
     return target
 
 
+def single_file(teacher_folder: Path, folder: Path) -> Path:
+    """A folder with a teacher as a single file in it."""
+    (folder / "xl").mkdir(parents=True)
+    write_file(folder / "xl" / "anime.safetensors", original(StableDiffusionPipeline.from_pretrained(teacher_folder)))
+    return folder
+
+
+def without_weights(teacher_folder: Path, folder: Path) -> Path:
+    """A teacher's configuration alone."""
+    return Path(shutil.copytree(teacher_folder, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+def record_of(folder: Path) -> dict[str, object]:
+    """What a student of that single file records of it."""
+    digest = digest_of_file(folder / "xl" / "anime.safetensors")
+    return {"config": "me/bare", "sha256": digest, "parts": ["unet", "text_encoder", "vae"]}
+
+
 def write_pictures(folder: Path) -> Path:
     """A dataset of pictures of 200 kB with captions, of which its card says that it is far larger than any disk."""
     columns = {"image": [{"bytes": os.urandom(200_000), "path": None} for _ in CAPTIONS], "text": CAPTIONS}
@@ -177,6 +200,9 @@ def visited(teacher_folder: Path, student: Path, prompts_file: Path, tmp_path_fa
         "me/with-vae": as_repository(student, root / "with-vae", "me/teacher", vae="me/private-vae"),
         "me/private-vae": as_repository(teacher_folder / "vae", root / "vae"),
         "me/pictures": write_pictures(root / "pictures"),
+        "me/models": single_file(teacher_folder, root / "models"),
+        "me/bare": without_weights(teacher_folder, root / "bare"),
+        "me/of-file": as_repository(student, root / "of-file", FILE, base_file=record_of(root / "models")),
         "me/newer": as_repository(student, root / "newer", format_version=3, version="9.9"),
     }
     repositories["me/private-teacher"] = repositories["me/teacher"]
@@ -200,6 +226,15 @@ def test_a_student_of_the_hub_finds_its_teacher_there_and_draws_what_the_local_f
     pictures = torch.load(visited.folder / "pictures.pt", weights_only=True)
     assert any(path.startswith("/me/teacher/resolve/") and path.endswith(".safetensors") for path in visited.requested)
     assert float((pictures - draw(student)).abs().max()) <= TOLERANCE
+
+
+def test_a_student_of_a_single_file_of_the_hub_finds_the_file_and_the_configuration_there(
+    visited: Visit, student: Path
+) -> None:
+    pictures = torch.load(visited.folder / "of-file.pt", weights_only=True)
+    assert float((pictures - draw(student)).abs().max()) <= TOLERANCE
+    assert any("/me/models/resolve/" in path and path.endswith("xl/anime.safetensors") for path in visited.requested)
+    assert any("/me/bare/resolve/" in path for path in visited.requested)
 
 
 def test_of_a_dataset_of_the_hub_the_captions_are_downloaded_and_not_the_pictures(visited: Visit) -> None:

@@ -119,7 +119,7 @@ def find_source(name: str, kind: str, use_ema: bool | None, revision: str | None
 def _checkpoint(folder: Path, use_ema: bool | None) -> Source:
     run = read_run(folder)
     chosen_weights(folder, use_ema)
-    index = pipeline_config(run.teacher.pretrained_model_name_or_path, revision=run.teacher.revision)
+    index = pipeline_config(run.teacher.configuration, revision=run.teacher.revision)
     return Source(folder, index["_class_name"], run.is_lora, run)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
-from ..families import Lora
+from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
 from .students import LoraStudentConfig
@@ -31,6 +31,7 @@ def check(config: RunConfig) -> None:
     _check_algorithm(config)
     _check_target(config)
     _check_sizes(config)
+    _check_file(config)
     _check_loras(config)
     _check_reuse(config)
     _check_memory(config)
@@ -105,6 +106,15 @@ def _check_sizes(config: RunConfig) -> None:
 def _teacher_draws(config: RunConfig) -> bool:
     """Whether the target learns images of the teacher, too."""
     return config.target.target_weight < 1 or not any(getattr(config.prompts, name) is not None for name in IMAGES)
+
+
+def _check_file(config: RunConfig) -> None:
+    teacher = config.teacher
+    if teacher.single_file_config and not is_single_file(teacher.pretrained_model_name_or_path):
+        raise ValueError(
+            f"--single_file_config would have no effect, because {teacher.pretrained_model_name_or_path} is no single "
+            "file; leave it out."
+        )
 
 
 def _check_loras(config: RunConfig) -> None:

@@ -39,6 +39,7 @@ FULL_LEARNING_RATE = 0.5  # of a LoRA's
 TINY_FAKE_RATE = 4  # times the student's, where both start at the target
 
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
+SOURCES = (TEACHER, VAE, "single_file_config")  # by their full paths, for those who export from another folder
 # What follows from other flags, where it is not given.
 DERIVED = (
     *PRESETS["gndm"], "decode_batch_size", "fake_learning_rate", "lora_alpha", "resolution", "sample_guidance_scale",
@@ -68,8 +69,8 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
         "tracker_project_name": f"rdm-{student}",
     }
     values |= {name: value for name, value in follows.items() if values.get(name) is None and name in values}
-    for name in (TEACHER, VAE):
-        values[name] = values[name] and full_name(values[name])  # for those who export from another folder
+    for name in SOURCES:
+        values[name] = values[name] and full_name(values[name])
     if values.get("lora_layers"):
         values["lora_layers"] = ",".join(name.strip() for name in values["lora_layers"].split(","))
     return values

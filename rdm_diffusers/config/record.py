@@ -80,6 +80,7 @@ def shown_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         name: _cleaned(value) for name, value in given.items() if name != "command" and "token" not in name.split("_")
     }
     arguments = {name: without_folders(value) if name in PATHS else value for name, value in shown.items()}
-    if arguments[TEACHER] != shown[TEACHER]:  # it may be called as an embedded one is
-        arguments[TEACHER] += " (a local folder)"
+    for name in (TEACHER, "single_file_config"):
+        if arguments.get(name) != shown.get(name):  # it may be called as an embedded one or one on the Hub is
+            arguments[name] += " (a local file)" if arguments[name].endswith(".safetensors") else " (a local folder)"
     return arguments

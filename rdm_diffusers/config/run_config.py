@@ -33,7 +33,7 @@ from .times import TimesConfig
 
 STUDENTS = {"lora": LoraStudentConfig, "full": FullStudentConfig}
 # What a checkpoint records of a run beside its configuration.
-CIRCUMSTANCES = ("command", "num_processes", "prompts_sha256", "loras_sha256", "images_sha256")
+CIRCUMSTANCES = ("command", "num_processes", "prompts_sha256", "loras_sha256", "images_sha256", "file_sha256")
 ONE_TIME = ("resume_from_checkpoint", "dry_run")  # no part of what a file repeats
 
 

@@ -32,6 +32,7 @@ from ..bounds import (
     whole,
 )
 from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
+from ..families import origin_of
 from ..sizes import BUCKETS, RESOLUTION, read_buckets
 from ..tiny import TINY_NAME
 from .fields import flag
@@ -62,11 +63,15 @@ class TeacherConfig:
     """The teacher, and how its prompts are read."""
 
     pretrained_model_name_or_path: str = flag(
-        TINY_NAME, "teacher: a folder, a Hub id, or `tiny`, `tiny-v` or `tiny-flow` for an embedded one", MODEL,
+        TINY_NAME, "teacher: a folder, a Hub id, a single safetensors file (also as OWNER/REPOSITORY/FILE on the Hub), "
+        "or `tiny`, `tiny-v` or `tiny-flow` for an embedded one", MODEL,
         "--pretrained_model", "--pretrained_teacher_model", is_path=True)
     pretrained_vae_model_name_or_path: str | None = flag(
         None, "another autoencoder than the teacher's: a folder or a Hub id", FOLDER_OR_ID, is_path=True)
-    revision: str | None = flag(None, "the teacher's Hub revision", REVISION)
+    single_file_config: str | None = flag(
+        None, "for a teacher that is a single file: the folder or Hub id of a pipeline with its configuration and with "
+        "the networks that it lacks; by default what its keys say", FOLDER_OR_ID, is_path=True)
+    revision: str | None = flag(None, "the teacher's Hub revision, or that of its --single_file_config", REVISION)
     variant: str | None = flag(None, "the teacher's weight variant, for example fp16", VARIANT)
     teacher_lora: tuple[str, ...] = flag(
         (), "PATH_OR_ID[:scale], repeatable: a LoRA that is added to the teacher's weights; a safetensors file, a "
@@ -85,6 +90,11 @@ class TeacherConfig:
     def sizes(self) -> tuple[int | str | None, ...]:
         """The sizes that are trained on; None is the teacher's own."""
         return tuple(read_buckets(self.aspect_ratio_buckets)) if self.aspect_ratio_buckets else (self.resolution,)
+
+    @property
+    def configuration(self) -> str:
+        """The folder or Hub id with the teacher's configuration. Raises ValueError as `SingleFile.of`."""
+        return origin_of(self.pretrained_model_name_or_path, self.single_file_config)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from .subjects import DRAWING_PACKAGES, DTYPES, FLOW_SOLVERS, TEACHER_SOLVERS, O
 FIRST_SEED = 1_000_000  # far from the seeds of the tiny teachers' references
 TINY_REWARDS = ("tiny_prompt", "tiny_bold")
 SOLVERS = tuple(dict.fromkeys([*TEACHER_SOLVERS, *FLOW_SOLVERS]))
-OF_TEACHERS = ("guidance_scale", "solver", "max_sequence_length", "variant")
+OF_TEACHERS = ("guidance_scale", "solver", "max_sequence_length", "variant", "single_file_config")
 PATIENCE = timedelta(days=2)  # how long processes wait for the slowest
 MEASURING_PACKAGES = ("numpy", "pillow", "torch", "torch-fidelity", "clean-fid")
 SHEET = "contact_sheet.png"
@@ -57,7 +57,7 @@ EPILOG = "Two results side by side: rdm-evaluate compare a.json b.json"
 PLACE = Text("a folder, a file, or a tiny teacher's name")
 # fmt: off
 BOUNDS: dict[str, Bound] = {  # of every flag without choices
-    "student":             Text("a folder or a Hub id"),
+    **dict.fromkeys(("student", "single_file_config"), Text("a folder or a Hub id")),
     "teacher":             MODEL,
     "images":              PATH,
     "prompts":             Text("the name of a set of prompts, or a file"),
@@ -71,8 +71,7 @@ BOUNDS: dict[str, Bound] = {  # of every flag without choices
     "max_sequence_length": TOKENS,
     "revision":            REVISION,
     "variant":             VARIANT,
-    "reference_data":      PLACE,
-    "reference_teacher":   PLACE,
+    **dict.fromkeys(("reference_data", "reference_teacher"), PLACE),
     "feature_weights":     PATH,
     "reward":              Text("a reward's name, path/to/file.py:function or http://host:port/path"),
 }
@@ -84,7 +83,7 @@ def make_parser() -> Parser:
     parser = Parser("rdm-evaluate", description="Measures a student, a teacher or a folder of images.", epilog=EPILOG)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--student", metavar="FOLDER_OR_HUB_ID", help="a LoRA or full student, sampled as it was trained to be")
-    add("--teacher", metavar="NAME", help="a stock pipeline: a folder, a Hub id, tiny, tiny-v or tiny-flow")
+    add("--teacher", metavar="NAME", help="a stock pipeline: a folder, a file, a Hub id, tiny, tiny-v or tiny-flow")
     add("--images", metavar="FOLDER",
         help="pictures that are there already, in the order of their numbers; the i-th belongs to prompt i")
 
@@ -104,6 +103,7 @@ def make_parser() -> Parser:
     add("--max_sequence_length", help="tokens of a prompt that a teacher reads")
     add("--revision", help="of a Hub repository")
     add("--variant", help="of a teacher's files, for example fp16")
+    add("--single_file_config", help="of a teacher that is a single file, as in training")
     add("--offload", action="store_true", help="only the network that is at work is on the GPU")
 
     where = "a folder of pictures, statistics (.safetensors of ours, .npz with mu and sigma), or a tiny teacher's name"

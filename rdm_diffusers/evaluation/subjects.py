@@ -57,6 +57,7 @@ class Options:
     max_sequence_length: int | None
     revision: str | None
     variant: str | None
+    single_file_config: str | None
     offload: bool
     reference_data: str | None
     reference_teacher: str | None
@@ -221,7 +222,12 @@ def _load_student(options: Options) -> tuple[Sampler, str, None]:
 def _load_teacher(options: Options) -> tuple[Sampler, str, float]:
     name, scale, steps = options.name, options.guidance_scale, options.num_inference_steps or TEACHER_STEPS
     reading = PromptOptions(max_sequence_length=options.max_sequence_length, resolution=options.resolution)
-    teacher = load_teacher(name, DTYPES[options.dtype], options.revision, options.variant, reading)
+    place: dict[str, Any] = {
+        "revision": options.revision,
+        "variant": options.variant,
+        "single_file_config": options.single_file_config,
+    }
+    teacher = load_teacher(name, DTYPES[options.dtype], options=reading, **place)
     teacher.family.check_options(reading)
     teacher.family.latent_shape(teacher.pipeline, reading.resolution)  # raises for a size that it cannot draw
     solvers = list(solvers_of(teacher.pipeline))

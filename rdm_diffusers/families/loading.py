@@ -2,106 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 
-from ..prediction import NoiseSchedule
-from ..tiny import MAX_SEQUENCE_LENGTHS, is_tiny, resolve_teacher
+from ..tiny import is_tiny, resolve_teacher
 from ..untrusted import read_object
-from .base import INDEX, STUDENT_CONFIG, Conditioning, Family, PromptOptions
+from .base import INDEX, STUDENT_CONFIG, PromptOptions
 from .hub_files import explain_hub_errors, fetch, repository_files
-from .loras import Lora, LoraLayers, fuse_loras
-from .quantization import quantized_loading
+from .loras import Lora, fuse_loras
+from .quantization import quantised_copy, quantized_loading
 from .registry import FAMILIES, family_of
+from .single_file import FLAG, SingleFile
+from .single_file_parts import check_prediction, load_parts, parts_of
 from .suitability import check_folder, check_teacher
+from .teacher import DEFAULT_OPTIONS, Teacher, options_for
 from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, quiet, refuse
 
 INDEX_REMEDY = "save or download it again"
-DEFAULT_OPTIONS = PromptOptions()
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A loaded teacher: the stock pipeline, frozen, with its family.
-
-    Args:
-        pipeline: the stock pipeline.
-        family: how it is used.
-        name: the folder, Hub id or embedded teacher's name that it was loaded by.
-        options: how prompts are read, by teacher and student alike.
-        vae: the folder or Hub id of the autoencoder, if it is not the teacher's own.
-        loras: those that are in its weights.
-        lora_layers: what they added to the denoiser.
-    """
-
-    pipeline: DiffusionPipeline
-    family: Family
-    name: str
-    options: PromptOptions = DEFAULT_OPTIONS
-    vae: str | None = None
-    loras: Sequence[Lora] = ()
-    lora_layers: LoraLayers = field(default_factory=dict, compare=False)
-
-    @property
-    def denoiser(self) -> ModelMixin:
-        """The network that is distilled."""
-        return self.family.denoiser(self.pipeline)
-
-    @property
-    def text_encoders(self) -> list[torch.nn.Module]:
-        """The networks that read prompts."""
-        return list(self._text_encoders.values())
-
-    @property
-    def _text_encoders(self) -> dict[str, torch.nn.Module]:
-        components = self.pipeline.components.items()
-        return {name: part for name, part in components if name.startswith("text_encoder") and part is not None}
-
-    def drop_text_encoders(self) -> None:
-        """Takes the text encoders out of the pipeline, which frees their memory; no more prompts can be encoded."""
-        self.pipeline.register_modules(**dict.fromkeys(self._text_encoders))
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The teacher's noise schedule."""
-        return schedule_of(self.family, self.pipeline.scheduler)
-
-    @property
-    def prediction_type(self) -> str:
-        """What the denoiser predicts, one of `prediction.PREDICTION_TYPES`."""
-        return self.family.prediction_type(self.pipeline.scheduler)
-
-    @property
-    def call_options(self) -> dict[str, Any]:
-        """Arguments with which the stock pipeline reads prompts as `encode_prompts` does."""
-        return self.family.call_options(self.options)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """B prompts -> conditioning of length B, on the text encoders' device. No gradients."""
-        return self.family.encode_prompts(self.pipeline, prompts, self.options)
-
-    def encode_nothing(self) -> Conditioning:
-        """What guidance steers away from, of length 1. No gradients."""
-        return self.family.encode_nothing(self.pipeline, self.options)
-
-
-def options_for(name_or_path: str, options: PromptOptions) -> PromptOptions:
-    """The options, by default with the number of tokens that an embedded teacher was trained with."""
-    length = options.max_sequence_length or MAX_SEQUENCE_LENGTHS.get(name_or_path)
-    return replace(options, max_sequence_length=length)
-
-
-def schedule_of(family: Family, scheduler: SchedulerMixin) -> NoiseSchedule:
-    """The noise schedule of a family's teacher with this scheduler."""
-    if family.prediction_type(scheduler) == "flow_prediction":  # some flow schedulers have betas, too
-        return NoiseSchedule(None, scheduler.config.num_train_timesteps)
-    return NoiseSchedule.from_scheduler(scheduler)
 
 
 def load_scheduler(what: str, name_or_path: str, config: dict[str, Any], **hub_options) -> SchedulerMixin:
@@ -112,9 +36,31 @@ def load_scheduler(what: str, name_or_path: str, config: dict[str, Any], **hub_o
 
 
 def full_name(name_or_path: str) -> str:
-    """A local folder's absolute path; the name of an embedded teacher or a Hub id unchanged."""
-    is_folder = not is_tiny(name_or_path) and Path(name_or_path).is_dir()
-    return str(Path(name_or_path).resolve()) if is_folder else name_or_path
+    """The absolute path of a local folder or file; the name of an embedded teacher or a Hub id unchanged."""
+    if is_tiny(name_or_path) or not Path(name_or_path).exists():
+        return name_or_path
+    # A file in the Hub's cache is a link, and what it leads to has no suffix.
+    return os.path.abspath(name_or_path) if Path(name_or_path).is_file() else str(Path(name_or_path).resolve())
+
+
+def teacher_config(
+    name_or_path: str, single_file_config: str | None = None, **hub_options
+) -> tuple[SingleFile | None, str, dict[str, Any]]:
+    """A teacher's single file, if it is one; the folder or Hub id of its configuration; and its `pipeline_config`.
+
+    Raises:
+        ValueError: as `SingleFile.of` and `pipeline_config`.
+    """
+    file = SingleFile.of(name_or_path, single_file_config, **hub_options)
+    if file is None:
+        return None, name_or_path, pipeline_config(name_or_path, **hub_options)
+    try:
+        return file, file.config, pipeline_config(file.config, **hub_options)
+    except ValueError as error:
+        raise ValueError(
+            f"The single file {name_or_path} needs the configuration of a pipeline of its kind, and {file.config} was "
+            f"not read: {str(error).rstrip('.')}. Another is given with {FLAG}."
+        ) from error
 
 
 def pipeline_config(name_or_path: str, **hub_options) -> dict[str, Any]:
@@ -222,13 +168,16 @@ def load_denoiser(
     variant: str | None = None,
     quantization: str | None = None,
     device: torch.device | str = "cpu",
+    single_file_config: str | None = None,
 ) -> ModelMixin:
     """Another copy of a teacher's denoiser alone, on the CPU; arguments as in `load_teacher`."""
-    config = pipeline_config(name_or_path, revision=revision)
+    file, _, config = teacher_config(name_or_path, single_file_config, revision=revision)
     component = family_of(config).denoiser_name
-    options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": True}
-    if quantization:
-        options |= quantized_loading(quantization, dtype, device)
+    quantized = quantized_loading(quantization, dtype, device) if quantization else {}
+    if file:
+        own: Any = load_parts(file, config, [component], dtype, revision=revision)[component]
+        return quantised_copy(own, dtype, quantized).to("cpu") if quantized else own
+    options = {"revision": revision, "variant": variant, "dtype": dtype, "use_safetensors": True, **quantized}
     kind = getattr(diffusers, config[component][1])
     return kind.from_pretrained(resolve_teacher(name_or_path), subfolder=component, **options).to("cpu")
 
@@ -243,11 +192,12 @@ def load_teacher(
     quantization: str | None = None,
     device: torch.device | str = "cpu",
     loras: Sequence[Lora] = (),
+    single_file_config: str | None = None,
 ) -> Teacher:
-    """Loads a teacher from a folder, from the Hub, or an embedded one by its name; safetensors only.
+    """Loads a teacher from a folder, from the Hub, from a single file, or an embedded one; safetensors only.
 
     Args:
-        name_or_path: a folder, a Hub id, or the name of an embedded teacher.
+        name_or_path: a folder, a Hub id, a single file as `SingleFile` names it, or the name of an embedded teacher.
         dtype: of its weights.
         revision, variant: of a Hub repository.
         options: how it reads prompts; see `options_for`.
@@ -255,27 +205,37 @@ def load_teacher(
         quantization: one of `QUANTIZATIONS` for the denoiser; None leaves it in `dtype`.
         device: where bitsandbytes quantises it; it is on the CPU afterwards in any case.
         loras: are added to the weights of denoiser and text encoders; not to quantised ones.
+        single_file_config: the folder or Hub id with the configuration of a single file, and with the networks that it
+            lacks; by default what its keys say.
 
     Raises:
-        ValueError: as `pipeline_config`, `family_of`, `check_pipeline`, `check_teacher`, `quantized_loading` and
-            `fuse_loras`.
+        ValueError: as `teacher_config`, `family_of`, `parts_of`, `check_pipeline`, `check_teacher`,
+            `quantized_loading` and `fuse_loras`.
         ImportError: if the library that quantises is missing.
     """
     if (Path(resolve_teacher(name_or_path)) / STUDENT_CONFIG).exists():
         raise ValueError(f"{name_or_path} is a few-step student already; give the teacher that it was distilled from.")
-    config = pipeline_config(name_or_path, revision=revision)
+    file, origin, config = teacher_config(name_or_path, single_file_config, revision=revision)
     family = family_of(config)
-    check_pipeline("teacher", name_or_path, config, [] if vae is None else ["vae"], revision=revision, variant=variant)
-    replaced = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
+    own = parts_of(file, config, family, revision=revision) if file else []
+    without = [*own, *([] if vae is None else ["vae"])]
+    check_pipeline("teacher", origin, config, without, revision=revision, variant=variant)
+    replaced: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
     if quantization:
-        replaced[family.denoiser_name] = load_denoiser(name_or_path, dtype, revision, variant, quantization, device)
+        same = (name_or_path, dtype, revision, variant, quantization, device, single_file_config)
+        replaced[family.denoiser_name] = load_denoiser(*same)
+    if file:
+        rest = [name for name in own if name not in replaced]
+        replaced |= load_parts(file, config, rest, dtype, revision=revision)
     loading = {"revision": revision, "variant": variant, "dtype": dtype, **load_options(config), **replaced}
-    pipeline = family.pipeline_class.from_pretrained(resolve_teacher(name_or_path), **loading)
-    check_teacher(name_or_path, pipeline)
+    pipeline = family.pipeline_class.from_pretrained(resolve_teacher(origin), **loading)
+    check_teacher(name_or_path, pipeline, config, family)
+    if file:
+        check_prediction(file, family.prediction_type(pipeline.scheduler))
     lora_layers = fuse_loras(pipeline, family, loras)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     if not family.embeds_guidance(pipeline):
         options = replace(options, embedded_guidance=None)
-    return Teacher(pipeline, family, name_or_path, options_for(name_or_path, options), vae, loras, lora_layers)
+    return Teacher(pipeline, family, name_or_path, options_for(origin, options), vae, loras, lora_layers, file, own)

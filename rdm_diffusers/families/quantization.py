@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import BitsAndBytesConfig, TorchAoConfig
+from diffusers import BitsAndBytesConfig, ModelMixin, TorchAoConfig
 
 QUANTIZATIONS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}  # name -> the package that does it
 NEEDS_GPU = ("nf4",)  # in diffusers
@@ -40,3 +42,19 @@ def quantized_loading(kind: str, dtype: torch.dtype, device: torch.device | str)
     # No device map: with one that names the CPU, diffusers would not quantise at all.
     weights = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
     return {"quantization_config": TorchAoConfig(weights)}
+
+
+def quantised_copy(network: ModelMixin, dtype: torch.dtype, quantized: Mapping[str, Any]) -> ModelMixin:
+    """A network whose weights are quantised, by way of a temporary folder (TMPDIR says where).
+
+    diffusers quantises only while it loads a folder: its `from_single_file` takes all weights for quantised ones.
+
+    Args:
+        network: in `dtype`.
+        dtype: of the computation.
+        quantized: as of `quantized_loading`.
+    """
+    with TemporaryDirectory(prefix="rdm-") as folder:
+        network.save_pretrained(folder)
+        copy: ModelMixin = type(network).from_pretrained(folder, dtype=dtype, use_safetensors=True, **quantized)
+        return copy

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
+from diffusers import DiffusionPipeline
 
 from .base import INDEX, LORA_FILE, Family
+from .few_steps import check_not_distilled
 
 CHECKPOINT_RECORD = "state.json"  # of every checkpoint of a run
 LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's is 5e-3, zero terminal SNR is 6e-8
@@ -15,10 +18,7 @@ LEAST_SIGNAL = 1e-5  # alphas_cumprod at the noisiest time; Stable Diffusion's i
 def check_folder(name: str, folder: Path) -> None:
     """Refuses a folder that holds no teacher, as far as its files show that. Raises ValueError."""
     if folder.is_file():
-        raise ValueError(
-            f"{name} is a single file; save it as a folder first: in Python, the pipeline class's "
-            f"from_single_file({name!r}).save_pretrained('teacher')."
-        )
+        raise ValueError(f"{name} is a file; give the folder that a diffusers pipeline was saved in, or a Hub id.")
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise ValueError(f"The teacher folder {name} does not exist; check the path or give a Hub model id.")
@@ -54,10 +54,19 @@ def check_lora(family: Family) -> None:
         raise ValueError(f"{name} loads no LoRAs, so its students are full ones, which this script does not train.")
 
 
-def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:
-    """Refuses loaded pipelines that are not text-to-image teachers. Raises ValueError.
+def check_teacher(name: str, pipeline: DiffusionPipeline, index: Mapping[str, Any], family: Family) -> None:
+    """Refuses pipelines that are not text-to-image teachers; their networks may be on the meta device.
 
     Epsilon prediction at a time without any signal is refused, too, because it says nothing about x0.
+
+    Args:
+        name: of the teacher, for the error.
+        pipeline: the stock pipeline, with its own scheduler.
+        index: its `pipeline_config`.
+        family: the teacher's.
+
+    Raises:
+        ValueError: one sentence on what to give instead.
     """
     scheduler, unet = pipeline.scheduler, getattr(pipeline, "unet", None)
     if unet is not None and unet.config.in_channels != pipeline.vae.config.latent_channels:
@@ -65,9 +74,7 @@ def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:
             f"{name} has a U-Net of {unet.config.in_channels} input channels, as inpainting models do; give a "
             "text-to-image model."
         )
-    embeds_guidance = unet is not None and unet.config.get("time_cond_proj_dim") is not None
-    if embeds_guidance or isinstance(scheduler, LCMScheduler | TCDScheduler):
-        raise ValueError(f"{name} is distilled to few steps already; give the model that it was distilled from.")
+    check_not_distilled(name, index, scheduler, family.denoiser(pipeline).config)
     signal = getattr(scheduler, "alphas_cumprod", None)
     epsilon = scheduler.config.get("prediction_type") == "epsilon"
     if epsilon and signal is not None and signal[-1] < LEAST_SIGNAL:

@@ -110,7 +110,7 @@ def _problem(kind: Any, folder: Path, variant: str | None, stamps: tuple) -> str
         absent = _absent_from_shards(folder, variant)
     except Exception as error:  # libraries raise anything for damaged files
         return f"is damaged ({(str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')})"
-    return f"lacks {_listed(absent)}" if absent else problem_in(kind, info)
+    return f"lacks {listed(absent)}" if absent else problem_in(kind, info)
 
 
 def _absent_from_shards(folder: Path, variant: str | None) -> set[str]:
@@ -127,15 +127,15 @@ def _absent_from_shards(folder: Path, variant: str | None) -> set[str]:
 def problem_in(kind: type[nn.Module], info: Mapping[str, Any]) -> str | None:
     """What is wrong with a network's weights by the loading info of `from_pretrained`; None if nothing is."""
     if info["missing_keys"]:
-        return f"lacks {_listed(info['missing_keys'])}"
+        return f"lacks {listed(info['missing_keys'])}"
     if info["mismatched_keys"]:
-        return f"has shapes that differ from its config.json, in {_listed(key[0] for key in info['mismatched_keys'])}"
+        return f"has shapes that differ from its config.json, in {listed(key[0] for key in info['mismatched_keys'])}"
     if info["unexpected_keys"] and issubclass(kind, ModelMixin):  # text encoders may have unused heads
-        return f"has tensors that its config.json does not have, {_listed(info['unexpected_keys'])}"
+        return f"has tensors that its config.json does not have, {listed(info['unexpected_keys'])}"
     return None
 
 
-def _listed(names: Any) -> str:
+def listed(names: Any) -> str:
     """The first few names, and the number of others."""
     ordered = sorted(names)
     others = f" and {len(ordered) - NAMED} others" if len(ordered) > NAMED else ""

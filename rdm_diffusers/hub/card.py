@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -19,12 +19,23 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 from safetensors import SafetensorError, safe_open
 
-from ..families import CARD, FAMILIES, LORA_FILE, Lora, absent_components, family_of, pipeline_config
+from ..families import CARD, FAMILIES, LORA_FILE, absent_components, family_of, pipeline_config
 from ..pipelines import StudentConfig, stock_grid
 from ..pipelines.student_config import REMEDY
 from ..schedulers import RdmScheduler
 from ..tiny import is_tiny
 from ..untrusted import described, write_inside
+from .card_base import (
+    DTYPE,
+    adapter_arguments,
+    base_code,
+    base_id,
+    base_link,
+    base_name,
+    imported,
+    lora_arguments,
+    lora_sentence,
+)
 from .card_text import (
     EVALUATION_FILE,
     LICENSE_TAGS,
@@ -40,13 +51,12 @@ from .card_text import (
     results,
 )
 from .comfyui import comfyui_node, comfyui_sampler, comfyui_sigmas
-from .student_files import is_hub_id, read_scheduler, student_files
+from .student_files import read_scheduler, student_files
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 NEW_CARD = "README.new.md"
 PROMPT = "a photograph of an astronaut riding a horse"  # if no prompts are recorded
 TINY_PROMPT = "a red seven on a blue background"
-FLOAT32 = "dtype=torch.float32"  # otherwise text encoders load as they were stored, perhaps in half precision
 MARK = "\n<!-- written by rdm-diffusers; edited since, if this is not its digest: {} -->\n"
 # The table of the training. A row is left out if one of its values is unknown.
 ROWS = {
@@ -74,6 +84,7 @@ class CardFacts:
     name: str  # the folder or Hub id that readers load the student by
     student: StudentConfig
     scheduler: Mapping[str, Any]  # the configuration of its stock scheduler
+    index: Mapping[str, Any] = field(default_factory=dict)  # `pipeline_config` of the base model, or of a full student
     absent: Sequence[str] = ()  # components that the base model, or a full student, was saved without
     vae_class: str | None = None  # the autoencoder's class, if it is not the base model's autoencoder
     prompts: Sequence[str] = (PROMPT,)  # of the pictures; without pictures one example
@@ -88,30 +99,26 @@ class CardFacts:
     @property
     def teacher(self) -> str:
         """The base model's name, never its local path."""
-        return Path(self.student.teacher or "an unknown teacher").name if self.is_local else str(self.student.teacher)
+        return base_name(self.student)
 
     @property
     def is_embedded(self) -> bool:
         """Whether this package includes the base model."""
         return is_tiny(self.student.teacher or "")
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the base model is not on the Hub."""
-        return self.is_embedded or not is_hub_id(self.student.teacher or "")
-
 
 def facts_of(folder: Path, name: str) -> CardFacts:
     """The facts about a student in a folder; some are read from its base model."""
     student = StudentConfig.load(str(folder))
     family_of({"_class_name": student.pipeline_class})
-    source = str(student.base_model_name_or_path) if student.is_lora else str(folder.resolve())
+    source = student.base_configuration if student.is_lora else str(folder.resolve())
     config, metrics = pipeline_config(source, revision=student.revision), read_measurements(folder / METRICS_FILE)
     embedded = is_tiny(student.teacher or "")
     return CardFacts(
         name=name,
         student=student,
         scheduler=read_scheduler(folder),
+        index=config,
         absent=list(absent_components(config)),
         vae_class=config["vae"][1] if student.vae else None,
         prompts=(metrics or {}).get("prompts") or [TINY_PROMPT if embedded else PROMPT],
@@ -178,23 +185,24 @@ def render(facts: CardFacts) -> ModelCard:
     grid = stock_grid(RdmScheduler.from_config(student.scheduler), FAMILIES[student.pipeline_class])
     call = {**(grid or {"num_inference_steps": student.num_inference_steps}), **student.call_arguments}
     classes = [student.pipeline_class, *([scheduler_class] if student.is_lora else []), facts.vae_class]
+    classes += imported(student, facts.index)
     template = Environment(finalize=escaped).from_string(TEMPLATE.read_text("utf-8"))
     content = template.render(
         card_data=Markdown(_card_data(facts).to_yaml()),
         facts=facts,
         student=student,
         command=fenced(student.training["command"], "bash") if student.training.get("command") else None,
-        teacher_link=_teacher_link(facts),
+        teacher_link=base_link(student),
         license_name=student.license.get("license_name") or student.license.get("license"),
         name=quoted(facts.name),
         prompt=quoted(facts.prompts[0]),
         scheduler_class=scheduler_class,
         imports=Markdown(", ".join(sorted(filter(None, classes)))),
-        base_arguments=Markdown(", ".join([*_base_arguments(facts), *absent, FLOAT32])),
-        base_loras=[_lora_arguments(lora) for lora in student.loras],
-        adapters=Markdown(_adapters(student.loras)),
-        lora_sentence=_lora_sentence(student),
-        full_arguments=Markdown(", ".join(["student", *absent, FLOAT32])),
+        base_code=Markdown(base_code(student, facts.index, absent, facts.vae_class)) if student.is_lora else "",
+        base_loras=[lora_arguments(lora) for lora in student.loras],
+        adapters=Markdown(adapter_arguments(student.loras)),
+        lora_sentence=lora_sentence(student),
+        full_arguments=Markdown(", ".join(["student", *absent, DTYPE])),
         call_arguments=Markdown(", ".join(f"{name}={value}" for name, value in call.items())),
         comfyui_file=code(facts.comfyui),
         comfyui_link=Markdown(quote(facts.comfyui or "")),
@@ -213,9 +221,9 @@ def _card_data(facts: CardFacts) -> ModelCardData:
     student = facts.student
     tags = ["diffusers", *(["lora"] if student.is_lora else []), "text-to-image", "distillation", "few-step", "rdm"]
     optional: dict[str, Any] = {tag: plain(student.license[tag]) for tag in LICENSE_TAGS if tag in student.license}
-    if not facts.is_local:
+    if base := base_id(student):
         relation = "adapter" if student.is_lora else "finetune"
-        optional |= {"base_model": student.teacher, "base_model_relation": relation}
+        optional |= {"base_model": base, "base_model_relation": relation}
     measured = eval_results(facts.metrics, facts.evaluation)
     if measured:
         optional |= {"model_name": Path(plain(facts.name)).resolve().name, "eval_results": measured}
@@ -260,40 +268,3 @@ def _target(own: Mapping[str, Any]) -> str:
     if not (own.get("train_data_dir") or own.get("image_column")):
         return drawn
     return "images of its maker" + (f" and {drawn}" if own.get("target_weight", 1) != 1 else "")
-
-
-def _base_arguments(facts: CardFacts) -> list[str]:
-    """The arguments with which stock diffusers loads a LoRA's base model, as code."""
-    student = facts.student
-    base = f"TINY_TEACHERS[{quoted(student.teacher)}]" if facts.is_embedded else quoted(student.teacher)
-    vae = [f"vae={facts.vae_class}.from_pretrained({quoted(student.vae)})"] if facts.vae_class else []
-    options = {"revision": student.revision, "variant": student.variant}
-    return [base, *(f"{name}={quoted(value)}" for name, value in options.items() if value), *vae]
-
-
-def _lora_arguments(lora: Lora) -> Markdown:
-    """The arguments with which stock diffusers loads a LoRA of the base model, as code."""
-    place, file = lora.place
-    return Markdown(f"{quoted(place)}, weight_name={quoted(file)}")
-
-
-def _adapters(loras: Sequence[Lora]) -> str:
-    """The arguments of `set_adapters` for a base model's LoRAs and the student's."""
-    names = [f"base_{i}" for i in range(len(loras))]
-    return f"{[*names, 'student']}, {[*(lora.scale for lora in loras), 1.0]}"
-
-
-def _lora_sentence(student: StudentConfig) -> Markdown:
-    """What the card says of the LoRAs that the teacher had; nothing if it had none."""
-    if student.loras:
-        named = (lora.name if is_hub_id(lora.place[0]) else Path(lora.name).name for lora in student.loras)
-        shown = " and ".join(f"{code(name)} at {lora.scale:g}" for name, lora in zip(named, student.loras, strict=True))
-        return Markdown(f" It needs its base model with the LoRA {shown}: load both, as below.")
-    own = " and ".join(map(code, student.arguments.get("teacher_lora") or []))
-    return Markdown(f" Its teacher had the LoRA {own}; this student includes that." if own else "")
-
-
-def _teacher_link(facts: CardFacts) -> Markdown:
-    if facts.is_local:
-        return Markdown(f"{'the embedded teacher ' if facts.is_embedded else ''}{code(facts.teacher)}")
-    return Markdown(f"[{escaped(facts.teacher)}](https://huggingface.co/{facts.teacher})")

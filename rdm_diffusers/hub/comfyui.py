@@ -132,7 +132,7 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _network_config(student: StudentConfig) -> dict[str, Any]:
     """The configuration of the base model's network."""
-    base = student.base_model_name_or_path or ""
+    base = student.base_configuration
     pipeline_config(base, revision=student.revision)  # reports in one sentence what is wrong with a base model
     path, folder = f"{FAMILIES[student.pipeline_class].denoiser_name}/config.json", Path(resolve_teacher(base))
     file = folder / path if folder.is_dir() else fetch("teacher", base, path, revision=student.revision)

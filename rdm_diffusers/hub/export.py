@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -126,7 +127,14 @@ def export_lora(
     """
     family, component = teacher.family, teacher.family.denoiser_name
     stock = stock_scheduler(scheduler, family, teacher.pipeline.scheduler)
-    names = {"base_model_name_or_path": full_name(teacher.name), "vae": teacher.vae and full_name(teacher.vae)}
+    names: dict[str, Any] = {"base_model_name_or_path": full_name(teacher.name)}
+    names["vae"] = teacher.vae and full_name(teacher.vae)
+    if teacher.file:
+        names["base_file"] = {
+            "config": full_name(teacher.file.config),
+            "sha256": teacher.file.digest(),
+            "parts": list(teacher.file_parts),
+        }
     adapter = teacher.denoiser.peft_config["default"]
     if teacher.lora_layers and student_base == "plain":
         weights, adapter = join_loras(teacher.denoiser, teacher.lora_layers, weights, adapter)
@@ -211,11 +219,13 @@ def _add_comfyui(folder: Path, pipeline_class: str, config: Mapping | None = Non
 
 def _student_config(teacher: Teacher, scheduler: RdmScheduler, **origin) -> StudentConfig:
     revision = origin.get("revision") or origin.get("training", {}).get("arguments", {}).get("revision")
+    file = teacher.file
+    origin_of_license = (file.repository or file.name, None) if file else (teacher.name, revision)
     return StudentConfig(
         pipeline_class=teacher.family.pipeline_class.__name__,
         scheduler={name: value for name, value in scheduler.config.items() if not name.startswith("_")},
         num_inference_steps=len(scheduler.timesteps),
         call_arguments={**teacher.family.unguided(teacher.pipeline, teacher.options), **teacher.call_options},
-        license=license_of(teacher.name, revision),
+        license=license_of(*origin_of_license),
         **origin,
     )

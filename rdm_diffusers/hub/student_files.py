@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, family_of
+from ..families import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, SingleFile, family_of
 from ..pipelines import StudentConfig, is_student
 from ..pipelines.lora_file import check_lora_file
 from ..pipelines.student_config import REMEDY, check_scheduler, warn_of_change
@@ -86,7 +86,7 @@ def check_student(folder: Path) -> StudentConfig:
         raise ValueError(f"{folder} holds no student; give the --output_dir of a finished training run.")
     student = check_complete(folder)
     loras = [lora.place[0] for lora in student.loras]
-    check_available_to_others(student.base_model_name_or_path, student.vae, *loras)
+    check_available_to_others(*places_of(student.base_model_name_or_path, student.file), student.vae, *loras)
     return student
 
 
@@ -145,12 +145,18 @@ def is_hub_id(name: str) -> bool:
     return True
 
 
+def places_of(name: str | None, file: SingleFile | None) -> list[str | None]:
+    """Where a base model is: its folder or Hub id; for a single file its own place and that of its configuration."""
+    return [name] if file is None else [file.repository or file.name, file.config]
+
+
 def check_available_to_others(*names: str | None) -> None:
     """Raises ValueError for a teacher or autoencoder that others do not have, unlike embedded ones and Hub ids."""
     for name in names:
-        if name is not None and not is_tiny(name) and (Path(name).is_dir() or not is_hub_id(name)):
+        if name is not None and not is_tiny(name) and (Path(name).exists() or not is_hub_id(name)):
+            kind = "file" if Path(name).is_file() else "folder"
             raise ValueError(
-                f"This LoRA student needs {name}, a folder that others do not have; train it from the model's id on "
+                f"This LoRA student needs {name}, a {kind} that others do not have; train it from the model's id on "
                 "the Hub, or make a student that stands alone with rdm-export --format full and push that."
             )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from ..families import FAMILIES, Lora, fuse_loras, schedule_of
+from ..families import FAMILIES, Lora, fuse_loras, load_parts, parts_of, schedule_of
 from ..folders import digest_of_file
 from ..schedulers import RdmScheduler
 from .student_config import StudentConfig, warn_of_change
@@ -21,6 +21,32 @@ def shown(loras: Sequence[Lora]) -> str:
     """`the LoRA me/style/file.safetensors (scale 0.8)`, or several of them."""
     named = [f"{lora.name} (scale {lora.scale:g})" for lora in loras]
     return f"the LoRA{'s' if len(named) > 1 else ''} {', '.join(named)}"
+
+
+def load_file_parts(
+    student: StudentConfig, index: dict[str, Any], dtype: torch.dtype, without: Collection[str], **hub_options: Any
+) -> dict[str, torch.nn.Module]:
+    """The networks of a base model that are in its single file, none for other base models; warns of another file.
+
+    Args:
+        student: its configuration.
+        index: the `pipeline_config` of the base model's configuration.
+        dtype: of the weights.
+        without: components that are not wanted.
+        hub_options: as of `fetch`.
+
+    Raises:
+        ValueError: if the file is missing, damaged or of another kind.
+    """
+    file, family = student.file, FAMILIES[student.pipeline_class]
+    if file is None or student.base_file is None:
+        return {}
+    path = file.path(**hub_options)
+    once = {name: value for name, value in hub_options.items() if name != "force_download"}  # the file is there now
+    names = [name for name in parts_of(file, index, family, **once) if name not in without]
+    if student.base_file["sha256"] not in ("", file.digest(**once)):
+        warn_of_change(path, "base_file")
+    return load_parts(file, index, names, dtype, **once)
 
 
 def add_loras(pipeline: DiffusionPipeline, student: StudentConfig, hub_options: dict[str, Any]) -> None:

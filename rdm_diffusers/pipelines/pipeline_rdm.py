@@ -31,11 +31,12 @@ from ..families import (
     load_vae,
     pipeline_config,
     rebuilt,
+    teacher_config,
 )
 from ..schedulers import RdmScheduler
 from ..sizes import in_words, resolution_of
 from ..tiny import resolve_teacher
-from .bases import add_loras, check_noise_schedule, shown
+from .bases import add_loras, check_noise_schedule, load_file_parts, shown
 from .lora_file import check_lora_file
 from .saving import remove_origins, stock_scheduler, without_adapters
 from .student_config import StudentConfig, is_student
@@ -109,9 +110,10 @@ class RdmDistillationPipeline(DiffusionPipeline):
         """Loads a LoRA student on another base model than its teacher, for example on a fine-tune of it.
 
         Args:
-            base: a folder or a Hub id, of the teacher's family.
+            base: a folder, a Hub id or a single file, of the teacher's family.
             lora: the student's folder or Hub id.
-            kwargs: as in `from_pretrained`; the Hub's options apply to the student.
+            kwargs: as in `from_pretrained`; the Hub's options apply to the student. For a single file `config`, the
+                folder or Hub id with its configuration, as in diffusers' `from_single_file`.
 
         Raises:
             ValueError: if `lora` is no LoRA student, or `base` of another family, prediction type or noise schedule.
@@ -120,10 +122,13 @@ class RdmDistillationPipeline(DiffusionPipeline):
         student = StudentConfig.load(str(lora), **hub)
         if not student.is_lora:
             raise ValueError(f"{lora} is a full student, which stands alone; load it with from_pretrained.")
-        base_class = pipeline_config(str(base), **{**hub, "revision": None})["_class_name"]
+        file, _, index = teacher_config(str(base), kwargs.pop("config", None), **{**hub, "revision": None})
+        base_class = index["_class_name"]
         if base_class != student.pipeline_class:
             raise ValueError(f"{lora} is a student of a {student.pipeline_class}, and {base} is a {base_class}.")
-        student = replace(student, base_model_name_or_path=str(base), revision=None, variant=None)
+        student = replace(student, base_model_name_or_path=str(base), revision=None, variant=None, base_file=None)
+        if file:
+            student = replace(student, base_file={"config": file.config, "sha256": "", "parts": []})
         return CLASSES[student.pipeline_class]._load(str(lora), student, kwargs)._as(student)
 
     @classmethod
@@ -172,13 +177,14 @@ class RdmDistillationPipeline(DiffusionPipeline):
             # Resolved, because a student's folder may have the name of an embedded teacher.
             folder = str(Path(name).resolve()) if Path(name).is_dir() else name
             return cls._load_stock("student", folder, hub, kwargs)
-        base, base_hub = str(student.base_model_name_or_path), {**hub, "revision": student.revision}
+        base, base_hub = student.base_configuration, {**hub, "revision": student.revision}
         options: dict[str, Any] = {"variant": student.variant, **kwargs}
         config = pipeline_config(base, **base_hub)
         check_noise_schedule(student, base, load_scheduler("teacher", base, config, **base_hub))
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
         if student.vae is not None and "vae" not in kwargs:
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
+        options |= load_file_parts(student, config, dtype, options.keys(), **base_hub)
         pipeline = cls._load_stock("teacher", base, base_hub, options)
         add_loras(pipeline, student, {**hub, "revision": None})
         pipeline._add_lora(name, student, hub)
@@ -219,7 +225,14 @@ class RdmDistillationPipeline(DiffusionPipeline):
         hub = {key: kwargs.pop(key) for key in PUSH_OPTIONS if key in kwargs}
         stock.save_pretrained(folder, **kwargs)
         remove_origins(folder)
-        alone = replace(student, base_model_name_or_path=None, revision=None, variant=None, vae=None, base_loras=[])
+        nothing: dict[str, Any] = {
+            "base_model_name_or_path": None,
+            "revision": None,
+            "variant": None,
+            "vae": None,
+            "base_file": None,
+        }
+        alone = replace(student, **nothing, base_loras=[])
         alone.save(folder)
         if push:
             self.push_to_hub(hub.pop("repo_id", folder.resolve().name), **hub)

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..families import STUDENT_CONFIG, Lora, check_no_checkpoint, fetch
+from ..families import STUDENT_CONFIG, Lora, SingleFile, check_no_checkpoint, fetch
 from ..folders import ASIDE
 from ..sizes import BUCKETS, RESOLUTION, in_words, read_buckets
 from ..untrusted import Kinds, check_kinds, described, digest_of, is_kind, read_object
@@ -26,16 +26,18 @@ STUDENT_KINDS: dict[str, Kinds] = {
     "base_model_name_or_path": TEXT, "pipeline_class": str, "scheduler": dict, "num_inference_steps": int,
     "call_arguments": dict, "revision": TEXT, "variant": TEXT, "vae": TEXT, "license": dict, "training": dict,
     "weights_sha256": TEXT, "scheduler_sha256": TEXT, "version": TEXT, "format_version": int, "base_loras": list,
+    "base_file": (dict, type(None)),
 }  # fmt: skip
 TRAINING_KINDS: dict[str, Kinds] = {
     "command": TEXT, "arguments": dict, "updates": (int, type(None)), "averaged": (bool, type(None)),
 }  # fmt: skip
 ARGUMENT_KINDS: dict[str, Kinds] = {  # of the arguments that code reads
-    "pretrained_model_name_or_path": TEXT, "student": TEXT, "algorithm": TEXT, "reward": (list, type(None)),
-    "resolution": (int, str, type(None)), "train_batch_size": (int, type(None)), "num_processes": (int, type(None)),
-    "gradient_accumulation_steps": (int, type(None)), "teacher_lora": (list, type(None)), "init_lora": TEXT,
-    "aspect_ratio_buckets": TEXT,
+    "pretrained_model_name_or_path": TEXT, "single_file_config": TEXT, "student": TEXT, "algorithm": TEXT,
+    "reward": (list, type(None)), "resolution": (int, str, type(None)), "train_batch_size": (int, type(None)),
+    "num_processes": (int, type(None)), "gradient_accumulation_steps": (int, type(None)),
+    "teacher_lora": (list, type(None)), "init_lora": TEXT, "aspect_ratio_buckets": TEXT,
 }  # fmt: skip
+FILE_KINDS: dict[str, Kinds] = {"config": str, "sha256": str, "parts": list}
 LORA_KINDS: dict[str, Kinds] = {"name": str, "scale": float, "sha256": str}
 SCHEDULER_KINDS: dict[str, Kinds] = {
     "_class_name": str, "num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": str,
@@ -89,6 +91,9 @@ class StudentConfig:
             `averaged`, and all `arguments`; empty if unknown.
         weights_sha256, scheduler_sha256: digests of a LoRA student's weights and of its stock scheduler's
             configuration, which reveal damage; None if unknown.
+        base_file: of a base model that is a single file: `config`, the folder or Hub id with its configuration, whose
+            `revision` and `variant` are meant, the file's `sha256`, and its `parts`, the components that are in it;
+            None for other base models.
         base_loras: `name`, `scale` and `sha256` of the LoRAs that a LoRA student's base model must have.
         version: the release of this package that made it.
         format_version: of this file.
@@ -107,6 +112,7 @@ class StudentConfig:
     weights_sha256: str | None = None
     scheduler_sha256: str | None = None
     base_loras: list[dict[str, Any]] = field(default_factory=list)
+    base_file: dict[str, Any] | None = None
     version: str | None = field(default_factory=package_version)
     format_version: int = FIRST_VERSION
 
@@ -118,6 +124,16 @@ class StudentConfig:
     def loras(self) -> list[Lora]:
         """The LoRAs that its base model must have."""
         return [Lora(each["name"], each["scale"]) for each in self.base_loras]
+
+    @property
+    def file(self) -> SingleFile | None:
+        """Its base model's single file; None if that is a folder or a repository."""
+        return SingleFile(str(self.base_model_name_or_path), self.base_file["config"]) if self.base_file else None
+
+    @property
+    def base_configuration(self) -> str:
+        """The folder or Hub id with the configuration of a LoRA student's base model."""
+        return self.file.config if self.file else str(self.base_model_name_or_path)
 
     @property
     def is_lora(self) -> bool:
@@ -215,6 +231,10 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     for name, bound in (("resolution", RESOLUTION), ("aspect_ratio_buckets", BUCKETS)):
         if arguments.get(name) is not None and bound.problem(arguments[name]):
             raise ValueError(f"training's argument {name} should hold sizes")
+    if (file := entries.get("base_file")) is not None:
+        check_kinds(file, FILE_KINDS, "base_file's ")
+        if file.keys() != FILE_KINDS.keys() or not all(isinstance(part, str) for part in file["parts"]):
+            raise ValueError("base_file should hold config, sha256 and parts")
     for name in ("reward", "teacher_lora"):
         if not all(isinstance(each, str) for each in arguments.get(name) or []):
             raise ValueError(f"training's argument {name} should hold text")

@@ -64,6 +64,7 @@ def load(config: RunConfig, device: torch.device) -> Teacher:
         config.student.quantization,
         device,
         [Lora.parse(each) for each in teacher.teacher_lora],
+        teacher.single_file_config,
     )
     prepare_vae(loaded.pipeline.vae, config.memory)
     return loaded
@@ -72,7 +73,8 @@ def load(config: RunConfig, device: torch.device) -> Teacher:
 def load_trained(config: RunConfig, teacher: Teacher) -> ModelMixin:
     """The network that a full student begins with: the teacher's, in float32."""
     source = config.teacher
-    denoiser = load_denoiser(teacher.name, torch.float32, source.revision, source.variant).eval()
+    own: dict[str, Any] = {"single_file_config": source.single_file_config}
+    denoiser = load_denoiser(teacher.name, torch.float32, source.revision, source.variant, **own).eval()
     add_layers(denoiser, teacher.lora_layers)
     return denoiser
 

@@ -65,7 +65,7 @@ def draw_samples(output_dir: Path, shown: list[str], config: RunConfig, device: 
         parts = {"vae": stock.vae}  # the student's pipeline adds the LoRAs to its text encoders itself
     if config.student.quantization and config.is_lora:
         origin = (source.pretrained_model_name_or_path, dtype, source.revision, source.variant)
-        parts[name] = load_denoiser(*origin, config.student.quantization, device)
+        parts[name] = load_denoiser(*origin, config.student.quantization, device, source.single_file_config)
     student = RdmDistillationPipeline.from_pretrained(output_dir, dtype=dtype, **parts)
     for pipeline in (stock, student):
         put(pipeline, device, config.memory.offload)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import LoraStudentConfig, RunConfig
-from ..families import Family, Lora, read_lora
+from ..families import Family, Lora, check_lora_not_distilled, read_lora
 from .assembly import lora_config
 from .memory_model import meta_models, meta_pipeline
 
@@ -26,9 +26,11 @@ def check_loras(config: RunConfig, index: dict[str, Any], family: Family) -> Non
     if not family.has_lora:
         raise ValueError(f"{family.pipeline_class.__name__} loads no LoRAs; leave --teacher_lora out.")
     source, student, denoiser = config.teacher, config.student, family.denoiser_name
-    networks = meta_models(source.pretrained_model_name_or_path, index, source.revision)
+    networks = meta_models(source.configuration, index, source.revision)
     pipeline = meta_pipeline(family, networks)
     for lora in [Lora.parse(each) for each in source.teacher_lora]:
+        if warning := check_lora_not_distilled(lora):
+            print(f"warning: {warning}")
         parts = sorted(read_lora(pipeline, lora).keys() - {denoiser})
         if parts and isinstance(student, LoraStudentConfig) and student.student_base == "plain":
             raise ValueError(

@@ -20,7 +20,15 @@ from torch import nn
 
 from ..config import MemoryConfig, RunConfig
 from ..config.subjects import ON_THE_FLY
-from ..families import check_kinds_of_files, check_lora, family_of, options_for, pipeline_config
+from ..families import (
+    SingleFile,
+    check_kinds_of_files,
+    check_lora,
+    family_of,
+    options_for,
+    parts_of,
+    pipeline_config,
+)
 from ..families.quantization import NEEDS_GPU
 from ..networks import STUDENT, TARGET, TEACHER, Networks, SharedBase
 from ..prediction import NoiseSchedule
@@ -59,7 +67,7 @@ class _Planner:
 
     def __init__(self, config: RunConfig, device_type: str, rewards: Sequence[Reward] | None) -> None:
         self.run, self.device_type = config, device_type
-        self.teacher, revision = config.teacher.pretrained_model_name_or_path, config.teacher.revision
+        self.teacher, revision = config.teacher.configuration, config.teacher.revision
         self.options = options_for(self.teacher, prompt_options(config))
         self.dtype, self.is_lora = DTYPES[config.memory.mixed_precision], config.is_lora
         self.autocast = None if self.is_lora or config.memory.mixed_precision == "no" else self.dtype
@@ -79,6 +87,8 @@ class _Planner:
         if self.is_lora:
             check_lora(self.family)
         without = ["vae"] if config.teacher.pretrained_vae_model_name_or_path else []
+        if file := SingleFile.of(config.teacher.pretrained_model_name_or_path, config.teacher.single_file_config):
+            without += parts_of(file, self.config, self.family, revision=revision)
         check_kinds_of_files("teacher", self.teacher, self.config, config.teacher.variant, without, revision=revision)
         self._load()
         self.rewards = measure_rewards(config, rewards, self.family, self.pipeline, self.latents)

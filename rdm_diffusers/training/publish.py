@@ -10,11 +10,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config import RunConfig
-from ..families import Lora
+from ..families import Lora, SingleFile
 from ..folders import aside
 from ..hub import check_push, check_student, push_student, write_card
 from ..hub.push import existing_tags, retry_command, unfinished
-from ..hub.student_files import check_available_to_others, is_hub_id
+from ..hub.student_files import check_available_to_others, is_hub_id, places_of
 from ..program import status_of
 from ..untrusted import real_path
 from .checkpoint_files import list_checkpoints, name_of
@@ -34,8 +34,9 @@ def check_hub(config: RunConfig, accelerator: Accelerator) -> None:
     if config.is_lora:
         loras = [Lora.parse(each).place[0] for each in teacher.teacher_lora]
         own = loras if config.student_base == "teacher" else []
-        names = (teacher.pretrained_model_name_or_path, teacher.pretrained_vae_model_name_or_path, *own)
-        check_available_to_others(*names)
+        name = teacher.pretrained_model_name_or_path
+        places = places_of(name, SingleFile.of(name, teacher.single_file_config))
+        check_available_to_others(*places, teacher.pretrained_vae_model_name_or_path, *own)
     check_push(repository(config), private=hub.hub_private_repo, revision=hub.hub_revision)
 
 

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 
 from ..config import OutputConfig, RunConfig, all_settings
 from ..config.checks import IMAGES
-from ..config.presets import DERIVED, TEACHER, VAE
+from ..config.presets import DERIVED, SOURCES
 from ..config.retired import without_retired
-from ..families import full_name
+from ..families import SingleFile, full_name
 from ..folders import LOCK, locked
 from ..hub import finish_exports
 from ..pipelines import is_student
@@ -30,6 +30,7 @@ PROMPTS, PROMPTS_DIGEST = {
     "prompts_file", "dataset_name", "dataset_config_name", "dataset_split", "caption_column", "max_train_samples",
 }, "prompts_sha256"  # fmt: skip
 LORAS_DIGEST = "loras_sha256"
+FILE_DIGEST = "file_sha256"  # of a teacher that is a single file
 IMAGES_DIGEST = "images_sha256"  # of the user's images, wherever they are
 
 
@@ -100,6 +101,18 @@ def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
     return checkpoint
 
 
+def file_record(config: RunConfig) -> dict[str, Any]:
+    """What checkpoints record of a teacher that is a single file: the configuration that it has, and its digest.
+
+    A dry run that begins reads no more than the file's header, and records no digest.
+    """
+    file = SingleFile.of(config.teacher.pretrained_model_name_or_path, config.teacher.single_file_config)
+    if file is None:
+        return {}
+    only_header = config.output.dry_run and not config.output.resume_from_checkpoint
+    return {"single_file_config": full_name(file.config), **({} if only_header else {FILE_DIGEST: file.digest()})}
+
+
 def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Refuses to resume with arguments that would make another run of it.
 
@@ -113,7 +126,7 @@ def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     now = json.loads(json.dumps(arguments))
     then = without_retired(saved)
     # Older releases recorded folders as they were given.
-    names = {name: full_name(then[name]) for name in (TEACHER, VAE) if then.get(name)}
+    names = {name: full_name(then[name]) for name in SOURCES if then.get(name)}
     # What an older release did not record was as the defaults are; what follows from other flags follows from those.
     settings = (each for each in all_settings(now["student"]) if each.name not in DERIVED)
     usual = {each.name: None if each.is_repeatable else each.default for each in settings}
@@ -128,6 +141,7 @@ def check_resumable(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> N
         named = {
             PROMPTS_DIGEST: "other prompts",
             IMAGES_DIGEST: "other images",
+            FILE_DIGEST: "another teacher's file under the same name",
             LORAS_DIGEST: "other contents of --teacher_lora or --init_lora",
         }
         flags = ", ".join((differences | named)[name] for name in changed)

@@ -14,7 +14,19 @@ from torch import nn
 
 from ..bounds import did_you_mean
 from ..config import LoraStudentConfig, RunConfig, TeacherConfig
-from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, load_tiny_vae, pipeline_config
+from ..families import (
+    Family,
+    Teacher,
+    check_lora,
+    check_prediction,
+    check_teacher,
+    explain_hub_errors,
+    family_of,
+    few_step_warning,
+    load_tiny_vae,
+    parts_of,
+    teacher_config,
+)
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .assembly import lora_config, prompt_options, student_scheduler, teacher_shift
@@ -33,30 +45,41 @@ def check_with_teacher(config: RunConfig) -> None:
         check_repo_id(config.hub.hub_model_id)
     if config.prompts.cache_dir:
         make_writable(config.prompts.cache_dir, "--cache_dir")
-    name = config.teacher.pretrained_model_name_or_path
-    index = pipeline_config(name, revision=config.teacher.revision)
+    name, source = config.teacher.pretrained_model_name_or_path, config.teacher
+    file, _, index = teacher_config(name, source.single_file_config, revision=source.revision)
     family = family_of(index)
+    if file:
+        parts_of(file, index, family, revision=source.revision)
     if config.is_lora:
         check_lora(family)
     if config.loras:
         check_loras(config, index, family)
     family.check_options(prompt_options(config))
-    networks, scheduler = _on_meta(config.teacher, index, family)
+    networks, scheduler = _on_meta(source, index, family)
     if {family.denoiser_name, "vae"} <= networks.keys():  # else loading says what is missing
         pipeline = meta_pipeline(family, networks)
         if scheduler is not None:
             pipeline.scheduler = scheduler
+            check_teacher(name, pipeline, index, family)
+            if file:
+                check_prediction(file, family.prediction_type(scheduler))
+            _warn(few_step_warning(name, index, scheduler, family.denoiser(pipeline).config))
             _check_steps(config, Teacher(pipeline, family, name))
         (channels, *_), *_ = [family.latent_shape(pipeline, size) for size in config.teacher.sizes]
         _check_decoder(config, family, pipeline, channels)
         _check_denoiser(config, family, family.denoiser(pipeline))
 
 
+def _warn(sentence: str | None) -> None:
+    if sentence:
+        print(f"warning: {sentence}")
+
+
 def _on_meta(
     source: TeacherConfig, index: dict[str, Any], family: Family
 ) -> tuple[dict[str, nn.Module], SchedulerMixin | None]:
     """The denoiser and the autoencoder on the meta device, and the scheduler; without those that are not there."""
-    name, vae = source.pretrained_model_name_or_path, source.pretrained_vae_model_name_or_path
+    name, vae = source.configuration, source.pretrained_vae_model_name_or_path
     wanted = {part: index[part] for part in (family.denoiser_name, "vae") if part in index}
     try:
         with explain_hub_errors("teacher", name, source.revision):

@@ -32,7 +32,14 @@ from .memory_plan import plan_memory
 from .memory_table import MemoryPlan
 from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
-from .run_folder import check_resumable, checkpoint_to_resume, locked_for_run, prepare_output, resume_from
+from .run_folder import (
+    check_resumable,
+    checkpoint_to_resume,
+    file_record,
+    locked_for_run,
+    prepare_output,
+    resume_from,
+)
 from .target import learn_target
 from .target_buckets import check_images_of_sizes, images_of_sizes
 from .target_images import TargetImages
@@ -167,6 +174,7 @@ class Trainer:
         }
         if config.loras:
             self.arguments["loras_sha256"] = [lora.digest() for lora in config.loras]
+        self.arguments |= file_record(config)
         if self.checkpoint:
             check_resumable(self.arguments, read_record(self.checkpoint)["arguments"])
         check_with_teacher(config)
