@@ -19,7 +19,9 @@ from ..folders import write_whole
 from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks, SeparateNetworks
 from ..rewards import WeightedReward
+from . import quality
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
+from .best import load_best
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
 from .external_rewards import load_rewards
@@ -39,6 +41,7 @@ from .tracking import announcement, end_trackers, start_trackers
 from .updates import Distillation
 from .user_images import UserImages, find_user_images, user_target_images
 from .validation import averaged_student, validation_picture, write_picture
+from .validation_metrics import ValidationMetrics, load_metrics
 
 CONFIG_FILE = "config.yaml"
 
@@ -84,6 +87,7 @@ class Trainer:
         teacher, networks, distillation, state: the teacher; the roles; what stays the same through the run; and
             what every update changes. They are there after `load`, until `evaluate`. The teacher's text encoders
             are dropped in `load`, except where a full student's files are written.
+        metrics: what the student is measured with while it trains; None without `--validation_metrics`.
 
     Raises:
         ValueError, ImportError: one sentence, if the folder or the way it was launched cannot be used.
@@ -97,6 +101,7 @@ class Trainer:
     prompts: list[str]
     images: UserImages | None
     rewards: list[WeightedReward]
+    metrics: ValidationMetrics | None
     checkpoint: Path | None
 
     def __init__(self, config: RunConfig, callbacks: Sequence[Callback] = ()) -> None:
@@ -157,6 +162,7 @@ class Trainer:
         check_with_teacher(config)
         check_hub(config, accelerator)
         self.rewards = load_rewards(config, accelerator.device)
+        self.metrics = load_metrics(config, self.prompts, self.rewards, accelerator)
 
     def plan(self) -> MemoryPlan:
         """What memory the run needs, from configurations alone; after `check`, that of its rewards, too."""
@@ -173,6 +179,7 @@ class Trainer:
         self.teacher = load(config, accelerator.device)
         others = self.images.captions if self.images and config.prompts.prompts_file else ()
         self.texts = read_texts(self.teacher, self.prompts, config, accelerator, others)
+        self.metrics = self.metrics and self.metrics.encoded(self.teacher, config, accelerator.device)
         needed = accelerator.is_main_process and not config.is_lora  # the files of a full student include them
         if not needed and config.prompts.encode_prompts != ON_THE_FLY:
             self.teacher.drop_text_encoders()
@@ -214,7 +221,8 @@ class Trainer:
         start_trackers(self.accelerator, self.config)
         if self.accelerator.is_main_process:
             write_whole(self.folder / CONFIG_FILE, self.config.as_yaml())
-        number = train(self)
+        with quality.watching(self):
+            number = train(self)
         end_trackers(self.accelerator)
         self._done.add("train")
         return TrainOutput(self.state.update, number)
@@ -229,6 +237,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_picture(picture, self.state.update, self.folder / "validation", self.accelerator)
             self.notify("on_validation", picture)
+        quality.follow_up(self)
 
     def notify(self, event: str, value: Any) -> None:
         """Calls a method of every callback."""
@@ -238,9 +247,10 @@ class Trainer:
     def export(self) -> Path:
         """Writes the student, as it is now, in files that stock diffusers loads; returns its folder, the run's.
 
-        Every process must call.
+        With `--load_best_model_at_end` it is the best student instead. Every process must call.
         """
         self.load()
+        load_best(self)
         writes = self.accelerator.is_main_process
         with averaged_student(self.distillation, self.state):
             weights = self.networks.student_weights(keep=writes)
