@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..config.validation import ValidationConfig
 from ..evaluation.records import number
+from ..report.rows import Row
 from .checkpoint_files import BEST, RECORD, damage, read_record
 from .checkpoints import load_checkpoint, save_checkpoint
 from .interrupts import largest_over_processes
-from .rows import Row
 
 if TYPE_CHECKING:
     from .trainer import Trainer

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..distillation import RunningMeans
 from ..folders import digest_of_file, sync
+from ..report.rows import Row
 from ..sharding import gather, shard_like
 from .checkpoint_files import PARTIAL, PREFIX, damage, put_in_place, read_part, read_record, rotate, tidy, write_record
 from .monitor import Monitor
 from .optimizers import RoleOptimizer, quantised_state
-from .rows import Row
 
 PIECE = 2**32  # bytes of tensors in a file, about; a process copies so much at once
 QUANTISED = {"codes", "scale", "qmap"}  # the parts of torchao's 8-bit tensors

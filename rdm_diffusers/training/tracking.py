@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..program import one_line
+from ..report.rows import HEALTH_FILE, append_row, read_rows, write_rows
 from .monitor import CollapseError
-from .rows import HEALTH_FILE, append_row, read_rows, write_rows
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -116,14 +116,10 @@ class Progress:
         return alarms
 
     def _keep(self, numbers: dict[str, float], alarms: list[str]) -> None:
-        """Adds a row to the file of health numbers; an error of the disk becomes a warning."""
-        if not (numbers or alarms) or not self.trainer.accelerator.is_main_process:
-            return
-        row = {"update": self.trainer.state.update, **numbers, **({"alarms": alarms} if alarms else {})}
-        try:
+        """Adds a row to the file of health numbers, on the main process."""
+        if (numbers or alarms) and self.trainer.accelerator.is_main_process:
+            row = {"update": self.trainer.state.update, **numbers, **({"alarms": alarms} if alarms else {})}
             append_row(self.health_file, row)
-        except OSError as error:
-            warnings.warn(f"{self.health_file} took no numbers ({one_line(error)}); the run goes on.", stacklevel=3)
 
     def _log_numbers(self, health: dict[str, Tensor]) -> dict[str, float]:
         run, state, accelerator = self.trainer.distillation, self.trainer.state, self.trainer.accelerator

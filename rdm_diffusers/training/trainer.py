@@ -18,6 +18,7 @@ from ..families import Teacher
 from ..folders import write_whole
 from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks, SeparateNetworks
+from ..report import Report
 from ..rewards import WeightedReward
 from . import quality
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
@@ -27,7 +28,6 @@ from .checkpoints import TrainState
 from .external_rewards import load_rewards
 from .finish import draw_and_measure
 from .launch import make_accelerator
-from .loop import train
 from .memory_plan import plan_memory
 from .memory_table import MemoryPlan
 from .prompts import Texts, load_prompts, read_texts
@@ -102,6 +102,7 @@ class Trainer:
     images: UserImages | None
     rewards: list[WeightedReward]
     metrics: ValidationMetrics | None
+    report: Report | None = None
     checkpoint: Path | None
 
     def __init__(self, config: RunConfig, callbacks: Sequence[Callback] = ()) -> None:
@@ -221,8 +222,7 @@ class Trainer:
         start_trackers(self.accelerator, self.config)
         if self.accelerator.is_main_process:
             write_whole(self.folder / CONFIG_FILE, self.config.as_yaml())
-        with quality.watching(self):
-            number = train(self)
+        number = quality.train_and_report(self)
         end_trackers(self.accelerator)
         self._done.add("train")
         return TrainOutput(self.state.update, number)
@@ -278,7 +278,7 @@ class Trainer:
             self.__dict__.pop(name, None)
         self.accelerator.state.destroy_process_group()
         if self.accelerator.is_main_process:
-            draw_and_measure(self.folder, shown, self.config, self.accelerator.device)
+            draw_and_measure(self.folder, shown, self.config, self.accelerator.device, self.report)
 
     def push(self) -> str | None:
         """Pushes the exported student to the Hub, on the main process.

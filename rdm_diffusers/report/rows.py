@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..folders import write_whole
+from ..program import one_line
 
 HEALTH_FILE = "health.jsonl"  # in the folder of the logs
-METRICS_FILE = "metrics.jsonl"  # in the folder of the validation images
+VALIDATION, METRICS_FILE = "validation", "metrics.jsonl"  # in the folder of the validation images
 Row = dict[str, Any]  # with its `update`
 
 
@@ -48,7 +50,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds a row at the end of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(as_line(row))
+    """Adds a row at the end of a file; an error of the disk becomes a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(as_line(row))
+    except OSError as error:
+        warnings.warn(f"{path} took no numbers ({one_line(error)}); the run goes on.", stacklevel=2)
