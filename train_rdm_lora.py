@@ -38,6 +38,10 @@ What it does, and the flags that steer it:
   --sync_each_batch
 - prompts: --prompts_file, or --dataset_name with --caption_column, --dataset_split; --encode_prompts,
   --encode_batch_size, --cache_dir
+- quality while it trains (docs/watching.md): --validation_metrics, --num_validation_metric_images,
+  --validation_prompts_file, --reference_teacher, --reference_data, --features, --feature_weights; the best:
+  --metric_for_best_model, --greater_is_better, --load_best_model_at_end; --early_stopping_patience,
+  --early_stopping_threshold; everything on one page: report.html
 - checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C, SIGTERM and SIGHUP save one too
 - the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,
   --hub_tag_checkpoints

@@ -34,7 +34,7 @@ FLOORS = (
     },
     {"schedulers", "families", "sharding", "adapters"},
     {"networks", "distillation", "pipelines"},
-    {"hub", "evaluation", "config"},
+    {"hub", "evaluation", "config", "report"},
     {"training"},
     {"commands"},
 )

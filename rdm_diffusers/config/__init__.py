@@ -14,9 +14,10 @@ from .subjects import (
 )
 from .target import TargetConfig
 from .times import TimesConfig
+from .validation import ValidationConfig
 
 __all__ = [
     "FullStudentConfig", "HubConfig", "LoraStudentConfig", "MemoryConfig", "MethodConfig", "OptimisationConfig",
     "OutputConfig", "PromptsConfig", "RewardsConfig", "RunConfig", "TargetConfig", "TeacherConfig", "TimesConfig",
-    "all_settings",
+    "ValidationConfig", "all_settings",
 ]  # fmt: skip

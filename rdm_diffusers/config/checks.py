@@ -15,6 +15,7 @@ from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
 from .students import LoraStudentConfig
 from .subjects import ETA, SHARE
+from .validation import check_validation
 
 if TYPE_CHECKING:
     from .run_config import RunConfig
@@ -36,6 +37,7 @@ def check(config: RunConfig) -> None:
     _check_reuse(config)
     _check_memory(config)
     _check_rates_and_output(config)
+    check_validation(config)
     _check_grid(config)
     _check_guidance(config)
     _check_distributions(config)
@@ -144,6 +146,8 @@ def _check_reuse(config: RunConfig) -> None:
         "max_train_steps": config.optimisation.max_train_steps,
         "checkpointing_steps": config.output.checkpointing_steps,
     }
+    if config.validation.metric_for_best_model is not None:
+        counts["validation_steps"] = config.output.validation_steps
     for name, count in counts.items():
         if count % reuse:
             raise ValueError(

@@ -66,7 +66,7 @@ def _options(setting: Setting) -> dict[str, Any]:
         return options | {"action": argparse.BooleanOptionalAction}
     if isinstance(bound, OneOf) and isinstance(bound.names, tuple) and len(bound.names) <= FEW:
         options["metavar"] = f"{{{','.join(bound.names)}}}"
-    if setting.is_repeatable and isinstance(bound, Interval):
+    if setting.is_repeatable and (setting.flag.is_list or isinstance(bound, Interval)):
         return options | {"action": "extend", "nargs": "+"}
     return options | ({"action": "append"} if setting.is_repeatable else {})
 

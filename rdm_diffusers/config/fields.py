@@ -19,6 +19,7 @@ class Flag:
     name: str = ""  # the flag's, if it is not the field's
     free: bool = False  # whether a resumed run may change it
     is_path: bool = False  # whether its value may be a path of this machine, which others must not see
+    is_list: bool = False  # whether several values may follow it
 
 
 def flag(default: Any, help: str, bound: Bound | None = None, *aliases: str, **options: Any) -> Any:

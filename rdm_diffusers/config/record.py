@@ -25,17 +25,18 @@ def command_line(script: str, words: Sequence[str]) -> str:
         words: its arguments as they were given.
     """
     shown: list[str] = []
-    rest = iter(words)
+    rest, latest = iter(words), ""
     for word in rest:
         flag, equals, value = word.partition("=")
+        latest = flag if word.startswith("--") else latest
         if flag in UNSHOWN:
             if not equals:
                 next(rest, None)
         elif flag in FLAGS:
             value = without_folders(value if equals else next(rest, ""))
             shown += [f"{flag}={value}"] if equals else [flag, value]
-        else:
-            shown.append(word)
+        else:  # perhaps a flag's second value
+            shown.append(without_folders(word) if latest in FLAGS else word)
     return without_secrets(shlex.join(["accelerate", "launch", script, *shown]))
 
 

@@ -30,6 +30,7 @@ from .subjects import (
 )
 from .target import TargetConfig
 from .times import TimesConfig
+from .validation import ValidationConfig
 
 STUDENTS = {"lora": LoraStudentConfig, "full": FullStudentConfig}
 # What a checkpoint records of a run beside its configuration.
@@ -42,7 +43,8 @@ class RunConfig:
     """A run's configuration; make one with `RunConfig.of`, which fills in and checks.
 
     Args:
-        teacher, prompts, target, method, times, rewards, student, optimisation, memory, output, hub: the subjects.
+        teacher, prompts, target, method, times, rewards, student, optimisation, memory, output, validation,
+            hub: the subjects.
         command: the command line that it came from, as others may see it; None where there was none.
     """
 
@@ -56,6 +58,7 @@ class RunConfig:
     optimisation: OptimisationConfig
     memory: MemoryConfig
     output: OutputConfig
+    validation: ValidationConfig
     hub: HubConfig
     command: str | None = None
 
@@ -194,7 +197,8 @@ def subjects_of(student: str) -> dict[str, type]:
     return {
         "teacher": TeacherConfig, "prompts": PromptsConfig, "target": TargetConfig, "method": MethodConfig,
         "times": TimesConfig, "rewards": RewardsConfig, "student": STUDENTS[student],
-        "optimisation": OptimisationConfig, "memory": MemoryConfig, "output": OutputConfig, "hub": HubConfig,
+        "optimisation": OptimisationConfig, "memory": MemoryConfig, "output": OutputConfig,
+        "validation": ValidationConfig, "hub": HubConfig,
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,11 @@ class Features:
     @torch.no_grad()
     def of_files(self, files: Sequence[Path], device: torch.device | str = "cpu") -> Tensor:
         """Features `[N, D]` of pictures, on the CPU, in the files' order; ValueError as `read_batches`."""
-        batches = read_batches(files, f"{self.name} features")
+        return self.of_batches(read_batches(files, f"{self.name} features"), device)
+
+    @torch.no_grad()
+    def of_batches(self, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
+        """The same of pictures `[B, 3, H, W]`, uint8, batch by batch."""
         return torch.cat([self.extract(batch.to(device)).float().cpu() for batch in batches])
 
     def as_dict(self) -> dict[str, str]:

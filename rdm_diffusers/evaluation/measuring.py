@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from .pictures import read_batches
 from .prompt_sets import prompts_for
 from .records import SAMPLED, digest_of_files, digest_of_tensors, digest_of_texts
 from .subjects import DTYPES, Options
+
+Batches = Iterable[tuple[Tensor, Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,12 @@ def measure_reward(
     Raises:
         ValueError: as `rewards.evaluate`, or if no value is finite.
     """
-    batches = _with_prompts(files, prompts, device, reward.name)
+    return mean_reward(reward, _with_prompts(files, prompts, device, reward.name))
+
+
+@torch.no_grad()
+def mean_reward(reward: Reward, batches: Batches) -> dict[str, float | None]:
+    """`measure_reward` of images `[B, 3, H, W]` in [0, 1], each batch with its prompts."""
     values = torch.cat([evaluate(reward, images, asked).double().cpu() for images, asked in batches])
     finite = values[values.isfinite()]
     if not len(finite):
@@ -83,10 +90,17 @@ def measure_accuracy(files: Sequence[Path], prompts: Sequence[str]) -> float | N
     """The share of pictures that show what a tiny teacher's caption asks for; None for any other prompts."""
     if not set(prompts) <= set(CAPTIONS):
         return None
-    classifier, correct = load_classifier(), 0
-    for images, asked in _with_prompts(files, prompts):
+    return accuracy(_with_prompts(files, prompts))
+
+
+@torch.no_grad()
+def accuracy(batches: Batches) -> float:
+    """`measure_accuracy` of images `[B, 3, 32, 32]` in [0, 1], each batch with its captions."""
+    classifier, correct, count = load_classifier(), 0, 0
+    for images, asked in batches:
         correct += int(classifier.correct(images, [parse_caption(prompt) for prompt in asked])["all"].sum())
-    return correct / len(files)
+        count += len(images)
+    return correct / count
 
 
 def _with_prompts(

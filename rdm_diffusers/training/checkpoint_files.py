@@ -16,6 +16,7 @@ from ..folders import digest_of_file, sync
 from ..untrusted import digest_of
 
 PREFIX, PARTIAL, OLD, REPLACED = "checkpoint-", ".partial-", ".old-", ".replaced"
+BEST = f"{PREFIX}best"  # the checkpoint that is best by --metric_for_best_model; no other place lists it
 RECORD, DIGEST = "state.json", "digest"
 OF_PIECES = r"(-\d+-of-\d+)?"  # after the name of a part that is cut into pieces
 SET_ASIDE = "set-aside-from-"  # + checkpoint-N: the folder of newer checkpoints, after a run went back to N
@@ -74,7 +75,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; not a user's copies of them like `checkpoint-best`.
+    """The checkpoints in a folder, oldest first; not `checkpoint-best`, nor a user's copies of them.
 
     One that a kill left beside its place (see `put_in_place`) is among them.
     """
@@ -182,7 +183,9 @@ def set_newer_aside(folder: Path, checkpoint: Path) -> Path | None:
         Where they are now; None if there were none.
     """
     origin = read_record(checkpoint)
-    newer = [path for path in _folders(folder) if _is_newer(path, origin)]
+    best = folder / BEST
+    others = [best] if (best / RECORD).exists() and not best.samefile(checkpoint) else []
+    newer = [path for path in [*_folders(folder), *others] if _is_newer(path, origin)]
     if not newer:
         return None
     first = place = folder / f"{SET_ASIDE}{PREFIX}{origin['update']}"
@@ -200,10 +203,11 @@ def set_newer_aside(folder: Path, checkpoint: Path) -> Path | None:
 
 def _is_newer(path: Path, origin: dict[str, Any]) -> bool:
     """Whether a checkpoint is of a later update, or of the same one in another run."""
-    number = _number(path) or 0
-    if number != origin["update"]:
-        return bool(number > origin["update"])
     try:
+        number = _number(path)
+        number = read_record(path)["update"] if number is None else number
+        if number != origin["update"]:
+            return bool(number > origin["update"])
         return bool(read_record(path)["digests"] != origin["digests"])
     except (OSError, ValueError):
         return True

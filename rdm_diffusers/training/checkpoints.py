@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..distillation import RunningMeans
 from ..folders import digest_of_file, sync
+from ..report.rows import Row
 from ..sharding import gather, shard_like
 from .checkpoint_files import PARTIAL, PREFIX, damage, put_in_place, read_part, read_record, rotate, tidy, write_record
 from .monitor import Monitor
@@ -37,11 +38,17 @@ class TrainState:
     update: int = 0  # how many updates are done
     statistics: RunningMeans = field(default_factory=RunningMeans)  # of the method
     monitor: Monitor = field(default_factory=Monitor)  # the health numbers' memory
+    metrics: list[Row] = field(default_factory=list)  # of every validation with metrics so far
     saved: Path | None = None  # the checkpoint that was last written of it, or read into it
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, arguments: dict[str, Any], keep: int | None = None, team: Accelerator | None = None
+    folder: Path,
+    state: TrainState,
+    arguments: dict[str, Any],
+    keep: int | None = None,
+    team: Accelerator | None = None,
+    name: str | None = None,
 ) -> Path:
     """Writes `folder/checkpoint-<update>`, then removes the oldest beyond `keep`.
 
@@ -56,11 +63,12 @@ def save_checkpoint(
         keep: how many checkpoints stay, this one in any case; all by default.
         team: the processes that share the weights' shards. All of them must call, and write the pieces in turn; by
             default this one writes alone.
+        name: another name for the folder, such as `checkpoint-best`; then none is removed.
 
     Raises:
         OSError: if it cannot be written, for example on a full disk; earlier checkpoints are untouched then.
     """
-    target = folder / f"{PREFIX}{state.update}"
+    target = folder / (name or f"{PREFIX}{state.update}")
     partial = folder / f"{PARTIAL}{target.name}"
     leads = team is None or team.is_main_process
     try:
@@ -78,6 +86,8 @@ def save_checkpoint(
             f"The checkpoint {target} could not be written ({error}); the earlier ones are intact. Free some space and "
             "resume with --resume_from_checkpoint latest."
         ) from error
+    if name is not None:
+        return target
     state.saved = target
     if leads:
         rotate(target, keep)
@@ -104,7 +114,8 @@ def _write(folder: Path, state: TrainState, team: Accelerator | None) -> dict[st
     if team is not None:
         digests = {name: digest for each in gather_object([digests]) for name, digest in each.items()}
     scalars = {name: numbers for name, _, numbers in _parts(state)}
-    return {"update": state.update, "digests": digests, "scalars": scalars, "monitor": state.monitor.state}
+    memory = {"monitor": state.monitor.state, "metrics": state.metrics}
+    return {"update": state.update, "digests": digests, "scalars": scalars, **memory}
 
 
 def _write_one_of(pieces: list[tuple[str, dict[str, Tensor]]], index: int, folder: Path) -> dict[str, str]:
@@ -137,7 +148,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
         ) from error
     except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint} is damaged ({error}); resume from an earlier checkpoint.") from error
-    state.monitor.state = record["monitor"]
+    state.monitor.state, state.metrics = record["monitor"], record.get("metrics", [])  # newer than version 0.2
     state.update, state.saved = record["update"], checkpoint
 
 

@@ -18,13 +18,16 @@ from ..families import load_denoiser
 from ..hub import write_card
 from ..pipelines import RdmDistillationPipeline
 from ..program import explain, one_line
+from ..report import Report
 from ..tiny import is_tiny
 from .assembly import DTYPES, load
 
 PICTURES_AT_ONCE = 8  # in samples.png, and never more than a batch
 
 
-def draw_and_measure(output_dir: Path, shown: list[str], config: RunConfig, device: torch.device) -> None:
+def draw_and_measure(
+    output_dir: Path, shown: list[str], config: RunConfig, device: torch.device, report: Report | None = None
+) -> None:
     """Writes `samples.png`, `metrics.json` and the model card, and prints the numbers.
 
     The student is on the disk already. An error here becomes a warning, and the run goes on.
@@ -34,10 +37,14 @@ def draw_and_measure(output_dir: Path, shown: list[str], config: RunConfig, devi
         shown: the prompts of the pictures.
         config: the run's.
         device: where to draw; with `--offload`, networks wait in the machine's memory while they are idle.
+        report: the training's, which gets the numbers; None if nothing was trained.
     """
     with extra(f"the student's pictures and numbers could not be made; {output_dir} holds it without them"):
         draw_samples(output_dir, shown, config, device)
     free_memory()
+    if report is not None:
+        with extra("report.html could not be written"):
+            report.finish()
     with extra(f"the card could not be written; try again with rdm-card {output_dir}"):
         print(f"\nThe student's card is {write_card(output_dir)}. Load the student with:")
         print(f"RdmDistillationPipeline.from_pretrained({str(output_dir)!r})")

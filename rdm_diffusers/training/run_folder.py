@@ -20,6 +20,7 @@ from ..families import SingleFile, full_name
 from ..folders import LOCK, locked
 from ..hub import finish_exports
 from ..pipelines import is_student
+from .best import check_best
 from .checkpoint_files import find_checkpoint, read_record, set_newer_aside, tidy
 from .checkpoints import TrainState, load_checkpoint
 
@@ -91,6 +92,7 @@ def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
     """The checkpoint that the run resumes from, None if it begins; ValueError if it is missing or too far on."""
     if not config.output.resume_from_checkpoint:
         return None
+    check_best(folder, config.validation)
     checkpoint = find_checkpoint(folder, config.output.resume_from_checkpoint)
     done, wanted = read_record(checkpoint)["update"], config.optimisation.max_train_steps
     if done > wanted:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..program import one_line
+from ..report.rows import HEALTH_FILE, append_row, read_rows, write_rows
 from .monitor import CollapseError
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ class Progress:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.first, self.started = trainer, trainer.state.update, time.time()
         total, quiet = trainer.config.optimisation.max_train_steps, not trainer.accelerator.is_main_process
+        self.health_file = trainer.folder / trainer.config.output.logging_dir / HEALTH_FILE
+        if trainer.accelerator.is_main_process:
+            write_rows(self.health_file, read_rows(self.health_file, until=self.first))
         self.bar = tqdm(total=total, initial=self.first, desc="distil", disable=quiet)
 
     def log(self, health: dict[str, Tensor]) -> None:
@@ -86,13 +90,21 @@ class Progress:
             CollapseError: if an alarm begins to ring and the run is to stop then; earlier checkpoints stay as they are.
         """
         self.bar.update()
-        self._check_alarms(health)
+        alarms = self._observe(health)
+        numbers = {}
         if self.trainer.state.update % self.trainer.config.output.logging_steps == 0:
-            self._log_numbers(health)
+            numbers = self._log_numbers(health)
+        self._keep(numbers, alarms)
+        if alarms and self.trainer.config.output.stop_on_collapse:
+            raise CollapseError(
+                f"Stopped after {self.trainer.state.update} updates (--stop_on_collapse). {alarms[0]} The last "
+                "checkpoint is older."
+            )
         if self.trainer.callbacks:
             self.trainer.notify("on_update", numbers_of(health))
 
-    def _check_alarms(self, health: dict[str, Tensor]) -> None:
+    def _observe(self, health: dict[str, Tensor]) -> list[str]:
+        """Shows the alarms that begin to ring now, and returns them."""
         state, accelerator = self.trainer.state, self.trainer.accelerator
         names = [name for name in health if "/step_" not in name and "/bin_" not in name]  # those every process has
         values = torch.stack([health[name].float() for name in names])
@@ -101,23 +113,34 @@ class Progress:
         alarms = state.monitor.observe(dict(zip(names, (total / count).tolist(), strict=True)))
         for alarm in alarms:
             self.bar.write(f"update {state.update}: {alarm}")
-        if alarms and self.trainer.config.output.stop_on_collapse:
-            raise CollapseError(
-                f"Stopped after {state.update} updates (--stop_on_collapse). {alarms[0]} The last checkpoint is older."
-            )
+        return alarms
 
-    def _log_numbers(self, health: dict[str, Tensor]) -> None:
+    def _keep(self, numbers: dict[str, float], alarms: list[str]) -> None:
+        """Adds a row to the file of health numbers, on the main process."""
+        if (numbers or alarms) and self.trainer.accelerator.is_main_process:
+            row = {"update": self.trainer.state.update, **numbers, **({"alarms": alarms} if alarms else {})}
+            append_row(self.health_file, row)
+
+    def _log_numbers(self, health: dict[str, Tensor]) -> dict[str, float]:
         run, state, accelerator = self.trainer.distillation, self.trainer.state, self.trainer.accelerator
         seconds = (time.time() - self.started) / (state.update - self.first)
         numbers = numbers_of(health) | {"seconds_per_update": seconds}
         numbers["images_per_second"] = run.num_processes * len(run.groups(0)) * run.draws.group_size / seconds
         numbers["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
+        optimizers = state.optimizers.items()
+        numbers |= {f"learning_rate/{role}": float(each.optimizer.param_groups[0]["lr"]) for role, each in optimizers}
         numbers |= {f"network_calls/{name}": float(count) for name, count in run.networks.calls.items()}
-        try:
-            accelerator.log(numbers, step=state.update)
-        except Exception as error:  # of whatever kind: a full disk, a server that is away
-            warnings.warn(f"The trackers took no numbers ({one_line(error)}); the run goes on.", stacklevel=2)
+        log_numbers(accelerator, numbers, state.update)
         self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in SHOWN if name in numbers})
+        return numbers
+
+
+def log_numbers(accelerator: Accelerator, numbers: dict[str, float], update: int) -> None:
+    """Gives numbers to the trackers; an error becomes a warning."""
+    try:
+        accelerator.log(numbers, step=update)
+    except Exception as error:  # of whatever kind: a full disk, a server that is away
+        warnings.warn(f"The trackers took no numbers ({one_line(error)}); the run goes on.", stacklevel=2)
 
 
 def numbers_of(health: dict[str, Tensor]) -> dict[str, float]:

@@ -19,15 +19,17 @@ from ..families import Teacher
 from ..folders import write_whole
 from ..hub import export_full, export_lora
 from ..networks import STUDENT, Networks, SeparateNetworks
+from ..report import Report
 from ..rewards import Function, WeightedReward, functions_by_name
+from . import quality
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
+from .best import load_best
 from .buckets import with_buckets
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
 from .external_rewards import load_rewards, with_reward_funcs
 from .finish import draw_and_measure
 from .launch import make_accelerator
-from .loop import train
 from .memory_plan import plan_memory
 from .memory_table import MemoryPlan
 from .prompts import Texts, load_prompts, read_texts
@@ -49,6 +51,7 @@ from .tracking import announcement, end_trackers, start_trackers
 from .updates import Distillation
 from .user_images import UserImages, find_user_images
 from .validation import averaged_student, validation_picture, write_picture
+from .validation_metrics import ValidationMetrics, load_metrics
 
 CONFIG_FILE = "config.yaml"
 
@@ -97,6 +100,7 @@ class Trainer:
         teacher, networks, distillation, state: the teacher; the roles; what stays the same through the run; and
             what every update changes. They are there after `load`, until `evaluate`. The teacher's text encoders
             are dropped in `load`, except where a full student's files are written.
+        metrics: what the student is measured with while it trains; None without `--validation_metrics`.
 
     Raises:
         ValueError, ImportError: one sentence, if the folder, the way it was launched or `reward_funcs` cannot be used.
@@ -110,6 +114,8 @@ class Trainer:
     prompts: list[str]
     images: UserImages | None
     rewards: list[WeightedReward]
+    metrics: ValidationMetrics | None
+    report: Report | None = None
     checkpoint: Path | None
 
     def __init__(
@@ -180,6 +186,7 @@ class Trainer:
         check_with_teacher(config)
         check_hub(config, accelerator)
         self.rewards = load_rewards(config, accelerator.device, self.reward_funcs)
+        self.metrics = load_metrics(config, self.prompts, self.rewards, accelerator)
 
     def plan(self) -> MemoryPlan:
         """What memory the run needs, from configurations alone; after `check`, that of its rewards, too."""
@@ -196,6 +203,7 @@ class Trainer:
         self.teacher = load(config, accelerator.device)
         others = self.images.captions if self.images and config.prompts.prompts_file else ()
         self.texts = read_texts(self.teacher, self.prompts, config, accelerator, others)
+        self.metrics = self.metrics and self.metrics.encoded(self.teacher, config, accelerator.device)
         needed = accelerator.is_main_process and not config.is_lora  # the files of a full student include them
         if not needed and config.prompts.encode_prompts != ON_THE_FLY:
             self.teacher.drop_text_encoders()
@@ -238,7 +246,7 @@ class Trainer:
         start_trackers(self.accelerator, self.config)
         if self.accelerator.is_main_process:
             write_whole(self.folder / CONFIG_FILE, self.config.as_yaml())
-        number = train(self)
+        number = quality.train_and_report(self)
         end_trackers(self.accelerator)
         self._done.add("train")
         return TrainOutput(self.state.update, number)
@@ -253,6 +261,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_picture(picture, self.state.update, self.folder / "validation", self.accelerator)
             self.notify("on_validation", picture)
+        quality.follow_up(self)
 
     def notify(self, event: str, value: Any) -> None:
         """Calls a method of every callback."""
@@ -262,9 +271,10 @@ class Trainer:
     def export(self) -> Path:
         """Writes the student, as it is now, in files that stock diffusers loads; returns its folder, the run's.
 
-        Every process must call.
+        With `--load_best_model_at_end` it is the best student instead. Every process must call.
         """
         self.load()
+        load_best(self)
         writes = self.accelerator.is_main_process
         with averaged_student(self.distillation, self.state):
             weights = self.networks.student_weights(keep=writes)
@@ -292,7 +302,7 @@ class Trainer:
             self.__dict__.pop(name, None)
         self.accelerator.state.destroy_process_group()
         if self.accelerator.is_main_process:
-            draw_and_measure(self.folder, shown, self.config, self.accelerator.device)
+            draw_and_measure(self.folder, shown, self.config, self.accelerator.device, self.report)
 
     def push(self) -> str | None:
         """Pushes the exported student to the Hub, on the main process.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor
 
 from ..distillation import draw_samples
 from ..evaluation.pictures import labelled_rows
@@ -34,6 +36,14 @@ def sample_student(run: Distillation, teacher: Teacher, conditioning: Conditioni
     generator = run.draws.generator("validation", 0)
     shape = (len(conditioning), *run.latent_shape)
     noise = (torch.randn(shape, generator=generator).to(run.draws.device) for _ in range(run.num_steps))
+    return sample_images(run, teacher, conditioning, noise)
+
+
+@torch.no_grad()
+def sample_images(
+    run: Distillation, teacher: Teacher, conditioning: Conditioning, noise: Iterable[Tensor]
+) -> torch.Tensor:
+    """One image for each of B prompts `[B, 3, H, W]` in [0, 1], from the noises `[B, C, H, W]` of all steps."""
     size = run.micro_batch_size
     latents = draw_samples(run.student, run.scheduler, noise, conditioning, micro_batch_size=size)
     with on_device([teacher.pipeline.vae], latents.device):  # one by one, because decoding takes much memory
