@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..config import LoraStudentConfig, RunConfig
 from ..config.record import training_record
@@ -25,6 +24,7 @@ from . import quality
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
 from .best import load_best
 from .buckets import with_buckets
+from .callbacks import Callback
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
 from .external_rewards import load_rewards, with_reward_funcs
@@ -62,22 +62,6 @@ class TrainOutput:
 
     updates: int  # how many are done, those before a resumption included
     signal: int  # the number of the signal that ended it early, after a checkpoint; 0 if none did
-
-
-class Callback:
-    """Methods that a `Trainer` calls; a subclass overrides those it needs.
-
-    `trainer.state.update` counts the updates that are done, and `trainer.stop()` ends the training after this one.
-    """
-
-    def on_update(self, trainer: Trainer, health: Mapping[str, float]) -> None:
-        """After each update, on every process; `health` is its own health numbers, as the trackers name them."""
-
-    def on_validation(self, trainer: Trainer, picture: Image.Image) -> None:
-        """After each grid of pictures, on the main process."""
-
-    def on_checkpoint(self, trainer: Trainer, checkpoint: Path) -> None:
-        """After each checkpoint is whole on the disk, on every process."""
 
 
 class Trainer:
