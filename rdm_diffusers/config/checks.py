@@ -143,6 +143,7 @@ def eight_bit_package() -> str:
 def _check_rates_and_output(config: RunConfig) -> None:
     optimisation, output = config.optimisation, config.output
     lowest = min(optimisation.learning_rate, optimisation.fake_learning_rate)
+    lowest *= optimisation.samples_per_update if optimisation.scale_lr else 1
     if optimisation.lr_scheduler == "polynomial" and lowest <= LAST_RATE:
         raise ValueError(
             f"--lr_scheduler polynomial ends at {LAST_RATE:g}, so --learning_rate and --fake_learning_rate must be "

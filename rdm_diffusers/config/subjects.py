@@ -170,8 +170,14 @@ class OptimisationConfig:
 
     train_batch_size: int = flag(4, "samples per device in one forward and backward", BATCH)
     gradient_accumulation_steps: int = flag(1, "such batches per update; groups may span them", BATCH)
-    max_train_steps: int = flag(5000, "student updates", COUNT, free=True)
+    max_train_steps: int = flag(5000, "student updates; overrides --num_train_epochs", COUNT, free=True)
+    num_train_epochs: int | None = flag(
+        None, "passes over the prompts, each of which has one group in a pass, instead of --max_train_steps", COUNT,
+        free=True)
     learning_rate: float = flag(1e-4, "the student's", RATE, free=True)
+    scale_lr: bool = flag(
+        False, "multiply both learning rates by --train_batch_size x --gradient_accumulation_steps x processes",
+        free=True)
     fake_learning_rate: float = flag(None, "the fake score's; the student's by default", RATE, free=True)
     lr_scheduler: str = flag(
         "constant", "as in diffusers: constant, cosine, linear, ...", OneOf(SCHEDULES))

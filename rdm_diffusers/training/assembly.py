@@ -36,6 +36,7 @@ from ..schedulers import RdmScheduler, shifted, stretched
 from ..sharding import is_sharded, is_sharded_launch
 from .checkpoints import TrainState
 from .devices import compile_blocks, place, prepare_denoiser, prepare_vae, use_channels_last
+from .epochs import rate_factor
 from .external_rewards import join_rewards
 from .optimizers import make_optimizer
 from .prompts import PromptGroups, Texts
@@ -281,7 +282,8 @@ def make_state(networks: Networks, accelerator: Accelerator, config: RunConfig) 
     """Optimisers for student and fake score, the student's moving average, and the running means."""
     optimisation = config.optimisation
     rates = {STUDENT: optimisation.learning_rate, FAKE_SCORE: optimisation.fake_learning_rate}
-    optimizers = {role: make_optimizer(networks.parameters(role), rate, config) for role, rate in rates.items()}
+    factor = rate_factor(config, accelerator.num_processes)
+    optimizers = {r: make_optimizer(networks.parameters(r), factor * rate, config) for r, rate in rates.items()}
     ema = EMAModel(networks.parameters(STUDENT), decay=optimisation.ema_decay) if optimisation.use_ema else None
     if ema is not None and config.memory.offload and not is_sharded_launch():
         ema.to("cpu")

@@ -22,6 +22,7 @@ from ..rewards import WeightedReward
 from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
+from .epochs import with_updates
 from .external_rewards import load_rewards
 from .finish import draw_and_measure
 from .launch import make_accelerator
@@ -139,10 +140,11 @@ class Trainer:
     def _check(self) -> None:
         config, accelerator = self.config, self.accelerator
         self._held.enter_context(locked_for_run(self.folder, accelerator, changes=not config.output.dry_run))
-        self.checkpoint = checkpoint_to_resume(self.folder, config)
         self.images = find_user_images(config.prompts)
         captions = self.images.captions if self.images else ()
         self.prompts = load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path, captions)
+        self.config = config = with_updates(config, len(self.prompts), accelerator.num_processes)
+        self.checkpoint = checkpoint_to_resume(self.folder, config)
         self.arguments = {
             **config.as_arguments(),
             "command": config.command,
