@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import fields
 from importlib.util import find_spec
 from itertools import pairwise
@@ -150,7 +151,7 @@ def _check_rates_and_output(config: RunConfig) -> None:
             "above that."
         )
     if optimisation.lr_scheduler == "constant" and optimisation.lr_warmup_steps:
-        print("warning: --lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup.")
+        _warn("--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup.")
     asked = len(output.validation_prompt)
     if asked > output.num_validation_images:
         raise ValueError(
@@ -159,7 +160,11 @@ def _check_rates_and_output(config: RunConfig) -> None:
         )
     teacher = config.teacher
     if output.num_eval_images and (teacher.teacher_lora or not is_tiny(teacher.pretrained_model_name_or_path)):
-        print("warning: --num_eval_images measures students of the embedded teachers alone; use rdm-evaluate.")
+        _warn("--num_eval_images measures students of the embedded teachers alone; use rdm-evaluate.")
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=3)
 
 
 def _check_groups(config: RunConfig) -> None:
