@@ -138,10 +138,11 @@ def _ending_on_signals() -> Iterator[None]:
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Shows a warning of our own as one sentence, and of other packages as ever; all as ever with `RDM_VERBOSE`."""
-    before, places = warnings.showwarning, (str(Path(__file__).parent), getattr(sys.modules["__main__"], "__file__", ""))
+    before, script = warnings.showwarning, getattr(sys.modules["__main__"], "__file__", None)
+    ours = (str(Path(__file__).parent), *([script] if script else []))
 
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **options: Any) -> None:
-        if issubclass(category, UserWarning) and filename.startswith(tuple(filter(None, places))):
+        if issubclass(category, UserWarning) and filename.startswith(ours):
             tqdm.write(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)  # not into a bar
         else:
             before(message, category, filename, *rest, **options)

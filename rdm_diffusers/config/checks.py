@@ -117,7 +117,7 @@ def _check_memory(config: RunConfig) -> None:
         "--gradient_checkpointing": memory.gradient_checkpointing,
         "--torch_compile": memory.torch_compile,
         "--base_quantization": quantization,
-        "--mixed_precision bf16": memory.mixed_precision == "bf16",  # which would round the adapters away
+        f"--mixed_precision {memory.mixed_precision}": memory.mixed_precision != "no",  # would round the adapters away
         "FSDP": is_sharded_launch(),
     }
     for flag, given in others.items():
@@ -125,6 +125,8 @@ def _check_memory(config: RunConfig) -> None:
             raise ValueError(f"--fold_adapters and {flag} exclude each other; add --no-fold_adapters.")
     if memory.use_8bit_adam and not config.output.dry_run:
         eight_bit_package()
+    if is_sharded_launch() and memory.mixed_precision == "fp16":
+        raise ValueError("FSDP shards cannot be scaled for fp16; use --mixed_precision bf16 or no.")
     if is_sharded_launch() and memory.channels_last:
         raise ValueError("--channels_last cannot be sharded by FSDP; leave it out.")
     if is_sharded_launch() and memory.use_8bit_adam:

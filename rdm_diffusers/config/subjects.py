@@ -205,8 +205,8 @@ class MemoryConfig:
 
     mixed_precision: str = flag(
         lambda: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        "no or bf16: dtype of frozen weights and of computation; what is trained stays float32",
-        OneOf(("no", "bf16"), reason=": fp16 would need its losses scaled"))
+        "no, bf16 or fp16: dtype of frozen weights and of computation; what is trained stays float32; fp16, for cards "
+        "without bf16, scales its gradients", OneOf(("no", "bf16", "fp16")))
     use_8bit_adam: bool = flag(False, "8-bit AdamW for both roles: bitsandbytes', or else torchao's")
     gradient_checkpointing: bool = flag(False, "less memory for more time", free=True)
     offload: bool = flag(

@@ -38,11 +38,12 @@ from .checkpoints import TrainState
 from .devices import compile_blocks, place, prepare_denoiser, prepare_vae, use_channels_last
 from .epochs import rate_factor
 from .external_rewards import join_rewards
+from .finite import OF_FP16, OF_RATES, FiniteChecks
 from .optimizers import make_optimizer
 from .prompts import PromptGroups, Texts
 from .updates import Distillation
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONTRAST_STEPS = 20  # of the teacher, where its contrast is measured
 
 
@@ -241,6 +242,7 @@ def make_distillation(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         is_sharded=is_sharded(accelerator),
+        checks=FiniteChecks(OF_FP16 if config.memory.mixed_precision == "fp16" else OF_RATES),
         sync_each_batch=config.memory.sync_each_batch,
     )
 

@@ -90,12 +90,12 @@ class _Planner:
         """The teacher's networks, and their sizes before anything is added to them."""
         models = model.meta_models(self.teacher, self.config, self.run.teacher.revision)
         self.pipeline = model.meta_pipeline(self.family, models)
-        prepare_vae(self.pipeline.vae, self.run.memory)
         self.denoiser: Any = models[self.family.denoiser_name]
         self.encoders = [each for name, each in models.items() if name.startswith("text_encoder")]
         self.parameters = {name: sum(p.numel() for p in each.parameters()) for name, each in models.items()}
         for each in models.values():
             nn.Module.to(each, self.dtype)  # diffusers' own `to` logs
+        prepare_vae(self.pipeline.vae, self.run.memory)
         self.plain_size = model.nbytes(self.denoiser)
         if self.run.student.quantization:
             model.quantise(self.denoiser, self.run.student.quantization)

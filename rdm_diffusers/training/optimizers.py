@@ -18,6 +18,7 @@ from ..config import RunConfig
 from ..config.checks import eight_bit_package
 from ..sharding import gather
 from .finite import FiniteChecks
+from .loss_scaling import LossScaler
 
 BUCKET = 2**26  # bytes of gradients that are averaged over processes at once
 
@@ -30,21 +31,30 @@ class RoleOptimizer:
     optimizer: torch.optim.Optimizer  # AdamW, in 32 or 8 bits
     schedule: torch.optim.lr_scheduler.LambdaLR  # of its learning rate
     max_grad_norm: float  # the norm that gradients are clipped to; 0 clips nothing
+    scaler: LossScaler | None = None  # of gradients that are computed in float16
+    has_moved: bool = False  # whether the last step changed the parameters, and did not overflow in float16
 
     def step(self, checks: FiniteChecks | None = None) -> Tensor:
         """Averages over processes, clips, steps and clears the gradients; returns the norm before clipping, a scalar.
 
+        Gradients that were scaled for float16 and overflow are dropped, and the next ones are scaled less.
         Raises NonFiniteError if what `checks` noted or the norm is not finite; the parameters are untouched then.
         """
         average_gradients(self.parameters)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         kinds = by_kind(self.parameters)
         norm: Tensor = torch.stack(
             [gather(get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]
         ).norm()
-        (checks or FiniteChecks()).require(norm)
-        for kind in kinds if self.max_grad_norm else []:
-            clip_grads_with_norm_(kind, self.max_grad_norm, norm)
-        self.optimizer.step()
+        may_overflow = self.scaler is not None and self.scaler.may_overflow
+        self.has_moved = (checks or FiniteChecks()).require(norm, may_overflow)
+        if self.has_moved:
+            for kind in kinds if self.max_grad_norm else []:
+                clip_grads_with_norm_(kind, self.max_grad_norm, norm)
+            self.optimizer.step()
+        if self.scaler is not None:
+            self.scaler.end_step(overflowed=not self.has_moved)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -142,7 +152,8 @@ def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, config:
         num_warmup_steps=optimisation.lr_warmup_steps,
         num_training_steps=optimisation.max_train_steps,
     )
-    return RoleOptimizer(parameters, optimizer, schedule, optimisation.max_grad_norm)
+    scaler = LossScaler(parameters[0].device) if config.memory.mixed_precision == "fp16" else None
+    return RoleOptimizer(parameters, optimizer, schedule, optimisation.max_grad_norm, scaler)
 
 
 def quantised_state(parts: dict[str, Tensor]) -> Tensor:

@@ -30,6 +30,7 @@ from ..sharding import gather
 from .cache_parts import whole_parts, write_part
 from .checkpoints import copy_into
 from .finite import NonFiniteError
+from .loss_scaling import scalers_of
 from .optimizers import averaged, make_optimizer, update_average
 from .target_images import TargetImages
 from .updates import Distillation, denoising_times
@@ -97,6 +98,7 @@ def _train(
     updates, rate = config.target.target_train_steps, config.target.target_learning_rate
     schedule = config.changed("optimisation", lr_scheduler="cosine", lr_warmup_steps=0, max_train_steps=updates)
     optimizer, every = make_optimizer(parameters, rate, schedule), -(-updates // CHECKS)
+    run.scalers.update(scalers_of({TARGET: optimizer}))
     batch = _batch_size(run, config)
     average = EMAModel(parameters, decay=config.optimisation.ema_decay if config.optimisation.use_ema else 0.0)
 
@@ -117,7 +119,8 @@ def _train(
         _losses(run, images, TARGET, chosen, keys, "target", trains=True)
         optimizer.set_update(update)
         optimizer.step()
-        update_average(average, parameters)
+        if optimizer.has_moved:
+            update_average(average, parameters)
         bar.update()
         if (update + 1) % every and update + 1 < updates:
             continue

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..program import one_line
+from .loss_scaling import scaling_health
 from .monitor import CollapseError
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
+SHOWN = ("reward_over_distance", "fake_loss", "log_ratio", "overflows")
 
 
 def announcement(config: RunConfig, num_processes: int) -> str:
@@ -112,6 +113,7 @@ class Progress:
         numbers = numbers_of(health) | {"seconds_per_update": seconds}
         numbers["images_per_second"] = run.num_processes * len(run.groups(0)) * run.draws.group_size / seconds
         numbers["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
+        numbers |= scaling_health(state.optimizers)
         numbers |= {f"network_calls/{name}": float(count) for name, count in run.networks.calls.items()}
         try:
             accelerator.log(numbers, step=state.update)

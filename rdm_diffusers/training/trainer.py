@@ -27,6 +27,7 @@ from .external_rewards import load_rewards
 from .finish import draw_and_measure
 from .launch import make_accelerator
 from .loop import train
+from .loss_scaling import scalers_of
 from .memory_plan import plan_memory
 from .memory_table import MemoryPlan
 from .prompts import Texts, load_prompts, read_texts
@@ -188,6 +189,7 @@ class Trainer:
             if self.images is not None and contrast is not None:
                 contrast = latents.float().std().item()  # of the user's images, which the student's is to be
         self.state = make_state(self.networks, accelerator, config)
+        self.distillation.scalers.update(scalers_of(self.state.optimizers))
         self.state.monitor.teacher_contrast = contrast
         if self.checkpoint:
             resume_from(self.checkpoint, self.folder, self.state, accelerator)

@@ -37,6 +37,7 @@ from ..schedulers import RdmScheduler
 from ..sharding import average_in_backward
 from .external_rewards import ExternalRewards
 from .finite import FiniteChecks
+from .loss_scaling import LossScaler, scaled
 from .monitor import batch_health, contrast, fake_loss_health
 from .prompts import PromptGroups
 
@@ -65,6 +66,7 @@ class Distillation:
     is_sharded: bool = False  # whether a network call needs all processes
     sync_each_batch: bool = False  # whether sharded gradients are averaged after every micro-batch
     checks: FiniteChecks = field(default_factory=FiniteChecks)  # what the next optimiser's step waits for
+    scalers: dict[str, LossScaler] = field(default_factory=dict)  # of the roles whose gradients are float16
 
     @property
     def num_steps(self) -> int:
@@ -97,7 +99,7 @@ class Distillation:
         """`Networks.backward` of a part of an update's `count` samples; the last part averages sharded gradients."""
         for network in self.networks.modules:
             average_in_backward(network, self.sync_each_batch or part.stop >= count)
-        self.networks.backward(role, x0, direction)
+        self.networks.backward(role, x0, scaled(direction, self.scalers.get(role)))
 
 
 @dataclass(frozen=True)
