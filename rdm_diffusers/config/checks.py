@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import fields
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 from ..families import Lora
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
+from .optimizers import USUAL, asked_for, kind_of, kinds_of
 from .students import LoraStudentConfig
 from .subjects import ETA, SHARE
 
@@ -123,24 +123,18 @@ def _check_memory(config: RunConfig) -> None:
     for flag, given in others.items():
         if config.fold_adapters and given:
             raise ValueError(f"--fold_adapters and {flag} exclude each other; add --no-fold_adapters.")
-    if memory.use_8bit_adam and not config.output.dry_run:
-        eight_bit_package()
+    if memory.use_8bit_adam and memory.optim != USUAL:
+        raise ValueError(f"--use_8bit_adam and --optim {memory.optim} exclude each other; leave one of them out.")
+    if not config.output.dry_run:
+        kind_of(memory)
     if is_sharded_launch() and memory.mixed_precision == "fp16":
         raise ValueError("FSDP shards cannot be scaled for fp16; use --mixed_precision bf16 or no.")
     if is_sharded_launch() and memory.channels_last:
         raise ValueError("--channels_last cannot be sharded by FSDP; leave it out.")
-    if is_sharded_launch() and memory.use_8bit_adam:
-        raise ValueError("--use_8bit_adam cannot step FSDP's shards; leave it out, the shards are small.")
+    if is_sharded_launch() and kinds_of(memory)[0].package != "torch":
+        raise ValueError(f"{asked_for(memory)} cannot step FSDP's shards; leave it out, the shards are small.")
     if is_sharded_launch() and quantization and config.is_lora:
         raise ValueError("FSDP cannot shard a quantised base; leave out --base_quantization, or FSDP.")
-
-
-def eight_bit_package() -> str:
-    """The installed package that has an 8-bit AdamW; ImportError if there is none."""
-    for package in ("bitsandbytes", "torchao"):
-        if find_spec(package) is not None:
-            return package
-    raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
 
 
 def _check_rates_and_output(config: RunConfig) -> None:

@@ -35,6 +35,7 @@ from ..bounds import (
 from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
 from ..tiny import TINY_NAME
 from .fields import flag
+from .optimizers import OPTIMIZERS, USUAL
 from .presets import PRESETS
 
 ALGORITHMS = ("dmd", "gndm", "gndmr")
@@ -45,6 +46,7 @@ FOLDER_OR_ID = Text("a folder or a Hub id")
 ON_THE_FLY = "on_the_fly"
 LORA = Text("a LoRA's file, folder or Hub id")
 RATE = real("(0, inf)")
+OPTIMS = tuple(OPTIMIZERS)
 SHARE = real("[0, 1]", says="lie in [0, 1), or be 1 with --projection_guard")
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)
 TRACKERS = (*(kind.value for kind in LoggerType), "none")
@@ -208,6 +210,7 @@ class MemoryConfig:
         "no, bf16 or fp16: dtype of frozen weights and of computation; what is trained stays float32; fp16, for cards "
         "without bf16, scales its gradients", OneOf(("no", "bf16", "fp16")))
     use_8bit_adam: bool = flag(False, "8-bit AdamW for both roles: bitsandbytes', or else torchao's")
+    optim: str = flag(USUAL, "the AdamW of both roles, by transformers' names; see docs/recipes.md", OneOf(OPTIMS))
     gradient_checkpointing: bool = flag(False, "less memory for more time", free=True)
     offload: bool = flag(
         False, "keep off the device what is not at work: the moving average, the rewards with their autoencoder, and "

@@ -1,7 +1,8 @@
 """Loss scaling for float16, whose smallest number is 6e-8: without it, small gradients become 0 in a backward.
 
 A role's direction is multiplied by a scale before the backward, and its gradients are divided by it afterwards
-(arXiv 1710.03740). Where a scaled gradient leaves float16's range, the optimiser's step is left out and the scale halved.
+(arXiv 1710.03740). Where a scaled gradient leaves float16's range, the optimiser's step is left out, and the scale is
+halved.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
+from ..config.optimizers import USUAL
 from ..distillation import fake_score_direction, posterior_mean
 from ..folders import write_whole
 from ..networks import TARGET, TEACHER
@@ -76,11 +77,12 @@ def learn_target(
 def _digest(run: Distillation, images: TargetImages, config: RunConfig) -> str:
     """Of all that decides the target beside the images."""
     optimisation = config.optimisation
+    other_optimizer = [] if config.memory.optim == USUAL else [config.memory.optim]
     settings = (
         config.target, getattr(config.student, "quantization", None), len(images), _batch_size(run, config),
         run.num_processes, optimisation.adam_beta1, optimisation.adam_beta2, optimisation.adam_weight_decay,
         optimisation.adam_epsilon, optimisation.max_grad_norm, optimisation.use_ema, optimisation.ema_decay,
-        config.memory.mixed_precision, config.memory.use_8bit_adam,
+        config.memory.mixed_precision, config.memory.use_8bit_adam, *other_optimizer,
     )  # fmt: skip
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
 
