@@ -70,7 +70,7 @@ def measure_reward(
         ValueError: as `rewards.evaluate`, or if no value is finite.
     """
     batches = _with_prompts(files, prompts, device, reward.name)
-    values = torch.cat([evaluate(reward, images, asked).double().cpu() for images, asked in batches])
+    values = torch.cat([evaluate(reward, images, asked).cpu().double() for images, asked in batches])
     finite = values[values.isfinite()]
     if not len(finite):
         raise ValueError(f"The reward {reward.name} returned no finite number; fix it or leave it out.")

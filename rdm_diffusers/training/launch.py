@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ..config import MemoryConfig, OutputConfig
 from ..config.secrecy import words_of_launcher
+from ..hardware import uses_cpu
 from ..sharding import is_sharded_launch
 from .processors import usable_processors
 from .tracking import check_trackers
@@ -36,7 +37,7 @@ def make_accelerator(output: OutputConfig, memory: MemoryConfig) -> Accelerator:
     check_trackers(output.report_to)
     project = ProjectConfiguration(output.output_dir, os.path.join(output.output_dir, output.logging_dir))
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=uses_cpu(),
         mixed_precision="no",  # the networks see to that themselves
         log_with=None if output.report_to == "none" else output.report_to,
         project_config=project,

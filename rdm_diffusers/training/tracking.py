@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
+from ..hardware import to_float64
 from ..program import one_line
 from .loss_scaling import scaling_health
 from .monitor import CollapseError
@@ -96,7 +97,7 @@ class Progress:
     def _check_alarms(self, health: dict[str, Tensor]) -> None:
         state, accelerator = self.trainer.state, self.trainer.accelerator
         names = [name for name in health if "/step_" not in name and "/bin_" not in name]  # those every process has
-        values = torch.stack([health[name].float() for name in names])
+        values = torch.stack([health[name].float().to(accelerator.device) for name in names])
         finite = values.isfinite()  # a process without a last step, or without a valid reward, does not count
         total, count = accelerator.reduce(torch.stack([values.where(finite, 0), finite.float()]), "sum")
         alarms = state.monitor.observe(dict(zip(names, (total / count).tolist(), strict=True)))
@@ -124,7 +125,7 @@ class Progress:
 
 def numbers_of(health: dict[str, Tensor]) -> dict[str, float]:
     """Health numbers, read from the device at once; those of empty bins are left out."""
-    values = torch.stack([value.double() for value in health.values()]).tolist()
+    values = torch.stack([to_float64(value) for value in health.values()]).tolist()
     return {name: value for name, value in zip(health, values, strict=True) if "/bin_" not in name or value == value}
 
 

@@ -201,7 +201,8 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
         ascent, reward_health = run.rewards.join(ascent, samples, batch.sample_prompts, statistics)
         health |= reward_health
     if batch.log_ratio is not None:
-        ascent = expand(importance_weights(batch.log_ratio, run.importance_weighting), ascent) * ascent
+        weights = importance_weights(batch.log_ratio, run.importance_weighting).to(ascent.device)
+        ascent = expand(weights, ascent) * ascent
         health |= importance_health(batch.log_ratio)
     direction = -ascent / ascent.numel()
     run.checks.note("student direction", direction, batch.name_of)

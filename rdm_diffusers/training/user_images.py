@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..config import PromptsConfig, RunConfig
 from ..distillation import Draws
 from ..families import Teacher
+from ..hardware import to_float64
 from ..prompts import FLAGS, captions_of, load_rows
 from .assembly import DTYPES
 from .devices import on_device
@@ -216,7 +217,7 @@ def _latents(
     size = run.latent_shape[-1] * teacher.pipeline.vae_scale_factor
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     decides = (images.digest, size, target.center_crop, target.random_flip, settings, vae.dtype)
-    weights = [parameter.double().sum().item() for parameter in vae.parameters()]
+    weights = [to_float64(parameter).sum().item() for parameter in vae.parameters()]
     digest = hashlib.sha256(repr((decides, weights)).encode()).hexdigest()[:32]
     folder = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER / digest
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
