@@ -27,6 +27,8 @@ What it does, and the flags that steer it:
   --reward_combination, --projection_guard; those without gradients: --reward_tilt; their course:
   --reward_scheduler, --reward_warmup_steps; their memory (docs/rewards.md): --decode_batch_size, --reward_vae
 - the fake score: --fake_updates_per_step, --fake_learning_rate, --fake_score_steps
+- the length, and rates by the batch (docs/many_gpus.md): --max_train_steps or --num_train_epochs; --scale_lr
+- the length, and rates by the batch (docs/many_gpus.md): --max_train_steps or --num_train_epochs; --scale_lr
 - rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
 - health: --logging_steps, alarms in the log, --stop_on_collapse; --dry_run prints the memory needed, trains nothing
 - small GPUs (docs/recipes.md): --base_quantization int8, fp8 or nf4, --mixed_precision bf16, --use_8bit_adam,

@@ -3,6 +3,7 @@
 Names are imported when they are first used, so that `import rdm_diffusers` costs next to nothing.
 """
 
+import sys
 from importlib import import_module
 
 __version__ = "0.2.0.dev0"
@@ -29,3 +30,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv):
+    import_module(".quiet", __name__)  # Python is looking for a program of this package (`python -m`)

@@ -10,13 +10,17 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
+VERBOSE = "RDM_VERBOSE"  # an environment variable: if set, other packages say all they want
 TRACEBACK = "RDM_TRACEBACK"  # an environment variable: if set, every error shows its traceback
 MEMORY_ADVICE = "give it less to do at once"
 # Errors without a public class are recognised by their message, those of libraries that may be missing by class name.
@@ -94,7 +98,7 @@ def run_program(main: Callable[[], object], memory_advice: str = MEMORY_ADVICE) 
         main: the program, without arguments.
         memory_advice: as in `explain`.
     """
-    with _lasting_streams(), _ending_on_signals():
+    with _lasting_streams(), _ending_on_signals(), _plain_warnings():
         try:
             main()
         except KeyboardInterrupt:
@@ -129,6 +133,25 @@ def _ending_on_signals() -> Iterator[None]:
     finally:
         for number in handled:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Shows a warning of our own as one sentence, and of other packages as ever; all as ever with `RDM_VERBOSE`."""
+    before, script = warnings.showwarning, getattr(sys.modules["__main__"], "__file__", None)
+    ours = (str(Path(__file__).parent), *([script] if script else []))
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **options: Any) -> None:
+        if issubclass(category, UserWarning) and filename.startswith(ours):
+            tqdm.write(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)  # not into a bar
+        else:
+            before(message, category, filename, *rest, **options)
+
+    warnings.showwarning = before if os.environ.get(VERBOSE) else show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 
-VERBOSE = "RDM_VERBOSE"  # an environment variable: if set, other packages say all they want
+from .program import VERBOSE
+
 CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")  # whose warnings are about optional parts of their own
 HARMLESS = (
     "requires torchvision (not installed)",  # pictures are read without it

@@ -12,7 +12,7 @@ import pytest
 from parts import PROMPTS, make_run, run_arguments
 
 import train_rdm_lora
-from rdm_diffusers.config import RunConfig, checks
+from rdm_diffusers.config import RunConfig, optimizers
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.config.presets import TINY_DEFAULTS
 from rdm_diffusers.distillation import DMD, GNDM
@@ -422,11 +422,21 @@ def test_prompts_come_from_a_file_from_a_datasets_column_or_with_the_tiny_teache
 
 
 def test_8_bit_adam_without_a_package_for_it_is_refused_at_once(complaint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
     assert "--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'." in complaint(
         use_8bit_adam=True, prompts_file="missing.txt"
     )
     assert parse_args(["--use_8bit_adam", "--dry_run"]).memory.use_8bit_adam
+    for name, package, extra in (
+        ("paged_adamw_8bit", "bitsandbytes", "8bit"),
+        ("adamw_torch_4bit", "torchao", "quant"),
+    ):
+        assert f"--optim {name} needs {package}: pip install 'rdm-diffusers[{extra}" in complaint(optim=name)
+
+
+def test_two_flags_for_the_optimiser_exclude_each_other(complaint) -> None:
+    said = complaint(use_8bit_adam=True, optim="paged_adamw_8bit")
+    assert "--use_8bit_adam and --optim paged_adamw_8bit exclude each other; leave one of them out." in said
 
 
 def test_an_updates_samples_are_groups_times_members_times_states(

@@ -23,6 +23,7 @@ FLOORS = (
         "bounds",
         "folders",
         "frechet",
+        "hardware",
         "prediction",
         "program",
         "prompts",

@@ -13,8 +13,9 @@ from parts import run_arguments
 
 import train_rdm_lora
 from rdm_diffusers.training.launch import check_launch, free_threads, is_sharded_launch, promised_processes
+from rdm_diffusers.training.processors import usable_processors
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = usable_processors()
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
@@ -106,3 +107,41 @@ def test_under_accelerate_launch_a_run_uses_the_cores_that_there_are_unless_some
 
 def test_a_program_that_accelerate_did_not_start_keeps_its_threads() -> None:
     assert free_threads(psutil.Process().parent()) is None and free_threads(None) is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "processors"),
+    [
+        ("0::/", {}, 8),
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "250000 100000"}, 3),
+        ("0::/", {"cpu.max": "20000 100000"}, 1),
+        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "200000 100000", "a/b/cpu.max": "600000 100000"}, 2),
+        ("0::/seen/from/the/host", {"cpu.max": "400000 100000"}, 4),
+        ("5:memory:/x\n4:cpu,cpuacct:/x\n0::/", {"cpu,cpuacct/x/cpu.cfs_quota_us": "500000",
+                                                 "cpu,cpuacct/x/cpu.cfs_period_us": "100000"}, 5),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        (None, {}, 8),
+    ],
+)  # fmt: skip
+def test_a_process_uses_no_more_processors_than_its_container_has(
+    groups: str | None, files: dict[str, str], processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 8, raising=False)
+    if groups is not None:
+        (tmp_path / "own").write_text(groups + "\n")
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert usable_processors(tmp_path / "cgroup", tmp_path / "own") == processors
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be bound to a processor here")
+def test_a_process_that_is_bound_to_one_processor_uses_one() -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert usable_processors() == 1
+    finally:
+        os.sched_setaffinity(0, before)

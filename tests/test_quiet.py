@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,40 @@ def test_a_variable_lets_other_packages_say_all_they_want() -> None:
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         counts.append(int(done.stdout))
     assert counts == [1, 0]
+
+
+def said(*words: str, verbose: str = "") -> str:
+    """What a Python program writes to stderr."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RDM_VERBOSE": verbose}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=True)
+    return done.stderr
+
+
+def test_the_evaluation_as_a_module_starts_as_quietly_as_the_command() -> None:
+    assert said("-m", "rdm_diffusers.evaluation", "--help") == ""
+
+
+def test_a_library_that_imports_the_evaluation_quietens_nobody() -> None:
+    code = "import sys, rdm_diffusers.evaluation\nassert 'rdm_diffusers.quiet' not in sys.modules"
+    said("-c", code, "-m", "rdm_diffusers.evaluation")
+
+
+WARNS = (
+    "import warnings, rdm_diffusers.quiet\n"
+    "from rdm_diffusers.config import RunConfig\n"
+    "from rdm_diffusers.program import run_program\n"
+    "def main():\n"
+    "    RunConfig.of(lr_scheduler='constant', lr_warmup_steps=5, report_to='none')\n"
+    "    warnings.warn_explicit('of another package', UserWarning, '/site-packages/other/file.py', 7)\n"
+)
+SENTENCE = "--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup."
+
+
+def test_a_warning_of_our_own_is_a_sentence_in_a_program_and_those_of_others_name_their_place() -> None:
+    lines = said("-c", WARNS + "run_program(main)").splitlines()
+    assert lines == [f"Warning: {SENTENCE}", "/site-packages/other/file.py:7: UserWarning: of another package"]
+
+
+@pytest.mark.parametrize(("call", "verbose"), [("run_program(main)", "1"), ("main()", "")], ids=["verbose", "library"])
+def test_a_warning_of_our_own_names_its_place_in_a_library_and_where_all_is_shown(call: str, verbose: str) -> None:
+    assert re.search(rf"checks.py:\d+: UserWarning: {SENTENCE}", said("-c", WARNS + call, verbose=verbose))

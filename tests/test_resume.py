@@ -14,7 +14,8 @@ from parts import make_run, read_state, run_arguments, train_only, train_run
 from safetensors.torch import load_file
 
 import train_rdm_lora
-from rdm_diffusers.config import checks
+from rdm_diffusers.config import optimizers
+from rdm_diffusers.config.optimizers import EIGHT_BIT, OPTIMIZERS, USUAL
 from rdm_diffusers.training import monitor
 from rdm_diffusers.training.checkpoint_files import find_checkpoint
 from rdm_diffusers.training.checkpoints import load_checkpoint
@@ -94,12 +95,21 @@ def test_ctrl_c_waits_for_the_last_update_that_a_rollout_serves(argv) -> None:
 def test_resuming_changes_nothing_with_8_bit_adam(
     package: str, argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "find_spec", lambda name: name == package or None)
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: name == package or None)
     # Rank 32 makes matrices of more than 4096 elements, which alone are kept in 8 bits.
     with torch.compiler.set_stance("force_eager"):  # torchao would compile its step for half a minute
         assert_resuming_changes_nothing(argv, tmp_path, ["--use_8bit_adam"], rank=32)
     state = read_state(tmp_path / "broken" / "checkpoint-6")
     assert any(tensor.dtype == torch.uint8 for tensor in state.values())
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in (USUAL, *EIGHT_BIT)])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_resuming_changes_nothing_with_any_optimiser(name: str, argv, tmp_path: Path) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        assert_resuming_changes_nothing(argv, tmp_path, ["--optim", name], rank=32)
+    kept = [tensor for key, tensor in read_state(tmp_path / "broken" / "checkpoint-6").items() if "codes" in key]
+    assert bool(kept) == (name == "adamw_torch_4bit")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)

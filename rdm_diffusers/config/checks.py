@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import fields
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
+from .optimizers import USUAL, asked_for, kind_of, kinds_of
 from .students import LoraStudentConfig
 from .subjects import ETA, SHARE
 from .validation import check_validation
@@ -162,40 +163,37 @@ def _check_memory(config: RunConfig) -> None:
         "--gradient_checkpointing": memory.gradient_checkpointing,
         "--torch_compile": memory.torch_compile,
         "--base_quantization": quantization,
-        "--mixed_precision bf16": memory.mixed_precision == "bf16",  # which would round the adapters away
+        f"--mixed_precision {memory.mixed_precision}": memory.mixed_precision != "no",  # would round the adapters away
         "FSDP": is_sharded_launch(),
     }
     for flag, given in others.items():
         if config.fold_adapters and given:
             raise ValueError(f"--fold_adapters and {flag} exclude each other; add --no-fold_adapters.")
-    if memory.use_8bit_adam and not config.output.dry_run:
-        eight_bit_package()
+    if memory.use_8bit_adam and memory.optim != USUAL:
+        raise ValueError(f"--use_8bit_adam and --optim {memory.optim} exclude each other; leave one of them out.")
+    if not config.output.dry_run:
+        kind_of(memory)
+    if is_sharded_launch() and memory.mixed_precision == "fp16":
+        raise ValueError("FSDP shards cannot be scaled for fp16; use --mixed_precision bf16 or no.")
     if is_sharded_launch() and memory.channels_last:
         raise ValueError("--channels_last cannot be sharded by FSDP; leave it out.")
-    if is_sharded_launch() and memory.use_8bit_adam:
-        raise ValueError("--use_8bit_adam cannot step FSDP's shards; leave it out, the shards are small.")
+    if is_sharded_launch() and kinds_of(memory)[0].package != "torch":
+        raise ValueError(f"{asked_for(memory)} cannot step FSDP's shards; leave it out, the shards are small.")
     if is_sharded_launch() and quantization and config.is_lora:
         raise ValueError("FSDP cannot shard a quantised base; leave out --base_quantization, or FSDP.")
-
-
-def eight_bit_package() -> str:
-    """The installed package that has an 8-bit AdamW; ImportError if there is none."""
-    for package in ("bitsandbytes", "torchao"):
-        if find_spec(package) is not None:
-            return package
-    raise ImportError("--use_8bit_adam needs bitsandbytes or torchao: pip install 'rdm-diffusers[8bit]'.")
 
 
 def _check_rates_and_output(config: RunConfig) -> None:
     optimisation, output = config.optimisation, config.output
     lowest = min(optimisation.learning_rate, optimisation.fake_learning_rate)
+    lowest *= optimisation.samples_per_update if optimisation.scale_lr else 1
     if optimisation.lr_scheduler == "polynomial" and lowest <= LAST_RATE:
         raise ValueError(
             f"--lr_scheduler polynomial ends at {LAST_RATE:g}, so --learning_rate and --fake_learning_rate must be "
             "above that."
         )
     if optimisation.lr_scheduler == "constant" and optimisation.lr_warmup_steps:
-        print("warning: --lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup.")
+        _warn("--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup.")
     asked = len(output.validation_prompt)
     if asked > output.num_validation_images:
         raise ValueError(
@@ -204,7 +202,11 @@ def _check_rates_and_output(config: RunConfig) -> None:
         )
     teacher = config.teacher
     if output.num_eval_images and (teacher.teacher_lora or not is_tiny(teacher.pretrained_model_name_or_path)):
-        print("warning: --num_eval_images measures students of the embedded teachers alone; use rdm-evaluate.")
+        _warn("--num_eval_images measures students of the embedded teachers alone; use rdm-evaluate.")
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=3)
 
 
 def _check_groups(config: RunConfig) -> None:

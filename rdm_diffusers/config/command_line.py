@@ -12,6 +12,7 @@ from ..bounds import PATH, TOKEN, Bound, Interval, OneOf, Parser, set_bounds
 from ..families import use_token
 from .checks import check_rewards
 from .fields import Setting, settings_of
+from .presets import below
 from .record import command_line
 from .retired import RETIRED, retirement
 from .run_config import RunConfig, all_settings, read_yaml, subjects_of
@@ -100,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
 
 def _words_of(file: str | None, given: Mapping[str, Any], student: str) -> list[str]:
     """A file's settings as words of a command line, which others can use without the file."""
-    settings = {} if file is None else read_yaml(file)
+    settings = {} if file is None else below(read_yaml(file), given)
     words: list[str] = []
     for setting in all_settings(student):
         name = next((name for name in (setting.name, *setting.names) if settings.get(name) is not None), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..families import Lora, full_name, rank_of
@@ -38,6 +38,7 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
 FULL_LEARNING_RATE = 0.5  # of a LoRA's
 TINY_FAKE_RATE = 4  # times the student's, where both start at the target
 
+EPOCHS, UPDATES = "num_train_epochs", "max_train_steps"
 TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 SOURCES = (TEACHER, VAE, "single_file_config")  # by their full paths, for those who export from another folder
 # What follows from other flags, where it is not given.
@@ -51,6 +52,8 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
     values = {**defaults, **_tiny_defaults(student, defaults, given), **given}
     values |= _loras(values, rank_is_given="rank" in given)
+    if UPDATES in given:
+        values[EPOCHS] = None
     grid = values["student_sigmas"] or values["student_timesteps"]
     if grid and "num_student_steps" not in given:
         values["num_student_steps"] = len(grid)
@@ -74,6 +77,11 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     if values.get("lora_layers"):
         values["lora_layers"] = ",".join(name.strip() for name in values["lora_layers"].split(","))
     return values
+
+
+def below(settings: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """A file's settings without its number of updates, where a number of epochs is `given` on top of the file."""
+    return {name: value for name, value in settings.items() if name != UPDATES or EPOCHS not in given}
 
 
 def _steps_per_rollout(values: Mapping[str, Any]) -> int:

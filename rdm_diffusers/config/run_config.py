@@ -15,7 +15,7 @@ from ..rewards import is_function, split_function
 from ..untrusted import INSTEAD, check_kinds, has_secret
 from .checks import check
 from .fields import Setting, settings_of
-from .presets import DERIVED, filled
+from .presets import DERIVED, EPOCHS, UPDATES, below, filled
 from .retired import without_retired
 from .students import FullStudentConfig, LoraStudentConfig
 from .subjects import (
@@ -99,8 +99,8 @@ class RunConfig:
             raise ValueError(f"{path} configures a student of kind {kind}, which is not {wanted}; use another file.")
         names = _by_names(kind)
         on_top = {_setting(name, names).name for name, value in values.items() if value is not None}
-        below = {name: value for name, value in settings.items() if _setting(name, names, path).name not in on_top}
-        return cls.of(kind, **below, **values)
+        rest = {name: value for name, value in settings.items() if _setting(name, names, path).name not in on_top}
+        return cls.of(kind, **below(rest, on_top), **values)
 
     @classmethod
     def from_record(cls, arguments: Mapping[str, Any]) -> RunConfig:
@@ -171,6 +171,8 @@ class RunConfig:
         So a value that is put on top of it, for example another rank, brings its own consequences.
         """
         values = self.as_arguments()
+        if values[EPOCHS] is not None:
+            del values[UPDATES]  # which would override it
         rest = {name: value for name, value in values.items() if name not in (*DERIVED, *ONE_TIME)}
         derived = RunConfig._unchecked(**rest).as_arguments()
         written = {name: value for name, value in values.items() if name in rest or value != derived[name]}

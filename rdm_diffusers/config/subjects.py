@@ -36,6 +36,7 @@ from ..families import origin_of
 from ..sizes import BUCKETS, RESOLUTION, read_buckets
 from ..tiny import TINY_NAME
 from .fields import flag
+from .optimizers import OPTIMIZERS, USUAL
 from .presets import PRESETS
 
 ALGORITHMS = ("dmd", "gndm", "gndmr")
@@ -46,6 +47,7 @@ FOLDER_OR_ID = Text("a folder or a Hub id")
 ON_THE_FLY = "on_the_fly"
 LORA = Text("a LoRA's file, folder or Hub id")
 RATE = real("(0, inf)")
+OPTIMS = tuple(OPTIMIZERS)
 SHARE = real("[0, 1]", says="lie in [0, 1), or be 1 with --projection_guard")
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)
 TRACKERS = (*(kind.value for kind in LoggerType), "none")
@@ -195,8 +197,14 @@ class OptimisationConfig:
 
     train_batch_size: int = flag(4, "samples per device in one forward and backward", BATCH)
     gradient_accumulation_steps: int = flag(1, "such batches per update; groups may span them", BATCH)
-    max_train_steps: int = flag(5000, "student updates", COUNT, free=True)
+    max_train_steps: int = flag(5000, "student updates; overrides --num_train_epochs", COUNT, free=True)
+    num_train_epochs: int | None = flag(
+        None, "passes over the prompts, each of which has one group in a pass, instead of --max_train_steps", COUNT,
+        free=True)
     learning_rate: float = flag(1e-4, "the student's", RATE, free=True)
+    scale_lr: bool = flag(
+        False, "multiply both learning rates by --train_batch_size x --gradient_accumulation_steps x processes",
+        free=True)
     fake_learning_rate: float = flag(None, "the fake score's; the student's by default", RATE, free=True)
     lr_scheduler: str = flag(
         "constant", "as in diffusers: constant, cosine, linear, ...", OneOf(SCHEDULES))
@@ -224,9 +232,10 @@ class MemoryConfig:
 
     mixed_precision: str = flag(
         lambda: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        "no or bf16: dtype of frozen weights and of computation; what is trained stays float32",
-        OneOf(("no", "bf16"), reason=": fp16 would need its losses scaled"))
+        "no, bf16 or fp16: dtype of frozen weights and of computation; what is trained stays float32; fp16, for cards "
+        "without bf16, scales its gradients", OneOf(("no", "bf16", "fp16")))
     use_8bit_adam: bool = flag(False, "8-bit AdamW for both roles: bitsandbytes', or else torchao's")
+    optim: str = flag(USUAL, "the AdamW of both roles, by transformers' names; see docs/recipes.md", OneOf(OPTIMS))
     gradient_checkpointing: bool = flag(False, "less memory for more time", free=True)
     offload: bool = flag(
         False, "keep off the device what is not at work: the moving average, the rewards with their autoencoder, and "

@@ -17,7 +17,7 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor on a device; the CPU does not wait for what the device has yet to compute."""
     uploads = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
     pinned = tensor.pin_memory() if uploads else tensor
-    return pinned.to(device, non_blocking=True)
+    return pinned.to(device, non_blocking=uploads)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..families import Conditioning
+from ..hardware import to_float64
 from ..schedulers import RdmScheduler
 from ..schedulers.transitions import gaussian_log_prob
 from .rollout import PredictX0, Step, take_step
@@ -45,7 +46,7 @@ def log_ratios(now: Sequence[Step], then: Sequence[Step]) -> Tensor:
         now: the K steps of B samples, as `revisit` gives them.
         then: the same as the student took them.
     """
-    ratios = [torch.zeros(len(then[0].x_t), dtype=torch.float64, device=then[0].x_t.device)]
+    ratios = [to_float64(then[0].x_t.new_zeros(len(then[0].x_t), dtype=torch.float32))]
     for new, old, following in zip(now, then, then[1:], strict=False):
         log_now, log_then = (gaussian_log_prob(following.x_t, step.mean, old.std) for step in (new, old))
         ratios.append(ratios[-1] + (log_now - log_then))
@@ -81,6 +82,6 @@ def importance_health(log_ratio: Tensor) -> dict[str, Tensor]:
     weights = log_ratio.softmax(0)
     return {
         "effective_sample_size": 1 / weights.square().sum() / len(weights),
-        "clip_fraction": ((log_ratio.exp() - 1).abs() > CLIP).double().mean(),
+        "clip_fraction": to_float64((log_ratio.exp() - 1).abs() > CLIP).mean(),
         "drift": -log_ratio.mean(),
     }

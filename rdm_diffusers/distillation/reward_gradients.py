@@ -11,6 +11,7 @@ from torch import Tensor
 from ..prediction import expand
 from ..rewards import Reward, evaluate
 
+FAR = 100  # exponents of two that float32 and its inverses reach
 Decode = Callable[[Tensor], Tensor]
 
 
@@ -73,9 +74,20 @@ def _gradients(
         with torch.enable_grad():
             values = evaluate(reward, shown.clone(), prompts)  # a copy, which a reward may change in place
         (uphill,) = torch.autograd.grad(values.sum(), shown)
-        (gradient,) = torch.autograd.grad(images, latents, uphill, retain_graph=number < len(rewards))
-        found.append((values.detach(), gradient))
+        size = power_of_two(uphill)
+        (gradient,) = torch.autograd.grad(images, latents, uphill / size, retain_graph=number < len(rewards))
+        found.append((values.detach(), gradient * size))
     return found
+
+
+def power_of_two(gradient: Tensor) -> Tensor:
+    """A power of two for each sample `[B, 1, ...]`, up to twice the largest of its `gradient [B, ...]`.
+
+    Divided by it, a gradient is not rounded, and a decoder in float16 does not turn it into 0.
+    """
+    largest = gradient.abs().flatten(1).amax(1).view(-1, *[1] * (gradient.ndim - 1))
+    exponent = torch.frexp(largest).exponent.clamp(-FAR, FAR)
+    return torch.ldexp(torch.ones_like(largest), exponent)
 
 
 @torch.no_grad()

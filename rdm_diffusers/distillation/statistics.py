@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..hardware import to_float64
+
 
 @dataclass
 class RunningMeans:
@@ -28,10 +30,10 @@ class RunningMeans:
 
         An update that counts nothing at all leaves the state untouched.
         """
-        new = self.reduce(torch.stack([total.double(), count.double().expand_as(total)]))
+        new = self.reduce(torch.stack([to_float64(total), to_float64(count).expand_as(total)]))
         old = self.state.get(name, torch.zeros_like(new)).to(new.device)
         self.state[name] = torch.where(new[1].any(), decay * old + (1 - decay) * new, old)
-        return self.mean(name)
+        return self.mean(name).to(total.device)
 
     def mean(self, name: str) -> Tensor:
         """The mean under a name, float32. Raises KeyError if it was never updated."""

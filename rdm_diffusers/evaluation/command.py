@@ -31,6 +31,7 @@ from ..bounds import (
     whole,
 )
 from ..folders import aside_of
+from ..hardware import uses_cpu
 from ..pipelines import StudentConfig
 from ..program import run_program
 from ..sizes import RESOLUTION
@@ -238,8 +239,7 @@ def _check_output(folder: Path) -> None:
 def _make_state() -> PartialState:
     """This process among the others, on a GPU if there is one; ValueError if a launcher's processes form no group."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    waiting = {"timeout": PATIENCE} if launched > 1 else {}
-    state = PartialState(cpu=not torch.cuda.is_available(), **waiting)
+    state = PartialState(cpu=uses_cpu(), **({"timeout": PATIENCE} if launched > 1 else {}))
     if state.num_processes < launched:
         raise ValueError(
             f"The launcher started {launched} processes, but only {state.num_processes} is in the group; launch with "

@@ -77,7 +77,7 @@ def measure_reward(
 @torch.no_grad()
 def mean_reward(reward: Reward, batches: Batches) -> dict[str, float | None]:
     """`measure_reward` of images `[B, 3, H, W]` in [0, 1], each batch with its prompts."""
-    values = torch.cat([evaluate(reward, images, asked).double().cpu() for images, asked in batches])
+    values = torch.cat([evaluate(reward, images, asked).cpu().double() for images, asked in batches])
     finite = values[values.isfinite()]
     if not len(finite):
         raise ValueError(f"The reward {reward.name} returned no finite number; fix it or leave it out.")

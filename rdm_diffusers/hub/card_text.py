@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult
 
+from ..config.optimizers import EIGHT_BIT, OPTIMIZERS, USUAL
 from ..evaluation.records import JSON_FILE as EVALUATION_FILE, flattened, number, rows_of, table
 from ..families import CARD, fetch
 from ..tiny import is_tiny
@@ -223,3 +224,12 @@ def _card_metadata(card: Path) -> dict[str, Any]:
         raise ValueError("its metadata refer to themselves")
     data = yaml.safe_load(head)
     return data if isinstance(data, dict) else {}
+
+
+def optimizer_text(arguments: Mapping[str, Any]) -> str | None:
+    """The optimiser of a run and its learning rate; None if that is unknown."""
+    rate, scaled = arguments.get("learning_rate"), arguments.get("scale_lr")
+    name = EIGHT_BIT[0] if arguments.get("use_8bit_adam") else arguments.get("optim")
+    kind = OPTIMIZERS.get(str(name), OPTIMIZERS[USUAL])
+    times = " times the samples of an update" if scaled else ""
+    return None if rate is None else f"{kind.label}, learning rate {rate}{times}"

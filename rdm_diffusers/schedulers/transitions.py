@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
+
+from ..hardware import to_float64
 
 
 @dataclass
@@ -34,8 +35,9 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     Gradients flow to all three.
     """
-    mean, std = mean.double(), std.to(mean.device, torch.float64, non_blocking=True)
+    mean = to_float64(mean)
+    std = to_float64(std).to(mean.device, non_blocking=True)
     deterministic = std == 0
     safe = std.masked_fill(deterministic, 1.0)
-    density = -0.5 * ((sample.double() - mean) / safe) ** 2 - safe.log() - 0.5 * math.log(2 * math.pi)
+    density = -0.5 * ((to_float64(sample) - mean) / safe) ** 2 - safe.log() - 0.5 * math.log(2 * math.pi)
     return density.masked_fill(deterministic, 0.0).flatten(1).sum(1)

@@ -36,12 +36,14 @@ from ..schedulers import RdmScheduler, shifted, stretched
 from ..sharding import is_sharded, is_sharded_launch
 from .checkpoints import TrainState
 from .devices import compile_blocks, place, prepare_denoiser, prepare_vae, use_channels_last
+from .epochs import rate_factor
 from .external_rewards import join_rewards
+from .finite import OF_FP16, OF_RATES, FiniteChecks
 from .optimizers import make_optimizer
 from .prompts import PromptGroups, Texts
 from .updates import Distillation
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONTRAST_STEPS = 20  # of the teacher, where its contrast is measured
 
 
@@ -242,6 +244,7 @@ def make_distillation(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         is_sharded=is_sharded(accelerator),
+        checks=FiniteChecks(OF_FP16 if config.memory.mixed_precision == "fp16" else OF_RATES),
         sync_each_batch=config.memory.sync_each_batch,
     )
 
@@ -283,7 +286,8 @@ def make_state(networks: Networks, accelerator: Accelerator, config: RunConfig) 
     """Optimisers for student and fake score, the student's moving average, and the running means."""
     optimisation = config.optimisation
     rates = {STUDENT: optimisation.learning_rate, FAKE_SCORE: optimisation.fake_learning_rate}
-    optimizers = {role: make_optimizer(networks.parameters(role), rate, config) for role, rate in rates.items()}
+    factor = rate_factor(config, accelerator.num_processes)
+    optimizers = {r: make_optimizer(networks.parameters(r), factor * rate, config) for r, rate in rates.items()}
     ema = EMAModel(networks.parameters(STUDENT), decay=optimisation.ema_decay) if optimisation.use_ema else None
     if ema is not None and config.memory.offload and not is_sharded_launch():
         ema.to("cpu")

@@ -22,11 +22,12 @@ from ..report.rows import Row
 from ..sharding import gather, shard_like
 from .checkpoint_files import PARTIAL, PREFIX, damage, put_in_place, read_part, read_record, rotate, tidy, write_record
 from .monitor import Monitor
-from .optimizers import RoleOptimizer, quantised_state
+from .optimizers import RoleOptimizer, load_states, quantised_state
 
 PIECE = 2**32  # bytes of tensors in a file, about; a process copies so much at once
-QUANTISED = {"codes", "scale", "qmap"}  # the parts of torchao's 8-bit tensors
+QUANTISED = {"codes", "scale", "qmap"}  # the parts of torchao's tensors of few bits
 STATISTICS = "statistics"
+SCALER = "scaler/"  # the numbers of a role's loss scaler begin with it
 
 
 @dataclass
@@ -180,6 +181,8 @@ def _parts(state: TrainState) -> Iterator[tuple[str, dict[str, Tensor], dict[str
         named = {f"parameter/{i}": p.detach() for i, p in enumerate(role_optimizer.parameters)}
         for i, entries in role_optimizer.optimizer.state_dict()["state"].items():
             named |= {f"optimizer/{i}/{name}": value for name, value in _flat(entries)}
+        if role_optimizer.scaler is not None:
+            named |= {f"{SCALER}{name}": value for name, value in role_optimizer.scaler.state_dict().items()}
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         yield role, tensors, {n: v for n, v in named.items() if n not in tensors}
     if state.ema is not None:
@@ -206,7 +209,9 @@ def _flat(entries: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _unpack_role(role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    parameters, optimizer = role_optimizer.parameters, role_optimizer.optimizer
+    parameters, scaler = role_optimizer.parameters, role_optimizer.scaler
+    if scaler is not None:
+        scaler.load_state_dict({k.removeprefix(SCALER): v for k, v in scalars.items() if k.startswith(SCALER)})
     if sum(name.startswith("parameter/") for name in tensors) != len(parameters):
         raise KeyError(f"the role has {len(parameters)} parameters, and another number there")
     for i, parameter in enumerate(parameters):
@@ -220,8 +225,8 @@ def _unpack_role(role_optimizer: RoleOptimizer, tensors: dict[str, Tensor], scal
         for step in path[:-1]:
             node = node.setdefault(step, {})
         node[path[-1]] = shard_like(value, parameters[int(index)]) if isinstance(value, Tensor) else value
-    for entry in entries.values():
+    for index, entry in entries.items():
         for name, value in entry.items():
             if isinstance(value, dict) and value.keys() == QUANTISED:
-                entry[name] = quantised_state(value)
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+                entry[name] = quantised_state(value, parameters[index].shape)
+    load_states(role_optimizer.optimizer, entries)

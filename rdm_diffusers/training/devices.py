@@ -72,7 +72,12 @@ def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:
 
 
 def prepare_vae(vae: ModelMixin, memory: MemoryConfig) -> None:
-    """Turns an autoencoder's tiles and slices on; ValueError if it has none."""
+    """Turns an autoencoder's tiles and slices on; ValueError if it has none.
+
+    One that leaves float16's range, as its configuration says, becomes float32, as in diffusers' own pipelines.
+    """
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
+        nn.Module.to(vae, torch.float32)
     for kind in ("tiling", "slicing"):
         if getattr(memory, f"enable_vae_{kind}"):
             try:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..families import Conditioning, Teacher
 from ..folders import locked
+from ..hardware import to_float64
 from .cache_parts import remove_unfinished, whole_parts, write_part
 from .devices import on_device
 
@@ -134,7 +135,7 @@ def fingerprint_of(teacher: Teacher, prompts: Sequence[str]) -> str:
     digest = hashlib.sha256(repr((list(prompts), teacher.options)).encode())
     for encoder in teacher.text_encoders:
         for parameter in encoder.parameters():
-            digest.update(repr((str(parameter.dtype), parameter.double().sum().item())).encode())
+            digest.update(repr((str(parameter.dtype), to_float64(parameter).sum().item())).encode())
     return digest.hexdigest()[:32]
 
 

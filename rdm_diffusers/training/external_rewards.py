@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -154,9 +155,9 @@ def load_rewards(
             "above 1."
         )
     if loaded and rewards.reward_share > 0.5 and rewards.reward_combination == "share":
-        print(
-            f"warning: --reward_share {rewards.reward_share} lets the rewards outweigh fidelity; "
-            "above 0.5 is not advised."
+        warnings.warn(
+            f"--reward_share {rewards.reward_share} lets the rewards outweigh fidelity; above 0.5 is not advised.",
+            stacklevel=2,
         )
     return loaded
 

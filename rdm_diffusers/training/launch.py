@@ -14,7 +14,9 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ..config import MemoryConfig, OutputConfig
 from ..config.secrecy import words_of_launcher
+from ..hardware import uses_cpu
 from ..sharding import is_sharded_launch
+from .processors import usable_processors
 from .tracking import check_trackers
 
 MEMORY_FLAGS = (
@@ -35,7 +37,7 @@ def make_accelerator(output: OutputConfig, memory: MemoryConfig) -> Accelerator:
     check_trackers(output.report_to)
     project = ProjectConfiguration(output.output_dir, os.path.join(output.output_dir, output.logging_dir))
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=uses_cpu(),
         mixed_precision="no",  # the networks see to that themselves
         log_with=None if output.report_to == "none" else output.report_to,
         project_config=project,
@@ -102,5 +104,4 @@ def free_threads(parent: psutil.Process | None) -> int | None:
         return None
     if launch_command_parser().parse_known_args(words)[0].num_cpu_threads_per_process is not None:
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, usable_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

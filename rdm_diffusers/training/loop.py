@@ -78,11 +78,14 @@ def seed_all(run: Distillation, update: int) -> None:
 
 
 def step(state: TrainState, role: str, checks: FiniteChecks) -> Tensor:
-    """Moves one role, and the student's average with it, if all is finite; the gradient's norm before clipping."""
+    """Moves one role, and the student's average with it, if all is finite; the gradient's norm before clipping.
+
+    An overflow in float16 moves neither. The update counts all the same, for the learning rate and the random numbers.
+    """
     role_optimizer = state.optimizers[role]
     role_optimizer.set_update(state.update)
     norm = role_optimizer.step(checks)
-    if role == STUDENT and state.ema is not None:
+    if role == STUDENT and state.ema is not None and role_optimizer.has_moved:
         update_average(state.ema, role_optimizer.parameters)
     return norm
 

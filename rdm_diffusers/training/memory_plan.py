@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from ..config import MemoryConfig, RunConfig
+from ..config.optimizers import kinds_of
 from ..config.subjects import ON_THE_FLY
 from ..families import (
     SingleFile,
@@ -100,12 +101,12 @@ class _Planner:
         """The teacher's networks, and their sizes before anything is added to them."""
         models = model.meta_models(self.teacher, self.config, self.run.teacher.revision)
         self.pipeline = model.meta_pipeline(self.family, models)
-        prepare_vae(self.pipeline.vae, self.run.memory)
         self.denoiser: Any = models[self.family.denoiser_name]
         self.encoders = [each for name, each in models.items() if name.startswith("text_encoder")]
         self.parameters = {name: sum(p.numel() for p in each.parameters()) for name, each in models.items()}
         for each in models.values():
             nn.Module.to(each, self.dtype)  # diffusers' own `to` logs
+        prepare_vae(self.pipeline.vae, self.run.memory)
         self.plain_size = model.nbytes(self.denoiser)
         if self.run.student.quantization:
             model.quantise(self.denoiser, self.run.student.quantization)
@@ -171,9 +172,10 @@ class _Planner:
         }
 
     def _states(self, numbers: int) -> int:
-        """AdamW's two states of a tensor; in 8 bits with two float32 scales for 256 numbers."""
-        if self.run.memory.use_8bit_adam and numbers >= SMALLEST_8BIT:
-            return 2 * numbers + 2 * FLOAT * (numbers // 256 + 1)
+        """AdamW's two states of a tensor; in few bits with two float32 scales for each block of numbers."""
+        kind = kinds_of(self.run.memory)[0]
+        if kind.bits < 32 and numbers >= SMALLEST_8BIT:
+            return 2 * numbers * kind.bits // 8 + 2 * FLOAT * (numbers // kind.block + 1)
         return 2 * FLOAT * numbers
 
     def _folded(self) -> int:
@@ -243,7 +245,8 @@ class _Planner:
     def _step_peak(self) -> int:
         """The gradients, and AdamW's square roots: of all tensors at once on a GPU, otherwise of one at a time."""
         largest = max(parameter.nbytes for parameter in self.trained)
-        at_once = self.device_type == "cuda" and not self.run.memory.use_8bit_adam
+        kind = kinds_of(self.run.memory)[0]
+        at_once = self.device_type == "cuda" and kind.package == "torch" and not kind.is_fused
         return self.trained_size + (self.trained_size if at_once else 2 * largest)
 
     def phases(self, sizes: dict[str, int]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""One optimiser a role: AdamW or its 8-bit form, clipping, the learning-rate schedule."""
+"""One optimiser a role: a kind of AdamW, clipping, the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -15,10 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..config import RunConfig
-from ..config.checks import eight_bit_package
+from ..config.optimizers import kind_of
 from ..sharding import gather
 from .finite import FiniteChecks
+from .loss_scaling import LossScaler
 
+PAGED = ("state1", "state2")  # bitsandbytes' names of AdamW's two states
 BUCKET = 2**26  # bytes of gradients that are averaged over processes at once
 
 
@@ -27,24 +30,33 @@ class RoleOptimizer:
     """A role's trainable parameters with what moves them. The schedule is a function of the update alone."""
 
     parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer  # AdamW, in 32 or 8 bits
+    optimizer: torch.optim.Optimizer  # one of `OPTIMIZERS`
     schedule: torch.optim.lr_scheduler.LambdaLR  # of its learning rate
     max_grad_norm: float  # the norm that gradients are clipped to; 0 clips nothing
+    scaler: LossScaler | None = None  # of gradients that are computed in float16
+    has_moved: bool = False  # whether the last step changed the parameters, and did not overflow in float16
 
     def step(self, checks: FiniteChecks | None = None) -> Tensor:
         """Averages over processes, clips, steps and clears the gradients; returns the norm before clipping, a scalar.
 
+        Gradients that were scaled for float16 and overflow are dropped, and the next ones are scaled less.
         Raises NonFiniteError if what `checks` noted or the norm is not finite; the parameters are untouched then.
         """
         average_gradients(self.parameters)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         kinds = by_kind(self.parameters)
         norm: Tensor = torch.stack(
             [gather(get_total_norm([p.grad for p in k if p.grad is not None])) for k in kinds]
         ).norm()
-        (checks or FiniteChecks()).require(norm)
-        for kind in kinds if self.max_grad_norm else []:
-            clip_grads_with_norm_(kind, self.max_grad_norm, norm)
-        self.optimizer.step()
+        may_overflow = self.scaler is not None and self.scaler.may_overflow
+        self.has_moved = (checks or FiniteChecks()).require(norm, may_overflow)
+        if self.has_moved:
+            for kind in kinds if self.max_grad_norm else []:
+                clip_grads_with_norm_(kind, self.max_grad_norm, norm)
+            self.optimizer.step()
+        if self.scaler is not None:
+            self.scaler.end_step(overflowed=not self.has_moved)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -125,16 +137,15 @@ def averaged(ema: EMAModel, parameters: Sequence[nn.Parameter]) -> Iterator[None
 
 
 def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, config: RunConfig) -> RoleOptimizer:
-    """AdamW, or with `--use_8bit_adam` bitsandbytes' or else torchao's; ImportError if neither is installed."""
-    optimisation = config.optimisation
-    eight_bit = config.memory.use_8bit_adam
-    adamw = import_module(f"{eight_bit_package()}.optim").AdamW8bit if eight_bit else torch.optim.AdamW
-    optimizer = adamw(
+    """The run's kind of AdamW with its schedule; ImportError if its package is not installed."""
+    optimisation, kind = config.optimisation, kind_of(config.memory)
+    optimizer = getattr(import_module(kind.module), kind.name)(
         parameters,
         lr=learning_rate,
         betas=(optimisation.adam_beta1, optimisation.adam_beta2),
         weight_decay=optimisation.adam_weight_decay,
         eps=optimisation.adam_epsilon,
+        **({"fused": True} if kind.is_fused else {}),
     )
     schedule = get_scheduler(
         optimisation.lr_scheduler,
@@ -142,13 +153,26 @@ def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, config:
         num_warmup_steps=optimisation.lr_warmup_steps,
         num_training_steps=optimisation.max_train_steps,
     )
-    return RoleOptimizer(parameters, optimizer, schedule, optimisation.max_grad_norm)
+    scaler = LossScaler(parameters[0].device) if config.memory.mixed_precision == "fp16" else None
+    return RoleOptimizer(parameters, optimizer, schedule, optimisation.max_grad_norm, scaler)
 
 
-def quantised_state(parts: dict[str, Tensor]) -> Tensor:
-    """torchao's tensor of 8-bit numbers, of its parts as checkpoints hold them: `codes`, `scale` and `qmap`."""
+def load_states(optimizer: torch.optim.Optimizer, states: dict[int, dict[str, Any]]) -> None:
+    """Gives an optimiser the states of its parameters, by their numbers; paged ones go into pages again."""
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in PAGED:
+            page = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)  # type: ignore[attr-defined]
+            state[name] = page.copy_(state[name])
+
+
+def quantised_state(parts: dict[str, Tensor], shape: torch.Size) -> Tensor:
+    """torchao's tensor of 8- or 4-bit numbers, of its parts as checkpoints hold them: `codes`, `scale` and `qmap`."""
+    from torchao.optim.subclass_4bit import OptimState4bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    signed = bool((parts["qmap"] < 0).any())
-    state: Tensor = OptimState8bit(parts["codes"], parts["scale"], parts["qmap"], signed=signed)
+    values = (parts["codes"], parts["scale"], parts["qmap"], bool((parts["qmap"] < 0).any()))
+    state: Tensor = OptimState8bit(*values) if len(parts["qmap"]) > 16 else OptimState4bit(*values, shape)
     return state

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
+from ..config.optimizers import USUAL
 from ..distillation import fake_score_direction, posterior_mean
 from ..folders import write_whole
 from ..networks import TARGET, TEACHER
@@ -30,6 +31,7 @@ from ..sharding import gather
 from .cache_parts import whole_parts, write_part
 from .checkpoints import copy_into
 from .finite import NonFiniteError
+from .loss_scaling import scalers_of
 from .optimizers import averaged, make_optimizer, update_average
 from .target_images import TargetImages
 from .updates import Distillation, denoising_times
@@ -76,11 +78,12 @@ def _digest(run: Distillation, images: Sequence[TargetImages], config: RunConfig
     """Of all that decides the target beside the images."""
     optimisation = config.optimisation
     sizes = [(each.folder.name, each.share) for each in images] if len(images) > 1 else []
+    other_optimizer = [] if config.memory.optim == USUAL else [config.memory.optim]
     settings = (
         config.target, getattr(config.student, "quantization", None), sum(map(len, images)), _batch_size(run, config),
         run.num_processes, optimisation.adam_beta1, optimisation.adam_beta2, optimisation.adam_weight_decay,
         optimisation.adam_epsilon, optimisation.max_grad_norm, optimisation.use_ema, optimisation.ema_decay,
-        config.memory.mixed_precision, config.memory.use_8bit_adam, *sizes,
+        config.memory.mixed_precision, config.memory.use_8bit_adam, *other_optimizer, *sizes,
     )  # fmt: skip
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
 
@@ -102,6 +105,7 @@ def _train(
     updates, rate = config.target.target_train_steps, config.target.target_learning_rate
     schedule = config.changed("optimisation", lr_scheduler="cosine", lr_warmup_steps=0, max_train_steps=updates)
     optimizer, every = make_optimizer(parameters, rate, schedule), -(-updates // CHECKS)
+    run.scalers.update(scalers_of({TARGET: optimizer}))
     batch = _batch_size(run, config)
     average = EMAModel(parameters, decay=config.optimisation.ema_decay if config.optimisation.use_ema else 0.0)
 
@@ -125,7 +129,8 @@ def _train(
         _losses(run, of_size, TARGET, chosen, keys, "target", trains=True)
         optimizer.set_update(update)
         optimizer.step()
-        update_average(average, parameters)
+        if optimizer.has_moved:
+            update_average(average, parameters)
         bar.update()
         if (update + 1) % every and update + 1 < updates:
             continue

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..config import RunConfig
 from ..distillation import Draws, draw_samples
 from ..families import Conditioning, Teacher
+from ..hardware import to_float64
 from ..networks import TEACHER
 from ..sharding import gather
 from .assembly import DTYPES, teacher_scheduler
@@ -165,5 +166,5 @@ def _digest(run: Distillation, teacher: Teacher, prompts: PromptGroups, times: T
     digest.update(repr((teacher.options, dict(teacher.pipeline.scheduler.config), prompts.dtype)).encode())
     weights = (p for name, p in teacher.denoiser.named_parameters() if "lora_" not in name)
     for tensor in (*weights, *ends.tensors.values(), *networks.null_conditioning.tensors.values()):
-        digest.update(repr((tuple(tensor.shape), gather(tensor.detach().double().sum()).item())).encode())
+        digest.update(repr((tuple(tensor.shape), gather(to_float64(tensor.detach()).sum()).item())).encode())
     return digest.hexdigest()[:32]

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..evaluation.pictures import save_image
 from ..families import Teacher
 from ..folders import ASIDE, write_whole
+from ..hardware import to_float64
 from .devices import on_device
 
 ORIGIN, PROMPTS = "origin.txt", "prompts.txt"
@@ -35,7 +36,7 @@ class PictureFolder:
     @classmethod
     def of(cls, path: str, images: str, vae: ModelMixin) -> PictureFolder:
         """For images with this digest, which this autoencoder decodes."""
-        return cls(Path(path), f"{images} {sum(p.double().sum().item() for p in vae.parameters())}\n")
+        return cls(Path(path), f"{images} {sum(to_float64(p).sum().item() for p in vae.parameters())}\n")
 
     def check(self, count: int) -> None:
         """ValueError if there are files in the folder that are not among `count` pictures of this origin."""

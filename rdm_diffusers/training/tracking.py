@@ -15,14 +15,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
+from ..hardware import to_float64
 from ..program import one_line
 from ..report.rows import HEALTH_FILE, append_row, read_rows, write_rows
+from .loss_scaling import scaling_health
 from .monitor import CollapseError
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-SHOWN = ("reward_over_distance", "fake_loss", "log_ratio")
+SHOWN = ("reward_over_distance", "fake_loss", "log_ratio", "overflows")
 
 
 def announcement(config: RunConfig, num_processes: int) -> str:
@@ -107,7 +109,7 @@ class Progress:
         """Shows the alarms that begin to ring now, and returns them."""
         state, accelerator = self.trainer.state, self.trainer.accelerator
         names = [name for name in health if "/step_" not in name and "/bin_" not in name]  # those every process has
-        values = torch.stack([health[name].float() for name in names])
+        values = torch.stack([health[name].float().to(accelerator.device) for name in names])
         finite = values.isfinite()  # a process without a last step, or without a valid reward, does not count
         total, count = accelerator.reduce(torch.stack([values.where(finite, 0), finite.float()]), "sum")
         alarms = state.monitor.observe(dict(zip(names, (total / count).tolist(), strict=True)))
@@ -129,6 +131,7 @@ class Progress:
         numbers["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
         optimizers = state.optimizers.items()
         numbers |= {f"learning_rate/{role}": float(each.optimizer.param_groups[0]["lr"]) for role, each in optimizers}
+        numbers |= scaling_health(state.optimizers)
         numbers |= {f"network_calls/{name}": float(count) for name, count in run.networks.calls.items()}
         log_numbers(accelerator, numbers, state.update)
         self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in SHOWN if name in numbers})
@@ -145,7 +148,7 @@ def log_numbers(accelerator: Accelerator, numbers: dict[str, float], update: int
 
 def numbers_of(health: dict[str, Tensor]) -> dict[str, float]:
     """Health numbers, read from the device at once; those of empty bins are left out."""
-    values = torch.stack([value.double() for value in health.values()]).tolist()
+    values = torch.stack([to_float64(value) for value in health.values()]).tolist()
     return {name: value for name, value in zip(health, values, strict=True) if "/bin_" not in name or value == value}
 
 

@@ -27,9 +27,11 @@ from .buckets import with_buckets
 from .callbacks import Callback
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
+from .epochs import with_updates
 from .external_rewards import load_rewards, with_reward_funcs
 from .finish import draw_and_measure
 from .launch import make_accelerator
+from .loss_scaling import scalers_of
 from .memory_plan import plan_memory
 from .memory_table import MemoryPlan
 from .prompts import Texts, load_prompts, read_texts
@@ -149,12 +151,13 @@ class Trainer:
     def _check(self) -> None:
         config, accelerator = self.config, self.accelerator
         self._held.enter_context(locked_for_run(self.folder, accelerator, changes=not config.output.dry_run))
-        self.checkpoint = checkpoint_to_resume(self.folder, config)
         self.images = find_user_images(config.prompts)
         if self.images:
             check_images_of_sizes(self.images, config)
         captions = self.images.captions if self.images else ()
         self.prompts = load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path, captions)
+        self.config = config = with_updates(config, len(self.prompts), accelerator.num_processes)
+        self.checkpoint = checkpoint_to_resume(self.folder, config)
         self.arguments = {
             **config.as_arguments(),
             "command": config.command,
@@ -202,6 +205,7 @@ class Trainer:
             if self.images is not None and contrast is not None:  # the student's is to be that of the user's images
                 contrast = torch.cat([each.latents.float().flatten() for each in images]).std().item()
         self.state = make_state(self.networks, accelerator, config)
+        self.distillation.scalers.update(scalers_of(self.state.optimizers))
         self.state.monitor.teacher_contrast = contrast
         if self.checkpoint:
             resume_from(self.checkpoint, self.folder, self.state, accelerator)

@@ -37,6 +37,7 @@ from ..schedulers import RdmScheduler
 from ..sharding import average_in_backward
 from .external_rewards import ExternalRewards
 from .finite import FiniteChecks
+from .loss_scaling import LossScaler, scaled
 from .monitor import batch_health, contrast, fake_loss_health
 from .prompts import PromptGroups
 
@@ -66,6 +67,7 @@ class Distillation:
     sync_each_batch: bool = False  # whether sharded gradients are averaged after every micro-batch
     checks: FiniteChecks = field(default_factory=FiniteChecks)  # what the next optimiser's step waits for
     buckets: tuple[Distillation, ...] = ()  # this run at each of several sizes, of which every rollout has one
+    scalers: dict[str, LossScaler] = field(default_factory=dict)  # of the roles whose gradients are float16
 
     @property
     def num_steps(self) -> int:
@@ -106,7 +108,7 @@ class Distillation:
         """`Networks.backward` of a part of an update's `count` samples; the last part averages sharded gradients."""
         for network in self.networks.modules:
             average_in_backward(network, self.sync_each_batch or part.stop >= count)
-        self.networks.backward(role, x0, direction)
+        self.networks.backward(role, x0, scaled(direction, self.scalers.get(role)))
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,8 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
         ascent, reward_health = run.rewards.join(ascent, samples, *given)
         health |= reward_health
     if batch.log_ratio is not None:
-        ascent = expand(importance_weights(batch.log_ratio, run.importance_weighting), ascent) * ascent
+        weights = importance_weights(batch.log_ratio, run.importance_weighting).to(ascent.device)
+        ascent = expand(weights, ascent) * ascent
         health |= importance_health(batch.log_ratio)
     direction = -ascent / ascent.numel()
     run.checks.note("student direction", direction, batch.name_of)

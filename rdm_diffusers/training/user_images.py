@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..config import PromptsConfig, RunConfig
 from ..distillation import Draws
 from ..families import Teacher
+from ..hardware import to_float64
 from ..prompts import FLAGS, captions_of, load_rows
 from ..sizes import resolution_of
 from .assembly import DTYPES
@@ -238,7 +239,7 @@ def _latents(
     some = () if len(indices) == len(images) else (indices,)
     crops = (resolution_of(height, width), target.center_crop, target.random_flip)
     decides = (images.digest, *some, *crops, settings, vae.dtype)
-    weights = [parameter.double().sum().item() for parameter in vae.parameters()]
+    weights = [to_float64(parameter).sum().item() for parameter in vae.parameters()]
     digest = hashlib.sha256(repr((decides, weights)).encode()).hexdigest()[:32]
     folder = Path(config.prompts.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER / digest
     parts = [range(start, min(start + PART, len(indices))) for start in range(0, len(indices), PART)]
