@@ -196,6 +196,7 @@ def _fits_in_a_header(text: str) -> bool:
 COUNT = whole(f"[1, {MANY}]")
 FREE_TEXT = Text("a text")
 GUIDANCE = real("[0, 1000]")
+FOLDER_OR_ID = Text("a folder or a Hub id")
 MODEL = Text("a folder, a Hub id, or an embedded teacher's name")
 PATH = Text("a path")
 PLACE_INSIDE = Text("a relative path that stays inside the output folder", stays_inside)

@@ -26,9 +26,9 @@ from .subjects import (
     OutputConfig,
     PromptsConfig,
     RewardsConfig,
-    TeacherConfig,
 )
 from .target import TargetConfig
+from .teacher import TeacherConfig
 from .times import TimesConfig
 from .validation import ValidationConfig
 

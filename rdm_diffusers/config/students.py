@@ -8,7 +8,7 @@ from typing import ClassVar
 from ..bounds import OneOf, Text, whole
 from ..families import QUANTIZATIONS
 from .fields import flag
-from .subjects import LORA
+from .teacher import LORA
 
 KIND_OF_WEIGHTS = OneOf(tuple(QUANTIZATIONS))
 STUDENT_BASES = ("plain", "teacher")

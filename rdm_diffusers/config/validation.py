@@ -109,7 +109,7 @@ def check_validation(config: RunConfig) -> None:
     if validation.early_stopping_patience is None:
         _refuse(given & {"early_stopping_threshold"}, "--early_stopping_patience")
     steps, last = config.output.validation_steps, config.optimisation.max_train_steps
-    if steps > last:
+    if steps > last and config.optimisation.num_train_epochs is None:
         raise ValueError(
             f"--validation_metrics would never be measured: --validation_steps is {steps}, and --max_train_steps "
             f"{last}; lower --validation_steps."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..config import OutputConfig, RunConfig, all_settings
 from ..config.checks import IMAGES
 from ..config.presets import DERIVED, SOURCES
 from ..config.retired import without_retired
+from ..evaluation.records import digest_of_texts
 from ..families import SingleFile, full_name
 from ..folders import LOCK, locked
 from ..hub import finish_exports
@@ -23,6 +24,7 @@ from ..pipelines import is_student
 from .best import check_best
 from .checkpoint_files import find_checkpoint, read_record, set_newer_aside, tidy
 from .checkpoints import TrainState, load_checkpoint
+from .user_images import UserImages
 
 RUN_LOCK = f".run{LOCK}"
 FREE_ON_RESUME = {each.name for each in all_settings() if each.flag.free} | {"command"}
@@ -103,7 +105,23 @@ def checkpoint_to_resume(folder: Path, config: RunConfig) -> Path | None:
     return checkpoint
 
 
-def file_record(config: RunConfig) -> dict[str, Any]:
+def arguments_of(
+    config: RunConfig, prompts: Sequence[str], images: UserImages | None, num_processes: int
+) -> dict[str, Any]:
+    """What a run's checkpoints and its student record of how it was trained: its settings, and digests of its files."""
+    arguments = {
+        **config.as_arguments(),
+        "command": config.command,
+        "num_processes": num_processes,
+        "prompts_sha256": digest_of_texts(prompts),
+        "images_sha256": images.digest if images else None,
+    }
+    if config.loras:
+        arguments["loras_sha256"] = [lora.digest() for lora in config.loras]
+    return arguments | _file_record(config)
+
+
+def _file_record(config: RunConfig) -> dict[str, Any]:
     """What checkpoints record of a teacher that is a single file: the configuration that it has, and its digest.
 
     A dry run that begins reads no more than the file's header, and records no digest.

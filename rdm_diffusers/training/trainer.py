@@ -13,7 +13,6 @@ import torch
 from ..config import LoraStudentConfig, RunConfig
 from ..config.record import training_record
 from ..config.subjects import ON_THE_FLY
-from ..evaluation.records import digest_of_texts
 from ..families import Teacher
 from ..folders import write_whole
 from ..hub import export_full, export_lora
@@ -37,9 +36,9 @@ from .memory_table import MemoryPlan
 from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
 from .run_folder import (
+    arguments_of,
     check_resumable,
     checkpoint_to_resume,
-    file_record,
     locked_for_run,
     prepare_output,
     resume_from,
@@ -158,16 +157,7 @@ class Trainer:
         self.prompts = load_prompts(config.prompts, config.teacher.pretrained_model_name_or_path, captions)
         self.config = config = with_updates(config, len(self.prompts), accelerator.num_processes)
         self.checkpoint = checkpoint_to_resume(self.folder, config)
-        self.arguments = {
-            **config.as_arguments(),
-            "command": config.command,
-            "num_processes": accelerator.num_processes,
-            "prompts_sha256": digest_of_texts(self.prompts),
-            "images_sha256": self.images.digest if self.images else None,
-        }
-        if config.loras:
-            self.arguments["loras_sha256"] = [lora.digest() for lora in config.loras]
-        self.arguments |= file_record(config)
+        self.arguments = arguments_of(config, self.prompts, self.images, accelerator.num_processes)
         if self.checkpoint:
             check_resumable(self.arguments, read_record(self.checkpoint)["arguments"])
         check_with_teacher(config)
