@@ -67,13 +67,16 @@ def _part(config: RunConfig, own: int, of: int, place: int) -> tuple[range, floa
 def nearest_buckets(images: UserImages, config: RunConfig) -> list[list[int]]:
     """The images of each size: those to whose shape none is nearer, as diffusers' `find_nearest_bucket` says."""
     buckets = [height_and_width(size) for size in config.teacher.sizes if size is not None]
-    places = [find_nearest_bucket(*images.size(index), buckets) for index in range(len(images))]
+    places = [find_nearest_bucket(*size, buckets) for size in images.sizes]
     return [[index for index, place in enumerate(places) if place == i] for i in range(len(buckets))]
 
 
 def check_images_of_sizes(images: UserImages, config: RunConfig) -> None:
-    """Warns of sizes that no image is near to; ValueError if none of the sizes has images enough to hold one out."""
-    if len(config.teacher.sizes) == 1:
+    """Warns of sizes that no image is near to; ValueError if none of the sizes has images enough to hold one out.
+
+    With `--target_weight` below 1 every size has images of the teacher.
+    """
+    if len(config.teacher.sizes) == 1 or config.target.target_weight < 1:
         return
     counts: dict[Resolution | None, int] = dict(
         zip(config.teacher.sizes, map(len, nearest_buckets(images, config)), strict=True)
@@ -84,7 +87,7 @@ def check_images_of_sizes(images: UserImages, config: RunConfig) -> None:
             f"{HELD_OUT} of one size at least, so give more images or fewer buckets."
         )
     empty = [str(size) for size, number in counts.items() if not number]
-    if empty and config.target.target_weight == 1:
+    if empty:
         warnings.warn(
             f"No image is nearest in shape to {', '.join(empty)}, so that the target learns nothing of these sizes.",
             stacklevel=2,

@@ -92,10 +92,15 @@ class UserImages:
             digest.update(repr((hashlib.sha256(content).digest(), self.texts[i])).encode())
         return digest.hexdigest()
 
-    def size(self, index: int) -> tuple[int, int]:
-        """The height and the width of an image in pixels, turned as its camera says. Raises as `image` does."""
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The height and the width of each image in pixels, turned as its camera says. Raises as `image` does."""
+        return [self._size(i) for i in tqdm(range(len(self)), desc="read", unit="image", delay=PATIENCE)]
+
+    def _size(self, index: int) -> tuple[int, int]:
         with self._open(index, self._bytes(index)) as file:
-            return file.size if file.getexif().get(ORIENTATION) in LYING else file.size[::-1]
+            lies = file.getexif().get(ORIENTATION) in LYING
+            return (file.width, file.height) if lies else (file.height, file.width)
 
     def image(self, index: int, size: tuple[int, int], place: tuple[float, float]) -> Tensor:
         """An image as `[3, height, width]` in [0, 1]: turned as its camera says, cropped to that shape, and resized.
