@@ -54,6 +54,7 @@ def named(teacher: Path, folder: Path, **entries) -> Path:
         ("me/sdxl_8step.safetensors", "8step"),
         ("SimianLuo/LCM_Dreamshaper_v7", "LCM"),
         ("tianweiy/DMD2", "DMD2"),
+        ("/cache/hub/models--stabilityai--sdxl-turbo/snapshots/71153311d3dbb46851df1931d3ca6e939de83304", "turbo"),
         ("lightx2v/Qwen-Image-Distill-8steps", "Distill"),
     ],
 )

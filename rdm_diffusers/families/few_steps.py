@@ -22,6 +22,7 @@ WORDS = {
     "schnell", "turbo", "lightning", "lcm", "tcd", "pcm", "dmd", "dmd2", "hyper", "hypersd", "hypersdxl", "sdxs",
     "instaflow", "perflow", "flash", "sprint", "distill", "distilled",
 }  # fmt: skip
+SNAPSHOT = re.compile(r"/snapshots/[0-9a-f]+/?$")  # in the Hub's cache, below a folder with the repository's name
 UNDONE = re.compile(r"\b(de|un)[-_ ]?distill(ed|ation)?\b", re.IGNORECASE)
 STEPS = re.compile(r"(?<![0-9a-z])(1[0-6]|[1-9])[-_ ]?steps?(?![a-z])", re.IGNORECASE)
 PARTS_OF_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of `sdxlTurbo` and `XL_v2LightningDPM`
@@ -103,7 +104,8 @@ def few_step_word(name: str) -> str | None:
 
     Of a path and of a Hub id only the last name counts, because folders and owners are called anything.
     """
-    last = UNDONE.sub("", Path(name).stem if name.endswith(".safetensors") else name.rstrip("/").rpartition("/")[2])
+    path = Path(SNAPSHOT.sub("", name))
+    last = UNDONE.sub("", path.stem if path.suffix == ".safetensors" else path.name)
     parts = [part for part in re.split(r"[^A-Za-z0-9]+", last) if part]
     words = [*parts, *(word for part in parts for word in PARTS_OF_WORDS.findall(part))]
     lower = [word.lower() for word in words]
