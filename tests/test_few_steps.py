@@ -113,6 +113,8 @@ def test_configurations_of_few_step_releases_are_hints() -> None:
     dev = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     assert few_step_warning("mine", index, dev, config) is None  # schnell without its distillation
     assert few_step_warning("mine", index, dev, make_flux().transformer.config) is None
+    assert "'Turbo'" in (few_step_warning("me/FLUX-Turbo/model.safetensors", index, dev, config) or "")
+    assert few_step_warning("./FLUX-Turbo/model.safetensors", index, dev, config) is None
     sdxl, index = make_sdxl(), {"_class_name": "StableDiffusionXLPipeline"}
     for settings, hint in (
         ({"timestep_spacing": "trailing"}, True),

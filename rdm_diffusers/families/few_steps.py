@@ -75,7 +75,7 @@ def few_step_warning(
     Arguments as in `check_not_distilled`. Names and the settings of samplers are no proof, and the warning says so.
     """
     settings = scheduler.config
-    own = (name, index.get("_name_or_path") or "")
+    own = (name, _repository(name), index.get("_name_or_path") or "")
     word = next(filter(None, map(few_step_word, own)), None)
     spacing, euler = settings.get("timestep_spacing"), type(scheduler).__name__.startswith("Euler")
     if index.get("is_distilled") is False:  # the family's releases say for certain
@@ -114,6 +114,12 @@ def few_step_word(name: str) -> str | None:
     return next((word for word in words if word.lower() in {*WORDS, *klein}), steps and steps[0])
 
 
+def _repository(name: str) -> str:
+    """The Hub repository of a file in one; empty for other names."""
+    parts = name.split("/")
+    return "/".join(parts[:2]) if len(parts) > 2 and parts[0] not in ("", ".", "..") and not Path(name).exists() else ""
+
+
 def check_lora_not_distilled(lora: Lora) -> str | None:
     """Refuses a student of ours as a teacher's LoRA; a warning of others that may be for few steps, or None.
 
@@ -129,7 +135,7 @@ def check_lora_not_distilled(lora: Lora) -> str | None:
             "out, or start the student from it with --init_lora."
         )
     titles = [metadata.get(key, "") for key in TITLES]
-    word = next(filter(None, map(few_step_word, [lora.name, lora.place[0], path.name, *titles])), None)
+    word = next(filter(None, map(few_step_word, [lora.name, _repository(lora.name), path.name, *titles])), None)
     if word is None:
         return None
     return (
