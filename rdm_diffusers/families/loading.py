@@ -20,7 +20,7 @@ from .loras import Lora, fuse_loras
 from .quantization import quantised_copy, quantized_loading
 from .registry import FAMILIES, family_of
 from .single_file import FLAG, SingleFile
-from .single_file_parts import check_prediction, load_parts, parts_of
+from .single_file_parts import check_prediction, load_parts, parts_of, rest_of
 from .suitability import check_folder, check_teacher
 from .teacher import DEFAULT_OPTIONS, Teacher, options_for
 from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, quiet, refuse
@@ -219,6 +219,8 @@ def load_teacher(
     family = family_of(config)
     own = parts_of(file, config, family, revision=revision) if file else []
     without = [*own, *([] if vae is None else ["vae"])]
+    if file:
+        origin = rest_of(file, config, without, revision=revision)
     check_pipeline("teacher", origin, config, without, revision=revision, variant=variant)
     replaced: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
     if quantization:
@@ -238,4 +240,14 @@ def load_teacher(
             component.requires_grad_(False).eval()
     if not family.embeds_guidance(pipeline):
         options = replace(options, embedded_guidance=None)
-    return Teacher(pipeline, family, name_or_path, options_for(origin, options), vae, loras, lora_layers, file, own)
+    return Teacher(
+        pipeline,
+        family,
+        name_or_path,
+        options_for(file.config if file else origin, options),
+        vae,
+        loras,
+        lora_layers,
+        file,
+        own,
+    )
