@@ -54,6 +54,7 @@ def named(teacher: Path, folder: Path, **entries) -> Path:
         ("me/sdxl_8step.safetensors", "8step"),
         ("SimianLuo/LCM_Dreamshaper_v7", "LCM"),
         ("tianweiy/DMD2", "DMD2"),
+        ("/cache/hub/models--stabilityai--sdxl-turbo/snapshots/71153311d3dbb46851df1931d3ca6e939de83304", "turbo"),
         ("lightx2v/Qwen-Image-Distill-8steps", "Distill"),
     ],
 )
@@ -112,6 +113,8 @@ def test_configurations_of_few_step_releases_are_hints() -> None:
     dev = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     assert few_step_warning("mine", index, dev, config) is None  # schnell without its distillation
     assert few_step_warning("mine", index, dev, make_flux().transformer.config) is None
+    assert "'Turbo'" in (few_step_warning("me/FLUX-Turbo/model.safetensors", index, dev, config) or "")
+    assert few_step_warning("./FLUX-Turbo/model.safetensors", index, dev, config) is None
     sdxl, index = make_sdxl(), {"_class_name": "StableDiffusionXLPipeline"}
     for settings, hint in (
         ({"timestep_spacing": "trailing"}, True),

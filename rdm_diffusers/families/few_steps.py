@@ -22,6 +22,7 @@ WORDS = {
     "schnell", "turbo", "lightning", "lcm", "tcd", "pcm", "dmd", "dmd2", "hyper", "hypersd", "hypersdxl", "sdxs",
     "instaflow", "perflow", "flash", "sprint", "distill", "distilled",
 }  # fmt: skip
+SNAPSHOT = re.compile(r"/snapshots/[0-9a-f]+/?$")  # in the Hub's cache, below a folder with the repository's name
 UNDONE = re.compile(r"\b(de|un)[-_ ]?distill(ed|ation)?\b", re.IGNORECASE)
 STEPS = re.compile(r"(?<![0-9a-z])(1[0-6]|[1-9])[-_ ]?steps?(?![a-z])", re.IGNORECASE)
 PARTS_OF_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of `sdxlTurbo` and `XL_v2LightningDPM`
@@ -74,7 +75,7 @@ def few_step_warning(
     Arguments as in `check_not_distilled`. Names and the settings of samplers are no proof, and the warning says so.
     """
     settings = scheduler.config
-    own = (name, index.get("_name_or_path") or "")
+    own = (name, _repository(name), index.get("_name_or_path") or "")
     word = next(filter(None, map(few_step_word, own)), None)
     spacing, euler = settings.get("timestep_spacing"), type(scheduler).__name__.startswith("Euler")
     if index.get("is_distilled") is False:  # the family's releases say for certain
@@ -103,13 +104,20 @@ def few_step_word(name: str) -> str | None:
 
     Of a path and of a Hub id only the last name counts, because folders and owners are called anything.
     """
-    last = UNDONE.sub("", Path(name).stem if name.endswith(".safetensors") else name.rstrip("/").rpartition("/")[2])
+    path = Path(SNAPSHOT.sub("", name))
+    last = UNDONE.sub("", path.stem if path.suffix == ".safetensors" else path.name)
     parts = [part for part in re.split(r"[^A-Za-z0-9]+", last) if part]
     words = [*parts, *(word for part in parts for word in PARTS_OF_WORDS.findall(part))]
     lower = [word.lower() for word in words]
     klein = ["klein"] if "klein" in lower and "base" not in lower else []  # FLUX.2's, whose base is named so
     steps = STEPS.search(last)
     return next((word for word in words if word.lower() in {*WORDS, *klein}), steps and steps[0])
+
+
+def _repository(name: str) -> str:
+    """The Hub repository of a file in one; empty for other names."""
+    parts = name.split("/")
+    return "/".join(parts[:2]) if len(parts) > 2 and parts[0] not in ("", ".", "..") and not Path(name).exists() else ""
 
 
 def check_lora_not_distilled(lora: Lora) -> str | None:
@@ -127,7 +135,7 @@ def check_lora_not_distilled(lora: Lora) -> str | None:
             "out, or start the student from it with --init_lora."
         )
     titles = [metadata.get(key, "") for key in TITLES]
-    word = next(filter(None, map(few_step_word, [lora.name, lora.place[0], path.name, *titles])), None)
+    word = next(filter(None, map(few_step_word, [lora.name, _repository(lora.name), path.name, *titles])), None)
     if word is None:
         return None
     return (

@@ -20,7 +20,7 @@ from .loras import Lora, fuse_loras
 from .quantization import quantised_copy, quantized_loading
 from .registry import FAMILIES, family_of
 from .single_file import FLAG, SingleFile
-from .single_file_parts import check_prediction, load_parts, parts_of
+from .single_file_parts import check_prediction, load_parts, parts_of, rest_of
 from .suitability import check_folder, check_teacher
 from .teacher import DEFAULT_OPTIONS, Teacher, options_for
 from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, quiet, refuse
@@ -216,17 +216,17 @@ def load_teacher(
     if (Path(resolve_teacher(name_or_path)) / STUDENT_CONFIG).exists():
         raise ValueError(f"{name_or_path} is a few-step student already; give the teacher that it was distilled from.")
     file, origin, config = teacher_config(name_or_path, single_file_config, revision=revision)
-    family = family_of(config)
+    family, options = family_of(config), options_for(origin, options)
     own = parts_of(file, config, family, revision=revision) if file else []
     without = [*own, *([] if vae is None else ["vae"])]
+    origin = rest_of(file, config, without, revision=revision) if file else origin
     check_pipeline("teacher", origin, config, without, revision=revision, variant=variant)
     replaced: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
     if quantization:
         same = (name_or_path, dtype, revision, variant, quantization, device, single_file_config)
         replaced[family.denoiser_name] = load_denoiser(*same)
     if file:
-        rest = [name for name in own if name not in replaced]
-        replaced |= load_parts(file, config, rest, dtype, revision=revision)
+        replaced |= load_parts(file, config, [name for name in own if name not in replaced], dtype, revision=revision)
     loading = {"revision": revision, "variant": variant, "dtype": dtype, **load_options(config), **replaced}
     pipeline = family.pipeline_class.from_pretrained(resolve_teacher(origin), **loading)
     check_teacher(name_or_path, pipeline, config, family)
@@ -238,4 +238,4 @@ def load_teacher(
             component.requires_grad_(False).eval()
     if not family.embeds_guidance(pipeline):
         options = replace(options, embedded_guidance=None)
-    return Teacher(pipeline, family, name_or_path, options_for(origin, options), vae, loras, lora_layers, file, own)
+    return Teacher(pipeline, family, name_or_path, options, vae, loras, lora_layers, file, own)

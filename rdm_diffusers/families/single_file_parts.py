@@ -144,6 +144,15 @@ def _text_problem(kind: Any, name: str, path: Path, folder: Path) -> str | None:
     return f"lacks {listed(missing)}" if missing else None
 
 
+def rest_of(file: SingleFile, index: Mapping[str, Any], without: Collection[str], **hub_options: Any) -> str:
+    """Where the rest of a single file's pipeline is loaded from: the configuration's Hub id or folder.
+
+    If no network is left to load, it is a folder in any case, because diffusers refuses repositories without weights.
+    Arguments as in `load_parts`; `without` are the components that are not loaded from there.
+    """
+    return file.config if networks_of(index).keys() - set(without) else str(file.folder(**hub_options))
+
+
 def load_parts(
     file: SingleFile,
     index: Mapping[str, Any],

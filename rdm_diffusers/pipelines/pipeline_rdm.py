@@ -31,6 +31,7 @@ from ..families import (
     load_vae,
     pipeline_config,
     rebuilt,
+    rest_of,
     teacher_config,
 )
 from ..schedulers import RdmScheduler
@@ -185,6 +186,8 @@ class RdmDistillationPipeline(DiffusionPipeline):
         if student.vae is not None and "vae" not in kwargs:
             options["vae"] = load_vae(student.vae, config, dtype, **{**hub, "revision": None})
         options |= load_file_parts(student, config, dtype, options.keys(), **base_hub)
+        if student.file:
+            base = rest_of(student.file, config, options.keys(), **base_hub)
         pipeline = cls._load_stock("teacher", base, base_hub, options)
         add_loras(pipeline, student, {**hub, "revision": None})
         pipeline._add_lora(name, student, hub)
