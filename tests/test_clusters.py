@@ -1,4 +1,4 @@
-"""What docs/clusters.md and the Dockerfile say works as far as a machine without Slurm, jobs and containers can tell."""
+"""What docs/clusters.md and the Dockerfile say works, as far as that shows without Slurm, jobs and containers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import JobHardware
 from parts import run_arguments
+from parts_processes import free_port
 
 from rdm_diffusers.pipelines import is_student
 
@@ -48,7 +49,7 @@ def test_a_slurm_job_saves_queues_itself_again_and_ends_with_a_student(
     teacher_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     script, student = tmp_path / "rdm.sh", tmp_path / "student"
-    script.write_text(next(block for block in BLOCKS if "#SBATCH" in block).replace("29500", "0"))
+    script.write_text(next(block for block in BLOCKS if "#SBATCH" in block).replace("29500", str(free_port())))
     for name, text in PROGRAMS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -57,8 +58,12 @@ def test_a_slurm_job_saves_queues_itself_again_and_ends_with_a_student(
     words = [str(student), str(ROOT / "train_rdm_lora.py"), *words[:place], *words[place + 2 :]]
 
     first = launch(script, words, tmp_path)
+    deadline = time.monotonic() + 120
     while not list(student.glob("checkpoint-*")):
         assert first.poll() is None, first.communicate()[0]
+        if time.monotonic() > deadline:
+            first.send_signal(signal.SIGTERM)
+            pytest.fail(first.communicate(timeout=60)[0])
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
     said = first.communicate(timeout=120)[0]
