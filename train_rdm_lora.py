@@ -39,7 +39,7 @@ What it does, and the flags that steer it:
   --sync_each_batch
 - prompts: --prompts_file, or --dataset_name with --caption_column, --dataset_split; --encode_prompts,
   --encode_batch_size, --cache_dir
-- checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C, SIGTERM and SIGHUP save one too (docs/clusters.md)
+- checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; signals save one too (docs/clusters.md)
 - the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,
   --hub_tag_checkpoints
 """
