@@ -4,8 +4,8 @@ from __future__ import annotations
 
 REFUSED = {
     "lora_dropout": (
-        "a first pass without gradients computes the student's directions, and in the second pass dropout would make it "
-        "another student; to regularise, lower --rank or raise --adam_weight_decay"
+        "a first pass without gradients computes the student's directions, and dropout in the second would make "
+        "another student of it; to regularise, lower --rank or raise --adam_weight_decay"
     ),
     "enable_group_offload": (
         "diffusers moves a block off the device after its forward, adapters included, and the backward needs it there; "
