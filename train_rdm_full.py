@@ -10,9 +10,9 @@ What it does, and the flags that steer it:
   --mixed_precision; the teacher is kept in it, or in --teacher_quantization int8, fp8 or nf4
 - method, rewards, prompts, health and checkpoints: all flags of train_rdm_lora.py but those of the LoRAs
 - LoRAs in the teacher's weights (docs/sharing.md): --teacher_lora PATH_OR_ID[:scale]
-- memory: --gradient_checkpointing, --use_8bit_adam, --train_batch_size with --gradient_accumulation_steps, --offload,
-  --no-use_ema, --enable_vae_tiling, --enable_vae_slicing; over several GPUs (docs/many_gpus.md): accelerate launch
-  --use_fsdp --fsdp_version 2, --ddp_timeout, --sync_each_batch
+- memory: --gradient_checkpointing, --use_8bit_adam or --optim, --train_batch_size with
+  --gradient_accumulation_steps, --offload, --no-use_ema, --enable_vae_tiling, --enable_vae_slicing; over several GPUs
+  (docs/many_gpus.md): accelerate launch --use_fsdp --fsdp_version 2, --ddp_timeout, --sync_each_batch
 - what comes out is a whole stock pipeline, which diffusers loads by itself
 - the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,
   --hub_tag_checkpoints

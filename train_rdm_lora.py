@@ -31,9 +31,9 @@ What it does, and the flags that steer it:
 - the length, and rates by the batch (docs/many_gpus.md): --max_train_steps or --num_train_epochs; --scale_lr
 - rollouts: --steps_per_rollout, --reuse_rollouts, --importance_weighting
 - health: --logging_steps, alarms in the log, --stop_on_collapse; --dry_run prints the memory needed, trains nothing
-- small GPUs (docs/recipes.md): --base_quantization int8, fp8 or nf4, --mixed_precision bf16, --use_8bit_adam,
-  --gradient_checkpointing, --train_batch_size with --gradient_accumulation_steps, --offload, --enable_vae_tiling,
-  --enable_vae_slicing
+- small GPUs (docs/recipes.md): --base_quantization int8, fp8 or nf4, --mixed_precision bf16 or fp16, --optim,
+  --use_8bit_adam, --gradient_checkpointing, --train_batch_size with --gradient_accumulation_steps, --offload,
+  --enable_vae_tiling, --enable_vae_slicing
 - speed: --fold_adapters, --torch_compile, --attention_backend, --enable_xformers_memory_efficient_attention,
   --channels_last
 - several GPUs (docs/many_gpus.md): accelerate launch --multi_gpu, or --use_fsdp --fsdp_version 2; --ddp_timeout,
@@ -44,7 +44,7 @@ What it does, and the flags that steer it:
   --validation_prompts_file, --reference_teacher, --reference_data, --features, --feature_weights; the best:
   --metric_for_best_model, --greater_is_better, --load_best_model_at_end; --early_stopping_patience,
   --early_stopping_threshold; everything on one page: report.html
-- checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; Ctrl-C, SIGTERM and SIGHUP save one too
+- checkpoints: --checkpointing_steps, --resume_from_checkpoint latest; signals save one too (docs/clusters.md)
 - the Hub: --push_to_hub, --hub_model_id, --hub_token, --hub_private_repo, --hub_revision, --hub_commit_message,
   --hub_tag_checkpoints
 """

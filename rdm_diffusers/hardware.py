@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 NO_FLOAT64 = ("mps",)  # kinds of devices
 
 
 def uses_cpu() -> bool:
-    """Whether accelerate is to use the CPU: there is no GPU, or only one of Apple's for several processes."""
+    """Whether accelerate is to use the CPU: it is asked for, or there is no GPU but Apple's for several processes."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return True
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     return not (torch.cuda.is_available() or (alone and torch.backends.mps.is_available()))
 

@@ -15,6 +15,7 @@ import train_rdm_lora
 from rdm_diffusers.config import RunConfig, optimizers
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.config.presets import TINY_DEFAULTS
+from rdm_diffusers.config.refused import REFUSED
 from rdm_diffusers.distillation import DMD, GNDM
 from rdm_diffusers.tiny import TINY_NAME
 from rdm_diffusers.tiny.captions import CAPTIONS
@@ -535,3 +536,14 @@ def test_a_record_of_0_1_0_is_read_if_its_retired_flags_did_nothing_and_refused_
             RunConfig.from_record(record | change)
         with pytest.raises(ValueError, match=r"was retired after release 0\.1\.0"):
             check_resumable(config.as_arguments(), record | change)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_flag_that_other_scripts_have_is_refused_with_the_reason(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"{name}: 0.1\n")
+    for words in ([f"--{name}", "0.1"], [f"--{name}=0.1"], ["--config", str(tmp_path / "run.yaml")]):
+        with pytest.raises(SystemExit):
+            parse_args(words)
+        assert f"--{name} is not offered, because " in capsys.readouterr().err

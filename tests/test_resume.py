@@ -112,7 +112,9 @@ def test_resuming_changes_nothing_with_any_optimiser(name: str, argv, tmp_path: 
     assert bool(kept) == (name == "adamw_torch_4bit")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name
+)
 def test_a_signal_saves_a_checkpoint_is_returned_and_can_be_resumed_from(argv, tmp_path: Path, number: int) -> None:
     straight = make_run(argv("straight", max_train_steps=3))
     assert train_run(straight) == 0

@@ -14,6 +14,7 @@ from .checks import check_rewards
 from .fields import Setting, settings_of
 from .presets import below
 from .record import command_line
+from .refused import REFUSED, refusal
 from .retired import RETIRED, retirement
 from .run_config import RunConfig, all_settings, read_yaml, subjects_of
 from .secrecy import refuse_secrets
@@ -86,6 +87,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag[2:] in RETIRED:
             parser.error(retirement(flag))
+        if flag.startswith("--") and flag[2:] in REFUSED:
+            parser.error(refusal(flag[2:]))
     given = {name: value for name, value in vars(parser.parse_within(BOUNDS, argv)).items() if value is not None}
     file, token = given.pop("config", None), given.pop("hub_token", None)
     try:

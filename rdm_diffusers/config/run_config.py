@@ -16,6 +16,7 @@ from ..untrusted import INSTEAD, check_kinds, has_secret
 from .checks import check
 from .fields import Setting, settings_of
 from .presets import DERIVED, EPOCHS, UPDATES, below, filled
+from .refused import REFUSED, refusal
 from .retired import without_retired
 from .students import FullStudentConfig, LoraStudentConfig
 from .subjects import (
@@ -234,6 +235,8 @@ def _by_names(student: str) -> dict[str, Setting]:
 
 
 def _setting(name: str, names: Mapping[str, Setting], path: str | Path | None = None) -> Setting:
+    if name in REFUSED:
+        raise ValueError(refusal(name))
     if name not in names:
         where = "" if path is None else f" in {path}"
         raise ValueError(f"There is no setting {name}{where}{did_you_mean(name, names)}; --help lists all flags.")

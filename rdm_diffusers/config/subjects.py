@@ -189,7 +189,7 @@ class MemoryConfig:
         "no, bf16 or fp16: dtype of frozen weights and of computation; what is trained stays float32; fp16, for cards "
         "without bf16, scales its gradients", OneOf(("no", "bf16", "fp16")))
     use_8bit_adam: bool = flag(False, "8-bit AdamW for both roles: bitsandbytes', or else torchao's")
-    optim: str = flag(USUAL, "the AdamW of both roles, by transformers' names; see docs/recipes.md", OneOf(OPTIMS))
+    optim: str = flag(USUAL, "the AdamW of both roles, by transformers' names; see docs/hardware.md", OneOf(OPTIMS))
     gradient_checkpointing: bool = flag(False, "less memory for more time", free=True)
     offload: bool = flag(
         False, "keep off the device what is not at work: the moving average, the rewards with their autoencoder, and "

@@ -63,7 +63,7 @@ def launchers_patience() -> int | None:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Makes Ctrl-C, SIGTERM and SIGHUP wait for the current update; a second signal stops at once."""
+    """Makes Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 wait for the current update; a second signal stops at once."""
     it = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield it
@@ -77,7 +77,7 @@ def interruptible() -> Iterator[Interruption]:
         elif time.monotonic() - it.since > ONE_EVENT:
             sys.exit(status_of(number))
 
-    caught = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    caught = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]  # the last as batch systems may send it
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup asks for
         caught.remove(signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in caught}
