@@ -33,7 +33,7 @@ FLOORS = (
     },
     {"schedulers", "families", "sharding", "adapters"},
     {"networks", "distillation", "pipelines"},
-    {"hub", "evaluation", "config"},
+    {"hub", "evaluation", "config", "demo"},
     {"training"},
     {"commands"},
 )

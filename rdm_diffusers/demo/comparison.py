@@ -79,9 +79,8 @@ class Comparison:
 
     @property
     def most_student_steps(self) -> int:
-        """The highest number of steps that the page offers; a student with times of its own has no others."""
-        own = self._pipeline.scheduler.student_grid
-        return self.student_steps if own else max(self.student_steps, MOST_STUDENT_STEPS)
+        """The highest number of steps that is offered; its scheduler has a grid for every number."""
+        return max(self.student_steps, MOST_STUDENT_STEPS)
 
     @property
     def teacher_steps(self) -> int:
@@ -181,13 +180,12 @@ def _without_lora(denoiser: ModelMixin) -> Iterator[None]:
 
 def _load_own_teacher(student: StudentConfig, name: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The teacher of a full student, or one with LoRAs that are in its student, too."""
-    teacher, arguments = student.teacher, student.arguments
-    if teacher is None or not (student.is_lora or is_tiny(teacher) or "/" in teacher):
-        raise ValueError(
-            f"{name} does not say where its teacher is; show the student alone with --no_teacher."
-        )
+    teacher, arguments = student.teacher or "", student.arguments
+    loras = arguments.get("teacher_lora") or []
+    # Of folders that others do not have, a student records the last name alone.
+    if not all("/" in each for each in loras) or not (student.is_lora or is_tiny(teacher) or "/" in teacher):
+        raise ValueError(f"{name} does not say where its teacher is; show the student alone with --no_teacher.")
     known: dict[str, Any] = {"revision": student.revision, "variant": student.variant}
     if not student.is_lora:
         known = {key: value for key in known if isinstance(value := arguments.get(key), str)}
-    loras = [Lora.parse(each) for each in arguments.get("teacher_lora") or []]
-    return load_teacher(teacher, dtype, **known, loras=loras).pipeline
+    return load_teacher(teacher, dtype, **known, loras=[Lora.parse(each) for each in loras]).pipeline

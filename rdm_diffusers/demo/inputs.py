@@ -12,7 +12,7 @@ MOST_CHARACTERS = 1000  # of a prompt; text encoders read fewer
 MOST_PROMPTS = 8
 MOST_TEACHER_STEPS = 100
 MOST_GUIDANCE = 20.0
-SEED = whole(f"[0, {2**53 - 1}]")  # browsers know no larger whole numbers exactly
+SEED = whole(f"[0, {2**32 - 1}]")  # browsers know no whole numbers above 2**53 exactly
 
 
 @dataclass(frozen=True)

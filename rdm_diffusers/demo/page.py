@@ -155,11 +155,11 @@ def _settings(gradio: Any, answers: Answers) -> list[Any]:
     look: dict[str, Any] = {"step": 1, "min_width": 180, "buttons": []}
     teachers = {**look, "visible": shown}
     with gradio.Row(equal_height=True):
-        student_steps = gradio.Slider(1, most, usual.student_steps, label="Student's steps", **look)
-        steps = gradio.Slider(1, MOST_TEACHER_STEPS, usual.teacher_steps, label="Teacher's steps", **teachers)
-        guidance = gradio.Slider(0, MOST_GUIDANCE, usual.guidance_scale, label="Teacher's guidance", **teachers | {"step": 0.5})
+        student_steps = gradio.Slider(1, most, usual.student_steps, label="Student steps", **look)
+        steps = gradio.Slider(1, MOST_TEACHER_STEPS, usual.teacher_steps, label="Teacher steps", **teachers)
+        guidance = gradio.Slider(0, MOST_GUIDANCE, usual.guidance_scale, label="Guidance", **teachers | {"step": 0.5})
         with gradio.Row(equal_height=True):
             seed = gradio.Number(usual.seed, label="Seed", elem_id="seed", min_width=80)
-            random = gradio.Button("Random", size="sm", elem_id="random", min_width=72, scale=0)
+            random = gradio.Button("Random", elem_id="random", min_width=90, scale=0)
     random.click(None, None, seed, js=RANDOM_SEED)
     return [seed, student_steps, steps, guidance]

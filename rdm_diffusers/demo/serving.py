@@ -38,4 +38,3 @@ def serving(page: Any, name: str = "127.0.0.1", port: int | None = None, share: 
         raise OSError(f"Port {port or 7860} of {name} is taken; choose another with --server_port.") from error
     finally:
         page.close(verbose=False)
-

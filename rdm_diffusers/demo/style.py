@@ -11,7 +11,7 @@ CSS = """
 .rdm-title p { color: var(--body-text-color-subdued); font-size: 1.02rem; margin: 6px 0 0; }
 .rdm-title b { color: var(--body-text-color); font-weight: 600; }
 .rdm-heading { font-size: 1.2rem; font-weight: 650; letter-spacing: -0.01em; margin: 20px 0 0; }
-#random { align-self: end; height: 42px; }
+#random, #draw-strip { border: 1px solid var(--border-color-primary); font-weight: 500; }
 .rdm-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
   border-radius: 16px; padding: 14px; box-shadow: 0 1px 2px rgb(0 0 0 / 5%); }
 .rdm-card header { display: flex; justify-content: space-between; align-items: baseline; padding: 0 4px 10px; }
@@ -37,12 +37,14 @@ FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "mon
 PLAIN_LABELS = {
     "block_title_background_fill": "none", "block_title_background_fill_dark": "none", "block_title_padding": "0",
     "block_title_text_color": "*body_text_color", "block_title_text_color_dark": "*body_text_color",
-    "block_title_text_weight": "500", "block_shadow": "none", "block_border_width": "1px",
+    "block_title_text_weight": "500", "block_shadow": "none", "block_border_width": "1px", "block_radius": "12px",
     "input_border_color": "*border_color_primary", "input_shadow": "none",
+    "button_primary_shadow": "none", "button_primary_shadow_hover": "none", "button_secondary_shadow": "none",
+    "button_secondary_shadow_hover": "none",
 }  # fmt: skip
 
 
 def make_theme(gradio: Any) -> Any:
     """The theme, for `launch`."""
     fonts = {kind: [gradio.themes.Font(name) for name in names] for kind, names in FONTS.items()}
-    return gradio.themes.Soft(primary_hue="indigo", neutral_hue="slate", **fonts).set(**PLAIN_LABELS)
+    return gradio.themes.Soft(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **fonts).set(**PLAIN_LABELS)
