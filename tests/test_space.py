@@ -185,7 +185,8 @@ def test_the_app_of_a_space_shows_the_student_of_the_hub(visit: Visit, hub: HubS
     with started(app, **{**environment, "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}) as said:
         assert said.splitlines()[0] == "Drawing a first picture with me/student and tiny on cpu."
         assert said.splitlines()[1] == f"The page is at http://localhost:{port}/; Ctrl-C ends it."
-        with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{port}/", timeout=30) as answer:
-            page = answer.read().decode()
-    assert "<title>me/student · rdm-demo</title>" in page
-    assert PROMPTS[0] in page  # of the card's pictures
+        with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{port}/config", timeout=30) as answer:
+            page = json.load(answer)
+    assert page["title"] == "me/student · rdm-demo"
+    first = [each["props"].get("value") for each in page["components"] if each["props"].get("elem_id") == "prompt"]
+    assert first == [PROMPTS[0]]  # of the card's pictures

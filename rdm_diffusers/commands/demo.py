@@ -18,7 +18,7 @@ from ..tiny import is_tiny
 
 MEMORY_ADVICE = "try --dtype bfloat16, or --no_teacher"
 BOUNDS: dict[str, Bound] = {
-    "student": Text("a folder or a Hub id"),
+    "source": Text("a folder or a Hub id"),
     "server_name": Text("an address of this machine, for example 0.0.0.0", lambda text: " " not in text.strip()),
     "server_port": whole("[1, 65535]"),
     "device": Text("cpu, or an accelerator of this machine such as cuda or cuda:1", lambda text: is_device(text)),
@@ -32,7 +32,7 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser("rdm-demo", description="Shows a student beside its teacher, in a page for the browser.")
     add = parser.add_argument
-    add("student", metavar="STUDENT", help="a student's folder or its Hub id")
+    add("source", metavar="STUDENT", help="a student's folder or its Hub id")
     add("--no_teacher", action="store_true", help="show the student alone, and load no second network")
     add("--device", help="where it draws, for example cpu or cuda:1; by default an accelerator, if there is one")
     add("--dtype", default="float32", choices=tuple(DTYPES), help="of all networks; float32 by default")
@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     import_gradio()
     use_token(args.token)
     device = torch.device(args.device) if args.device else best_device()
-    comparison = load_comparison(args.student, DTYPES[args.dtype], device, not args.no_teacher, args.revision)
-    student, teacher = shown_name(args.student), shown_name(comparison.student.teacher or "")
-    prompts = example_prompts(args.student, comparison.student, args.revision)
+    comparison = load_comparison(args.source, DTYPES[args.dtype], device, not args.no_teacher, args.revision)
+    student, teacher = shown_name(args.source), shown_name(comparison.student.teacher or "")
+    prompts = example_prompts(args.source, comparison.student, args.revision)
     print(f"Drawing a first picture with {student}{f' and {teacher}' if comparison.has_teacher else ''} on {device}.")
     comparison.warm_up()
     page = make_page(comparison, student, teacher, prompts)
