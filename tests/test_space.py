@@ -183,7 +183,7 @@ def test_the_app_of_a_space_shows_the_student_of_the_hub(visit: Visit, hub: HubS
     app.write_text(files_of(visit)["app.py"])
     environment = visitor_environment(tmp_path, HF_ENDPOINT=hub.address, GRADIO_SERVER_PORT=str(port))
     with started(app, **{**environment, "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}) as said:
-        assert said.splitlines()[0] == "Drawing a first picture with me/student and tiny on cpu."
+        assert said.splitlines()[0] == "Loading me/student and its teacher on cpu."
         assert said.splitlines()[1] == f"The page is at http://localhost:{port}/; Ctrl-C ends it."
         with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{port}/config", timeout=30) as answer:
             page = json.load(answer)

@@ -178,8 +178,8 @@ def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None, 
         raise ValueError("there is no token; log in with `hf auth login` or set HF_TOKEN")
     repo_id = full_name(api, repo_id)
     kind: dict[str, Any] = {"repo_type": repo_type}
-    sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
-    api.create_repo(repo_id, private=private, exist_ok=True, **kind, **sdk)
+    sdk = "gradio" if repo_type == "space" else None
+    api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=sdk, **kind)
     if private and not api.repo_info(repo_id, timeout=PATIENCE, **kind).private:
         raise ValueError("the repository is public; make it private in its settings, or choose another name")
     if revision not in (None, "main"):

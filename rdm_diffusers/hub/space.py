@@ -97,17 +97,15 @@ def space_files(student: str, config: StudentConfig, revision: str | None = None
 
 
 def _card_data(student: str, config: StudentConfig) -> SpaceCardData:
-    teacher, optional = config.teacher or "", {}
-    if "license" in config.license:
-        optional["license"] = plain(config.license["license"])
+    teacher, license_name = config.teacher or "", config.license.get("license")
     return SpaceCardData(
         title=f"{student.split('/')[-1]} beside its teacher",
         sdk="gradio",
         sdk_version=version("gradio"),
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
+        license=license_name and plain(license_name),
         models=[student, *([teacher] if "/" in teacher and config.is_lora else [])],
-        **optional,
     )
 
 
