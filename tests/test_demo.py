@@ -26,7 +26,7 @@ from rdm_diffusers import RdmDistillationPipeline
 from rdm_diffusers.commands import demo as command
 from rdm_diffusers.demo import Comparison, example_prompts, import_gradio, load_comparison, make_page, serving
 from rdm_diffusers.demo.inputs import MOST_CHARACTERS, MOST_PROMPTS
-from rdm_diffusers.demo.page import Answers
+from rdm_diffusers.demo.page import Answers, _explained
 from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.tiny import TINY_FLOW_NAME, TINY_NAME, resolve_teacher
 from rdm_diffusers.tiny.captions import CAPTIONS
@@ -37,6 +37,10 @@ SCREENSHOT = Path(__file__).parents[1] / "docs/images/demo.png"
 SCREENSHOTS, SHOWN = os.environ.get("RDM_SCREENSHOTS"), os.environ.get("RDM_DEMO_STUDENT")
 SOLVERS = {TINY_NAME: DDIMScheduler, TINY_FLOW_NAME: FlowMatchEulerDiscreteScheduler}
 NOTHING = {"text_encoder_3": None, "tokenizer_3": None}
+STRIP = (
+    "a yellow zero on a blue background", "a white two on a cyan background", "a green three on a pink background",
+    "a purple five on a grey background", "a black six on a pink background", "a red eight on a blue background",
+)  # fmt: skip
 USUAL = (0, 2, 3, 4.0)  # seed, the student's steps, the teacher's, its guidance
 
 
@@ -212,6 +216,18 @@ def test_text_of_visitors_and_students_never_becomes_markup(comparison: Comparis
         assert "<script" not in text
 
 
+def test_an_error_while_pictures_are_drawn_is_a_sentence_and_takes_back_what_was_begun() -> None:
+    def answer(prompt: str) -> Iterator[tuple[str]]:
+        yield (f"drawing {prompt}",)
+        raise MemoryError("<b>")
+
+    gradio = import_gradio()
+    shown = _explained(gradio, answer, lambda: "nothing")("a")
+    assert [next(shown), next(shown)] == ["drawing a", "nothing"]
+    with pytest.raises(gradio.Error, match=r"There is not enough memory \(&lt;b&gt;\); draw fewer prompts at once"):
+        next(shown)
+
+
 def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(ImportError, match=r"^The page needs Gradio: pip install 'rdm-diffusers\[demo\]'$"):
@@ -299,9 +315,10 @@ def test_a_visitor_reads_what_is_wrong_and_keeps_the_pictures(tiny_student: Path
 @pytest.mark.skipif(not (SCREENSHOTS and SHOWN), reason="needs RDM_SCREENSHOTS=1 and RDM_DEMO_STUDENT=FOLDER")
 def test_the_screenshot_shows_a_trained_student() -> None:
     with visited(Path(str(SHOWN))) as page:
+        page.fill("#prompt textarea", "a red seven on a blue background")
         page.click("#draw")
         pictures_in(page, ".rdm-card figure", 2)
-        page.fill("#prompts textarea", "\n".join(CAPTIONS[i] for i in (16, 51, 86, 121, 158, 200)))
+        page.fill("#prompts textarea", "\n".join(STRIP))
         page.click("#draw-strip")
         pictures_in(page, ".rdm-strip", 12)
         page.mouse.move(0, 0)

@@ -50,8 +50,7 @@ class Answers:
     def draw(self, prompt: str | None, *values: Any) -> Iterator[Cards]:
         """First the student's picture, then the teacher's."""
         prompt, settings = checked_prompt(prompt), self._checked(values)
-        waiting = self._empty(settings, "drawing …", "next …")
-        yield waiting
+        yield self._empty(settings, "drawing …", "next …")
         drawing = self.comparison.draw_student([prompt], settings.seed, settings.student_steps)
         own = html.card("Student", _student_note(settings), prompt, drawing)
         yield (own, *self._empty(settings, "", "drawing …")[1:])

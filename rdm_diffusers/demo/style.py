@@ -14,6 +14,7 @@ CSS = """
 #random, #draw-strip { border: 1px solid var(--border-color-primary); font-weight: 500; }
 .rdm-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
   border-radius: 16px; padding: 14px; box-shadow: 0 1px 2px rgb(0 0 0 / 5%); }
+.rdm-card:has(figure) { max-width: 480px; margin: 0 auto; }
 .rdm-card header { display: flex; justify-content: space-between; align-items: baseline; padding: 0 4px 10px; }
 .rdm-card header b { font-size: 1.02rem; font-weight: 650; }
 .rdm-card header span, .rdm-card figcaption { color: var(--body-text-color-subdued); font-size: 0.92rem; }

@@ -17,6 +17,7 @@ from ..pipelines import StudentConfig
 from ..untrusted import without_secrets
 from .card_text import plain
 from .push import check_repo_id, full_name, opened, unfinished
+from .student_files import is_hub_id
 
 PACKAGE = "rdm-diffusers"
 APP = '''"""Shows {student} beside its teacher."""
@@ -105,7 +106,7 @@ def _card_data(student: str, config: StudentConfig) -> SpaceCardData:
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
         license=license_name and plain(license_name),
-        models=[student, *([teacher] if "/" in teacher and config.is_lora else [])],
+        models=[student, *([teacher] if "/" in teacher and is_hub_id(teacher) else [])],
     )
 
 
