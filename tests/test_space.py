@@ -66,7 +66,7 @@ def hub(tiny_student: Path) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def visit(hub: HubServer, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Visit:
-    """A student with its Space; both again; a private one whose Space the Hub refuses; a name that no Space can have."""
+    """A student with its Space, twice; a private one whose Space the Hub refuses; a name that no Space can have."""
     home, student = tmp_path_factory.mktemp("home"), str(tiny_student)
     hub.fail(r"POST /api/spaces/me/page/commit/", 500, 99)
     said = push(
