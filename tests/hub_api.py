@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from hub_server import HubServer
 
 REPOSITORY = r"(?P<repository>[^/]+/[^/]+)"
-MODEL = f"/api/(?:models|datasets)/{REPOSITORY}"
+# A Space may have the name of a model, so that here its name begins with `spaces/`.
+MODEL = r"/api/(?:(?:models|datasets)/|(?=spaces/))(?P<repository>(?:spaces/)?[^/]+/[^/]+)"
 # Method and path -> the handler's method; the groups are its arguments, unquoted.
 ROUTES = {
     r"GET /api/whoami-v2": "whoami",
@@ -62,7 +63,7 @@ class HubApi(BaseHTTPRequestHandler):
     def readable(self, name: str) -> Repository:
         """The repository, if this token may see it."""
         repository = self.server.repositories.get(name)
-        owns = repository is not None and self.user == name.split("/")[0]
+        owns = repository is not None and self.user == name.split("/")[-2]
         if repository is not None and repository.private and not owns and self.token != repository.key:
             raise Refusal(401, "RepoNotFound", "Invalid username or password.")
         if repository is None:
@@ -76,7 +77,7 @@ class HubApi(BaseHTTPRequestHandler):
             raise Refusal(403, "", f"You don't have the rights to write under {owner}")
 
     def writable(self, name: str) -> Repository:
-        self.check_writer(name.split("/")[0])
+        self.check_writer(name.split("/")[-2])
         return self.readable(name)
 
     def commit_of(self, repository: Repository, revision: str) -> Commit:
@@ -94,7 +95,9 @@ class HubApi(BaseHTTPRequestHandler):
         wanted = json.loads(self.body)
         owner = wanted.get("organization") or self.user
         self.check_writer(owner)
-        name = f"{owner}/{wanted['name']}"
+        if wanted.get("type") == "space" and wanted.get("sdk") != "gradio":
+            raise Refusal(400, "", "A Space needs an SDK")
+        name = f"{'spaces/' if wanted.get('type') == 'space' else ''}{owner}/{wanted['name']}"
         url = {"url": f"{self.server.address}/{name}", "name": name}
         if name in self.server.repositories:
             self.answer_json({"error": "You already created this model repo", **url}, 409)

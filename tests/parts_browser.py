@@ -22,6 +22,6 @@ def open_page(**options: Any) -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
         try:
-            yield browser.new_page(**options)
+            yield browser.new_page(**{"viewport": {"width": 1100, "height": 900}} | options)
         finally:
             browser.close()

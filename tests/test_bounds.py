@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from rdm_diffusers.bounds import Bound, Interval, OneOf, Parser, Text, flag_of, is_git_name, real, stays_inside, whole
-from rdm_diffusers.commands import card, export, push
+from rdm_diffusers.commands import card, demo, export, push
 from rdm_diffusers.config import LoraStudentConfig, RunConfig, all_settings
 from rdm_diffusers.config.command_line import BOUNDS, build_parser, parse_args, shown_default
 from rdm_diffusers.evaluation import command as evaluation
@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[Parser, Mapping[str, Bound], list[str]]] = {
     "rdm-export": (export.make_parser(), export.BOUNDS, ["student", "--format", "lora", "--output_dir", "out"]),
     "rdm-push": (push.make_parser(), push.BOUNDS, ["student", "me/student"]),
     "rdm-card": (card.make_parser(), card.BOUNDS, ["student"]),
+    "rdm-demo": (demo.make_parser(), demo.BOUNDS, ["student"]),
 }
 PLACES = {"source": 0, "folder": 0, "repo_id": 1, "a": 0, "b": 1}  # of arguments that are no flags
 
@@ -295,6 +296,7 @@ def test_blanks_after_the_commas_of_layers_are_no_part_of_their_names() -> None:
         ("rdm-export", "--output_di", "--output_dir"),
         ("rdm-push", "--hub_toke", "--hub_token"),
         ("rdm-card", "--overwrit", "--overwrite"),
+        ("rdm-demo", "--server_nam", "--server_name"),
     ],
 )
 def test_no_flag_may_be_abbreviated_and_an_unknown_one_is_told_what_is_like_it(

@@ -35,7 +35,7 @@ FLOORS = (
     },
     {"schedulers", "families", "sharding", "adapters"},
     {"networks", "distillation", "pipelines"},
-    {"hub", "evaluation", "config", "report"},
+    {"hub", "evaluation", "config", "report", "demo"},
     {"training"},
     {"commands"},
 )

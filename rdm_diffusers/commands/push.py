@@ -18,7 +18,10 @@ BOUNDS: dict[str, Bound] = {
     "revision": REVISION,
     "commit_message": FREE_TEXT,
     "tag": Text("a name without blanks and without '..'", is_git_name),
+    "space": Text("NAME or USER/NAME"),
 }
+
+SAME_NAME = "the student's name"  # which no repository can have
 
 
 def make_parser() -> Parser:
@@ -35,6 +38,8 @@ def make_parser() -> Parser:
     add("--tag", help="a name for the commit, for example v1")
     add("--tag_checkpoints", action="store_true",
         help="first push the student of each checkpoint in the folder, with a tag of its name")  # fmt: skip
+    add("--space", nargs="?", const=SAME_NAME, metavar="NAME",
+        help="then make or update a Space with rdm-demo of the student; NAME is the student's by default")  # fmt: skip
     return parser
 
 
@@ -48,8 +53,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     use_token(args.pop("token"))
     folder = Path(args.pop("folder"))
     finish_exports(folder)
+    if args["space"] == SAME_NAME:
+        args["space"] = args["repo_id"]
     address = push_run(folder, **args)
     print(f"The student is at {address}")
+    if args["space"] and args["private"]:
+        print("To read the private student, its Space needs a token as the secret HF_TOKEN in its settings.")
     return address
 
 

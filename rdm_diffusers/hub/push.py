@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -72,7 +73,7 @@ def push_student(
     files = student_files(folder)
     check_secrets(files, token or get_token())
     retry = retry or retry_command(folder, repo_id, private, revision, commit_message, tag)
-    with _opened(repo_id, *unfinished(repo_id, retry), token, private, revision) as (api, repo_id):
+    with opened(repo_id, *unfinished(repo_id, retry), token, private, revision) as (api, repo_id):
         commit = api.create_commit(
             repo_id,
             [*_uploads(folder, files, repo_id), *_removals(api, repo_id, revision, folder, files)],
@@ -102,15 +103,15 @@ def check_push(
         PushError: if there is no token, the Hub cannot be reached, or it would refuse a student.
     """
     check_repo_id(repo_id)
-    with _opened(repo_id, f"Nothing can be pushed to {repo_id}", ".", token, private, revision) as (_, full_name):
-        return full_name
+    with opened(repo_id, f"Nothing can be pushed to {repo_id}", ".", token, private, revision) as (_, name):
+        return name
 
 
 def existing_tags(repo_id: str, *, private: bool | None, revision: str | None, retry: str) -> set[str]:
     """The tags of a repository, which is made if it is missing; arguments and errors as in `push_student`."""
     check_repo_id(repo_id)
-    with _opened(repo_id, *unfinished(repo_id, retry), None, private, revision) as (api, full_name):
-        return {tag.name for tag in api.list_repo_refs(full_name).tags}
+    with opened(repo_id, *unfinished(repo_id, retry), None, private, revision) as (api, name):
+        return {tag.name for tag in api.list_repo_refs(name).tags}
 
 
 def unfinished(repo_id: str, retry: str) -> tuple[str, str]:
@@ -135,19 +136,28 @@ def retry_command(
     message: str | None,
     tag: str | None,
     tag_checkpoints: bool = False,
+    space: str | None = None,
 ) -> str:
     """The command line that pushes a student, for a shell; without a token."""
-    options = {"--revision": revision, "--commit_message": message, "--tag": tag}
+    options = {"--revision": revision, "--commit_message": message, "--tag": tag, "--space": space}
     switches = {"--private": private, "--tag_checkpoints": tag_checkpoints}
     words = ["rdm-push", str(folder.absolute()), repo_id, *(flag for flag, given in switches.items() if given)]
     return shlex.join([*words, *(word for flag, value in options.items() if value for word in (flag, value))])
 
 
 @contextmanager
-def _opened(
-    repo_id: str, what: str, what_next: str, token: str | None, private: bool | None, revision: str | None
+def opened(
+    repo_id: str,
+    what: str,
+    what_next: str,
+    token: str | None,
+    private: bool | None,
+    revision: str | None = None,
+    repo_type: str = "model",
 ) -> Iterator[tuple[HfApi, str]]:
     """The Hub, and the full name of a repository that can be written; both it and the branch are made if missing.
+
+    `repo_type` is `model`, or `space` for one that runs Gradio.
 
     Meanwhile the Hub has `PATIENCE` to answer, and every error becomes a PushError: what failed, why, and what to do.
     """
@@ -155,7 +165,7 @@ def _opened(
     before, session.timeout = session.timeout, PATIENCE
     try:
         api = HfApi(token=token)
-        yield api, _open(api, repo_id, private, revision)
+        yield api, _open(api, repo_id, private, revision, repo_type)
     except Exception as error:
         reason = _reason_of(error).replace(token, "...") if token else _reason_of(error)
         raise PushError(f"{what} ({reason}){what_next}") from error
@@ -163,19 +173,25 @@ def _opened(
         session.timeout = before
 
 
-def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None, repo_type: str) -> str:
     if api.token is None:
         raise ValueError("there is no token; log in with `hf auth login` or set HF_TOKEN")
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(repo_id, timeout=PATIENCE).private:
+    repo_id = full_name(api, repo_id)
+    kind: dict[str, Any] = {"repo_type": repo_type}
+    sdk = "gradio" if repo_type == "space" else None
+    api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=sdk, **kind)
+    if private and not api.repo_info(repo_id, timeout=PATIENCE, **kind).private:
         raise ValueError("the repository is public; make it private in its settings, or choose another name")
     if revision not in (None, "main"):
-        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        api.create_branch(repo_id, branch=str(revision), exist_ok=True, **kind)
     # Asks how a file would be stored and sends none; a token that may only read is refused.
-    api.preupload_lfs_files(repo_id, [CommitOperationAdd(CARD, b"# Student")], revision=revision)
+    api.preupload_lfs_files(repo_id, [CommitOperationAdd(CARD, b"# Student")], revision=revision, **kind)
     return repo_id
+
+
+def full_name(api: HfApi, repo_id: str) -> str:
+    """`USER/NAME` of a repository whose name may lack the user, who is then the token's."""
+    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
 
 
 def _uploads(folder: Path, files: list[Path], repo_id: str) -> list[CommitOperationAdd]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from ..config import RunConfig
 from ..families import Lora, SingleFile
 from ..folders import aside
-from ..hub import check_push, check_student, push_student, write_card
+from ..hub import check_push, check_space, check_student, push_space, push_student, write_card
 from ..hub.push import existing_tags, retry_command, unfinished
 from ..hub.student_files import check_available_to_others, is_hub_id, places_of
 from ..program import status_of
@@ -62,29 +62,36 @@ def push_run(
     commit_message: str | None = None,
     tag: str | None = None,
     tag_checkpoints: bool = False,
+    space: str | None = None,
 ) -> str:
-    """Pushes a run's student, and if asked those of its checkpoints before it.
+    """Pushes a run's student, and if asked those of its checkpoints before it; then its Space, and prints where it is.
 
     Args:
         folder: the run's.
         repo_id, private, revision, commit_message, tag: as in `push_student`.
         tag_checkpoints: whether the student of every `checkpoint-N` in the folder becomes a commit with a tag of that
             name, unless the repository has that tag.
+        space: the name of a Space that shows the student; None for none.
 
     Returns:
         The address of the last commit.
 
     Raises:
-        ValueError, OSError: as `push_student`.
+        ValueError, OSError, ImportError: as `push_student` and `push_space`.
         SystemExit: on Ctrl-C, after a sentence with the command that tries again, and with the status that shells know.
     """
-    retry = retry_command(folder, repo_id, private, revision, commit_message, tag, tag_checkpoints)
+    retry = retry_command(folder, repo_id, private, revision, commit_message, tag, tag_checkpoints, space)
+    if space:
+        check_space(space)
     where: dict[str, Any] = {"private": private, "revision": revision, "retry": retry}
     try:
         if tag_checkpoints:
             check_student(folder)
             _push_checkpoints(folder, repo_id, where)
-        return push_student(folder, repo_id, commit_message=commit_message, tag=tag, **where)
+        address = push_student(folder, repo_id, commit_message=commit_message, tag=tag, **where)
+        if space:
+            print(f"The student's Space is at {push_space(folder, repo_id, space, **where)}")
+        return address
     except KeyboardInterrupt:
         begin, end = unfinished(repo_id, retry)
         print(f"\n{begin} (interrupted){end}", file=sys.stderr)
