@@ -8,7 +8,9 @@ from pathlib import Path
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -37,6 +39,10 @@ GEMMA_2B = Gemma2Config(
 QWEN3_4B = Qwen3Config(
     vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN3_8B = Qwen3Config(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128,
 )  # fmt: skip
 QWEN_VL_7B = Qwen2_5_VLConfig(
     text_config=dict(
@@ -85,6 +91,12 @@ SD35_MEDIUM = dict(
 )  # fmt: skip
 SD35_LARGE = dict(**SD3, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192)
 FLUX = dict(guidance_embeds=True)
+KLEIN_4B = dict(
+    num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False,
+)  # fmt: skip
+KLEIN_9B = dict(
+    num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288, guidance_embeds=False,
+)  # fmt: skip
 SANA = dict(sample_size=32)
 PIXART = dict(
     sample_size=128, num_layers=28, num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8,
@@ -155,6 +167,22 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
             "text_encoder": ("Qwen2_5_VLForConditionalGeneration", QWEN_VL_7B),
         },
         20.4, 8.29,
+    ),
+    "black-forest-labs/FLUX.2-klein-base-4B": (
+        "Flux2KleinPipeline",
+        {
+            "transformer": (Flux2Transformer2DModel, KLEIN_4B), "vae": (AutoencoderKLFlux2, {}),
+            "text_encoder": ("Qwen3ForCausalLM", QWEN3_4B),
+        },
+        3.88, 4.02,
+    ),
+    "black-forest-labs/FLUX.2-klein-base-9B": (
+        "Flux2KleinPipeline",
+        {
+            "transformer": (Flux2Transformer2DModel, KLEIN_9B), "vae": (AutoencoderKLFlux2, {}),
+            "text_encoder": ("Qwen3ForCausalLM", QWEN3_8B),
+        },
+        9.08, 8.19,
     ),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
         "PixArtSigmaPipeline",

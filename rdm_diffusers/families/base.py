@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 # File names: of every student, of a LoRA, of a whole pipeline, and of a model card.
@@ -145,6 +146,11 @@ class Family(ABC):
         defaults = [parameters[name].default for name in ("guidance_scale", "true_cfg_scale") if name in parameters]
         return float(next(value for value in defaults if value is not None))
 
+    @property
+    def default_num_steps(self) -> int:
+        """The number of steps that the stock pipeline takes by default."""
+        return int(signature(self.pipeline_class.__call__).parameters["num_inference_steps"].default)
+
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""
         return getattr(pipeline, self.denoiser_name)
@@ -168,6 +174,17 @@ class Family(ABC):
     def prediction_type(self, scheduler: SchedulerMixin) -> str:
         """What the denoiser predicts, one of `prediction.PREDICTION_TYPES`."""
         return scheduler.config.get("prediction_type", "flow_prediction")
+
+    def dynamic_shift(self, settings: Mapping[str, Any], patches: int, num_steps: int) -> float:
+        """The stock pipeline's `mu`, which shifts the times of a scheduler with `use_dynamic_shifting`.
+
+        Args:
+            settings: the scheduler's.
+            patches: of an image's latents.
+            num_steps: of the teacher.
+        """
+        usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        return float(calculate_shift(patches, *(settings.get(name, value) for name, value in usual.items())))
 
     def architecture(self, text_width: int | None, prediction_type: str) -> str:
         """The network's name in the header of a LoRA file.

@@ -4,6 +4,7 @@ from .pipeline_rdm import CLASSES, RdmDistillationPipeline
 from .saving import stock_grid, stock_scheduler
 from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
+    RdmFlux2KleinPipeline,
     RdmFluxPipeline,
     RdmPixArtSigmaPipeline,
     RdmQwenImagePipeline,
@@ -18,6 +19,7 @@ __all__ = [
     "CLASSES",
     "STUDENT_CONFIG",
     "RdmDistillationPipeline",
+    "RdmFlux2KleinPipeline",
     "RdmFluxPipeline",
     "RdmPixArtSigmaPipeline",
     "RdmQwenImagePipeline",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffusers import (
+    Flux2KleinPipeline,
     FluxPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
@@ -46,3 +47,7 @@ class RdmZImagePipeline(RdmDistillationPipeline, ZImagePipeline):
 
 class RdmQwenImagePipeline(RdmDistillationPipeline, QwenImagePipeline):
     """A few-step student of a Qwen-Image teacher."""
+
+
+class RdmFlux2KleinPipeline(RdmDistillationPipeline, Flux2KleinPipeline):
+    """A few-step student of a FLUX.2 klein teacher."""
