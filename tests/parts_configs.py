@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -183,6 +184,11 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
             "text_encoder": ("Qwen3ForCausalLM", QWEN3_8B),
         },
         9.08, 8.19,
+    ),
+    "lodestones/Chroma1-HD": (
+        "ChromaPipeline",
+        {"transformer": (ChromaTransformer2DModel, {}), "vae": (AutoencoderKL, KL_16), "text_encoder": T5},
+        8.90, 4.76,
     ),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
         "PixArtSigmaPipeline",

@@ -10,6 +10,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -248,6 +250,19 @@ def make_flux_2_klein() -> Flux2KleinPipeline:
     return Flux2KleinPipeline(text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(), **parts)
 
 
+def make_chroma() -> ChromaPipeline:
+    """Chroma, whose modulations come from one small network."""
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    return ChromaPipeline(
+        transformer=transformer.eval(), vae=make_vae(shift_factor=0.1), text_encoder=t5(), tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )  # fmt: skip
+
+
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """A tokenizer of single bytes, with Qwen's chat template."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -278,6 +293,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "ZImagePipeline": make_z_image,
     "QwenImagePipeline": make_qwen_image,
     "Flux2KleinPipeline": make_flux_2_klein,
+    "ChromaPipeline": make_chroma,
 }
 # What the stock pipelines are called with for pictures so small and prompts so short.
 CALLS: dict[str, dict] = {
@@ -288,6 +304,7 @@ CALLS: dict[str, dict] = {
     "ZImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 96},
     "QwenImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 24},
     "Flux2KleinPipeline": {"height": 32, "width": 32, "max_sequence_length": 64},
+    "ChromaPipeline": {"height": 32, "width": 32, "max_sequence_length": 48},
 }
 
 

@@ -20,10 +20,10 @@ import rdm_diffusers.pipelines
 import train_rdm_lora
 from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher
 from rdm_diffusers.families.flow import pack, unpack
-from rdm_diffusers.networks import ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
+from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 
-PACKED = ("FluxPipeline", "QwenImagePipeline")
+PACKED = ("FluxPipeline", "QwenImagePipeline", "ChromaPipeline")
 every = pytest.mark.parametrize("name", MAKERS)
 loras = pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
 
@@ -102,6 +102,43 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_computes_in_one_step(name
     expected = own_latents(stock, expected, latents)
     assert relative_error(x0, expected) < 1e-5
     assert relative_error(adapted, expected) > 1e-3
+
+
+def noisy(teacher: Teacher) -> tuple[Tensor, Tensor, Conditioning]:
+    """Three samples for `predict`, at three times, of prompts of three lengths."""
+    shape = teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution)
+    latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(3))
+    return latents, torch.tensor([200, 500, 900]), teacher.encode_prompts(["a", *PROMPTS[:2]])
+
+
+@loras
+def test_gradient_checkpointing_changes_neither_predictions_nor_gradients(name: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        teacher = make_teacher(name)
+        if checkpointing:
+            teacher.family.checkpoint(teacher.denoiser)
+        networks = make_shared(teacher)
+        x0 = networks.predict(STUDENT, *noisy(teacher))
+        networks.backward(STUDENT, x0, x0.detach())
+        gradients = [p.grad.flatten() for p in networks.parameters(STUDENT) if p.grad is not None]
+        found.append((x0.detach(), torch.cat(gradients)))
+    for plain, recomputed in zip(*found, strict=True):
+        assert relative_error(recomputed, plain) < 1e-5
+
+
+@every
+def test_a_step_embedding_changes_the_samples_of_its_step_alone(name: str) -> None:
+    teacher = make_teacher(name)
+    networks = make_networks(teacher, 1.0)
+    fake_score = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else teacher.denoiser
+    networks.add_step_embedding(fake_score.get_submodule(teacher.family.time_embedding_name), 2)
+    inputs = noisy(teacher)
+    with torch.no_grad():
+        networks.step_embedding[1] += torch.randn(networks.step_embedding.shape[1])
+        without = networks.predict(FAKE_SCORE, *inputs)
+        changes = networks.predict(FAKE_SCORE, *inputs, torch.tensor([0, 1, 1])) - without
+    assert [float(change.abs().max()) > 1e-4 for change in changes] == [False, True, True]
 
 
 @pytest.mark.parametrize(("name", "told"), [("StableDiffusionPipeline", None), ("FluxPipeline", 3.5)])

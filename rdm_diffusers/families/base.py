@@ -105,7 +105,7 @@ class Family(ABC):
     Attributes:
         pipeline_class: the stock diffusers pipeline.
         denoiser_name: the pipeline's component that is distilled, `unet` or `transformer`.
-        time_embedding_name: the denoiser's module whose output `[B, D]` carries the time to its layers.
+        time_embedding_name: the denoiser's module whose output `[B, ..., D]` carries the time to its layers.
         lora_target_modules: the layers that a student's LoRA adapts by default.
         load_options: extra arguments for `from_pretrained`.
         prompt_tokens: how many tokens of a prompt the large text encoder reads by default, as in the stock pipeline;
@@ -154,6 +154,15 @@ class Family(ABC):
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""
         return getattr(pipeline, self.denoiser_name)
+
+    def checkpoint(self, denoiser: ModelMixin, run: Callable[..., Any] | None = None) -> None:
+        """Turns the denoiser's gradient checkpointing on.
+
+        Args:
+            denoiser: changed in place.
+            run: calls a block with its inputs so that it is recomputed; by default diffusers' own.
+        """
+        denoiser.enable_gradient_checkpointing(run)
 
     def guided(self, guidance_scale: float) -> dict[str, Any]:
         """Arguments of the stock pipeline for guidance w in u + w (c - u); at most 1 is off."""

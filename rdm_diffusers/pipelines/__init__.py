@@ -4,6 +4,7 @@ from .pipeline_rdm import CLASSES, RdmDistillationPipeline
 from .saving import stock_grid, stock_scheduler
 from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
+    RdmChromaPipeline,
     RdmFlux2KleinPipeline,
     RdmFluxPipeline,
     RdmPixArtSigmaPipeline,
@@ -18,6 +19,7 @@ from .students import (
 __all__ = [
     "CLASSES",
     "STUDENT_CONFIG",
+    "RdmChromaPipeline",
     "RdmDistillationPipeline",
     "RdmFlux2KleinPipeline",
     "RdmFluxPipeline",

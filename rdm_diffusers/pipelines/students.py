@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffusers import (
+    ChromaPipeline,
     Flux2KleinPipeline,
     FluxPipeline,
     PixArtSigmaPipeline,
@@ -51,3 +52,7 @@ class RdmQwenImagePipeline(RdmDistillationPipeline, QwenImagePipeline):
 
 class RdmFlux2KleinPipeline(RdmDistillationPipeline, Flux2KleinPipeline):
     """A few-step student of a FLUX.2 klein teacher."""
+
+
+class RdmChromaPipeline(RdmDistillationPipeline, ChromaPipeline):
+    """A few-step student of a Chroma teacher."""

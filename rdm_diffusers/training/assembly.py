@@ -160,14 +160,14 @@ def make_networks(
     common["target_config"] = target_config(family, config)
     if isinstance(config.student, LoraStudentConfig):
         check_lora(family)
-        prepare_denoiser(teacher, config.memory)
+        prepare_denoiser(teacher, config.memory, family)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.optimisation.seed)
             adapters = lora_config(family, config.student)
             return SharedBase(teacher, adapters, fold_adapters=config.fold_adapters, family=family, **common)
     denoisers = {STUDENT: trained(), FAKE_SCORE: trained(), TEACHER: teacher}
     for denoiser in denoisers.values():
-        prepare_denoiser(denoiser, config.memory)
+        prepare_denoiser(denoiser, config.memory, family)
     return SeparateNetworks(denoisers, family=family, **common)
 
 
