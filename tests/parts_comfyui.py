@@ -44,7 +44,7 @@ READ = {
     "Flux2KleinPipeline": rf"transformer\.(transformer_blocks\.\d+\.({JOINT}|(ff|ff_context)\.linear_(in|out))"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out))",
 }
-READ["ChromaPipeline"] = READ["FluxPipeline"]  # ComfyUI reads both with `flux_to_diffusers`
+READ |= {"ChromaPipeline": READ["FluxPipeline"], "Flux2Pipeline": READ["Flux2KleinPipeline"]}
 KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
 MATRICES = {"kohya": KOHYA, "stability": KOHYA, "diffusers": {"lora_A.weight", "lora_B.weight"}}
 

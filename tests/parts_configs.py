@@ -20,7 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, Gemma2Config, Qwen2_5_VLConfig, Qwen3Config, T5Config
+from transformers import CLIPTextConfig, Gemma2Config, Mistral3Config, Qwen2_5_VLConfig, Qwen3Config, T5Config
 
 # --- text encoders -----------------------------------------------------------------------------------------------
 CLIP_L = CLIPTextConfig(
@@ -53,6 +53,17 @@ QWEN_VL_7B = Qwen2_5_VLConfig(
     vision_config=dict(
         depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584,
         fullatt_block_indexes=[7, 15, 23, 31],
+    ),
+    tie_word_embeddings=False,
+)  # fmt: skip
+MISTRAL_24B = Mistral3Config(
+    text_config=dict(
+        model_type="mistral", vocab_size=131072, hidden_size=5120, intermediate_size=32768, num_hidden_layers=40,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    ),
+    vision_config=dict(
+        model_type="pixtral", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        image_size=1540, patch_size=14,
     ),
     tie_word_embeddings=False,
 )  # fmt: skip
@@ -189,6 +200,14 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
         "ChromaPipeline",
         {"transformer": (ChromaTransformer2DModel, {}), "vae": (AutoencoderKL, KL_16), "text_encoder": T5},
         8.90, 4.76,
+    ),
+    "black-forest-labs/FLUX.2-dev": (
+        "Flux2Pipeline",
+        {
+            "transformer": (Flux2Transformer2DModel, {}), "vae": (AutoencoderKLFlux2, {}),
+            "text_encoder": ("Mistral3ForConditionalGeneration", MISTRAL_24B),
+        },
+        32.2, 24.0,
     ),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
         "PixArtSigmaPipeline",

@@ -18,6 +18,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -41,6 +42,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -54,6 +57,10 @@ from rdm_diffusers.tiny.captions import make_tokenizer
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_OF_PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
 )
 
 
@@ -250,6 +257,37 @@ def make_flux_2_klein() -> Flux2KleinPipeline:
     return Flux2KleinPipeline(text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(), **parts)
 
 
+def make_flux_2() -> Flux2Pipeline:
+    """FLUX.2 dev, with a tokenizer alone in place of a processor of text and images."""
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config=dict(
+                model_type="mistral",
+                vocab_size=300,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=30,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=512,
+            ),
+            vision_config=dict(
+                model_type="pixtral",
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=8,
+            ),
+        )
+    )
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = CHAT_OF_PARTS
+    return Flux2Pipeline(text_encoder=encoder.eval(), tokenizer=tokenizer, **flux_2_parts(guidance_embeds=True))
+
+
 def make_chroma() -> ChromaPipeline:
     """Chroma, whose modulations come from one small network."""
     transformer = ChromaTransformer2DModel(
@@ -294,6 +332,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "QwenImagePipeline": make_qwen_image,
     "Flux2KleinPipeline": make_flux_2_klein,
     "ChromaPipeline": make_chroma,
+    "Flux2Pipeline": make_flux_2,
 }
 # What the stock pipelines are called with for pictures so small and prompts so short.
 CALLS: dict[str, dict] = {
@@ -305,6 +344,7 @@ CALLS: dict[str, dict] = {
     "QwenImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 24},
     "Flux2KleinPipeline": {"height": 32, "width": 32, "max_sequence_length": 64},
     "ChromaPipeline": {"height": 32, "width": 32, "max_sequence_length": 48},
+    "Flux2Pipeline": {"height": 32, "width": 32, "max_sequence_length": 256},
 }
 
 

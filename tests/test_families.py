@@ -51,7 +51,7 @@ def make_networks(teacher: Teacher, guidance_scale: float) -> Networks:
 
 def stock_latents(name: str, latents: Tensor) -> Tensor:
     """As the stock pipeline takes them."""
-    if name == "Flux2KleinPipeline":
+    if name.startswith("Flux2"):
         return Flux2KleinPipeline._patchify_latents(latents)
     return pack(latents) if name in PACKED else latents
 
@@ -61,7 +61,7 @@ def own_latents(pipeline: DiffusionPipeline, raw: Tensor, like: Tensor) -> Tenso
     if isinstance(pipeline, Flux2KleinPipeline):
         norm = copy.deepcopy(pipeline.vae.bn).eval()
         return Flux2KleinPipeline._unpatchify_latents(norm(Flux2KleinPipeline._patchify_latents(raw)))
-    return unpack(raw, like) if type(pipeline).__name__ in PACKED else raw
+    return unpack(raw, like) if type(pipeline).__name__ in (*PACKED, "Flux2Pipeline") else raw
 
 
 def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:3], first_seed: int = 0, **options: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """FLUX.2: a transformer on patches of latents that are normalised as patches, flow matching, a language model's layers.
 
-The klein base models are guided by two calls.
+The klein base models are guided by two calls; dev gets its guidance as an input.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, ModelMixin
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from .base import Conditioning, PromptOptions, encoding_device, raw_latents
-from .flow import PackedFlowFamily, pack, unpack
+from .flow import EmbeddedGuidance, PackedFlowFamily, guidance_input, pack, unpack
 
 MOST_SINGLE_BLOCKS = 48  # of the largest of these models
 
@@ -45,18 +45,20 @@ class Flux2KleinFamily(PackedFlowFamily):
     ) -> Conditioning:
         """Embeddings of one length; the network reads those of the padding, too."""
         embeds, _ = pipeline.encode_prompt(list(prompts), encoding_device(pipeline), **options.length)
-        return Conditioning({"prompt_embeds": embeds})
+        guidance = {"guidance": guidance_input(embeds, options)} if self.embeds_guidance(pipeline) else {}
+        return Conditioning({"prompt_embeds": embeds, **guidance})
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self.tokens(options), pipeline.transformer.config.joint_attention_dim)}
+        guidance = {"guidance": (1,)} if self.embeds_guidance(pipeline) else {}
+        return {"prompt_embeds": (self.tokens(options), pipeline.transformer.config.joint_attention_dim), **guidance}
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        embeds = conditioning.tensors["prompt_embeds"]
+        embeds, guidance = conditioning.tensors["prompt_embeds"], conditioning.tensors.get("guidance")
         places = Flux2KleinPipeline._prepare_latent_ids(x_t[:1, :, ::2, ::2])
         output = denoiser(
             hidden_states=pack(x_t).to(embeds.dtype),
             timestep=t / 1000,
-            guidance=None,
+            guidance=None if guidance is None else guidance.flatten(),
             encoder_hidden_states=embeds,
             txt_ids=Flux2KleinPipeline._prepare_text_ids(embeds[:1]).to(x_t.device),
             img_ids=places.to(x_t.device),
@@ -73,6 +75,12 @@ class Flux2KleinFamily(PackedFlowFamily):
         patches = Flux2KleinPipeline._patchify_latents(raw_latents(pipeline.vae, images))
         mean, std = _moments(pipeline.vae, patches)
         return Flux2KleinPipeline._unpatchify_latents((patches - mean) / std)
+
+
+class Flux2Family(EmbeddedGuidance, Flux2KleinFamily):
+    """Teachers that `Flux2Pipeline` loads: dev, and its fine-tunes. Prompts include a standing instruction."""
+
+    pipeline_class = Flux2Pipeline
 
 
 def _moments(vae: ModelMixin, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
     RdmChromaPipeline,
     RdmFlux2KleinPipeline,
+    RdmFlux2Pipeline,
     RdmFluxPipeline,
     RdmPixArtSigmaPipeline,
     RdmQwenImagePipeline,
@@ -22,6 +23,7 @@ __all__ = [
     "RdmChromaPipeline",
     "RdmDistillationPipeline",
     "RdmFlux2KleinPipeline",
+    "RdmFlux2Pipeline",
     "RdmFluxPipeline",
     "RdmPixArtSigmaPipeline",
     "RdmQwenImagePipeline",

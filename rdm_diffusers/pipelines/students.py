@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffusers import (
     ChromaPipeline,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
@@ -56,3 +57,7 @@ class RdmFlux2KleinPipeline(RdmDistillationPipeline, Flux2KleinPipeline):
 
 class RdmChromaPipeline(RdmDistillationPipeline, ChromaPipeline):
     """A few-step student of a Chroma teacher."""
+
+
+class RdmFlux2Pipeline(RdmDistillationPipeline, Flux2Pipeline):
+    """A few-step student of a FLUX.2 dev teacher."""
