@@ -256,7 +256,7 @@ def make_three_copies(
     source = (config.teacher.pretrained_model_name_or_path, DTYPES[config.memory.mixed_precision])
     denoisers = {role: load_denoiser(*source).eval().requires_grad_(False) for role in (STUDENT, FAKE_SCORE)}
     for denoiser in denoisers.values():
-        prepare_denoiser(denoiser, config.memory)
+        prepare_denoiser(denoiser, config.memory, teacher.family)
         add_adapters(denoiser, {"default": lora_config(teacher.family, config.student)})
     networks = SeparateNetworks(
         {**denoisers, TEACHER: teacher.denoiser}, **common(config, teacher, nothing, accelerator)
@@ -293,7 +293,7 @@ def make_full_fake(
     """As other implementations do it: all weights of the fake score are trained."""
     fake_score = load_denoiser(config.teacher.pretrained_model_name_or_path, torch.float32).eval()
     for denoiser in (fake_score, teacher.denoiser):
-        prepare_denoiser(denoiser, config.memory)
+        prepare_denoiser(denoiser, config.memory, teacher.family)
     adapters = lora_config(teacher.family, config.student)
     dtype = None if config.memory.mixed_precision == "no" else DTYPES[config.memory.mixed_precision]
     options = common(config, teacher, nothing, accelerator)

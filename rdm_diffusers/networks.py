@@ -67,20 +67,20 @@ class Networks(ABC):
     def add_step_embedding(self, time_embedding: nn.Module, num_steps: int) -> None:
         """Conditions the fake score on the student's step that a sample comes from. Ours, not the paper's.
 
-        A trainable vector per step, 0 at first, is added to the output `[B, D]` of the fake score's time embedding.
+        A trainable vector per step, 0 at first, is added to the output `[B, ..., D]` of its time embedding.
 
         Args:
             time_embedding: the module, inside the fake score's network.
             num_steps: K.
         """
-        device = next(time_embedding.parameters()).device
-        width = [m for m in time_embedding.modules() if isinstance(m, nn.Linear | LoraLayer)][-1].out_features
-        embedding = self.step_embedding = nn.Parameter(torch.zeros(num_steps, width, device=device))
+        last = [m for m in time_embedding.modules() if isinstance(m, nn.Linear | LoraLayer)][-1]
+        self.step_embedding = nn.Parameter(torch.zeros(num_steps, last.out_features, device=last.weight.device))
 
         def add_step(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if self._step is None:
+            if self._step is None or self.step_embedding is None:
                 return None
-            return output + embedding[self._step.to(embedding.device, non_blocking=True)].to(output.dtype)
+            step = self._step.view(-1, *[1] * (output.ndim - 2)).to(output.device, non_blocking=True)
+            return output + self.step_embedding[step].to(output.dtype)
 
         time_embedding.register_forward_hook(add_step)
 

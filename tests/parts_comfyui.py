@@ -41,7 +41,10 @@ READ = {
     "ZImagePipeline": r"transformer\.(layers|context_refiner|noise_refiner)\.\d+\."
     r"(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])",
     "QwenImagePipeline": rf"transformer\.transformer_blocks\.\d+\.({JOINT}|(img|txt)_mlp\.net\.(0\.proj|2))",
+    "Flux2KleinPipeline": rf"transformer\.(transformer_blocks\.\d+\.({JOINT}|(ff|ff_context)\.linear_(in|out))"
+    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out))",
 }
+READ |= {"ChromaPipeline": READ["FluxPipeline"], "Flux2Pipeline": READ["Flux2KleinPipeline"]}
 KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
 MATRICES = {"kohya": KOHYA, "stability": KOHYA, "diffusers": {"lora_A.weight", "lora_B.weight"}}
 

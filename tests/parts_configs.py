@@ -8,7 +8,10 @@ from pathlib import Path
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -17,7 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, Gemma2Config, Qwen2_5_VLConfig, Qwen3Config, T5Config
+from transformers import CLIPTextConfig, Gemma2Config, Mistral3Config, Qwen2_5_VLConfig, Qwen3Config, T5Config
 
 # --- text encoders -----------------------------------------------------------------------------------------------
 CLIP_L = CLIPTextConfig(
@@ -38,6 +41,10 @@ QWEN3_4B = Qwen3Config(
     vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
 )  # fmt: skip
+QWEN3_8B = Qwen3Config(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128,
+)  # fmt: skip
 QWEN_VL_7B = Qwen2_5_VLConfig(
     text_config=dict(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
@@ -46,6 +53,17 @@ QWEN_VL_7B = Qwen2_5_VLConfig(
     vision_config=dict(
         depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584,
         fullatt_block_indexes=[7, 15, 23, 31],
+    ),
+    tie_word_embeddings=False,
+)  # fmt: skip
+MISTRAL_24B = Mistral3Config(
+    text_config=dict(
+        model_type="mistral", vocab_size=131072, hidden_size=5120, intermediate_size=32768, num_hidden_layers=40,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    ),
+    vision_config=dict(
+        model_type="pixtral", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        image_size=1540, patch_size=14,
     ),
     tie_word_embeddings=False,
 )  # fmt: skip
@@ -85,6 +103,12 @@ SD35_MEDIUM = dict(
 )  # fmt: skip
 SD35_LARGE = dict(**SD3, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192)
 FLUX = dict(guidance_embeds=True)
+KLEIN_4B = dict(
+    num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False,
+)  # fmt: skip
+KLEIN_9B = dict(
+    num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288, guidance_embeds=False,
+)  # fmt: skip
 SANA = dict(sample_size=32)
 PIXART = dict(
     sample_size=128, num_layers=28, num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8,
@@ -155,6 +179,35 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
             "text_encoder": ("Qwen2_5_VLForConditionalGeneration", QWEN_VL_7B),
         },
         20.4, 8.29,
+    ),
+    "black-forest-labs/FLUX.2-klein-base-4B": (
+        "Flux2KleinPipeline",
+        {
+            "transformer": (Flux2Transformer2DModel, KLEIN_4B), "vae": (AutoencoderKLFlux2, {}),
+            "text_encoder": ("Qwen3ForCausalLM", QWEN3_4B),
+        },
+        3.88, 4.02,
+    ),
+    "black-forest-labs/FLUX.2-klein-base-9B": (
+        "Flux2KleinPipeline",
+        {
+            "transformer": (Flux2Transformer2DModel, KLEIN_9B), "vae": (AutoencoderKLFlux2, {}),
+            "text_encoder": ("Qwen3ForCausalLM", QWEN3_8B),
+        },
+        9.08, 8.19,
+    ),
+    "lodestones/Chroma1-HD": (
+        "ChromaPipeline",
+        {"transformer": (ChromaTransformer2DModel, {}), "vae": (AutoencoderKL, KL_16), "text_encoder": T5},
+        8.90, 4.76,
+    ),
+    "black-forest-labs/FLUX.2-dev": (
+        "Flux2Pipeline",
+        {
+            "transformer": (Flux2Transformer2DModel, {}), "vae": (AutoencoderKLFlux2, {}),
+            "text_encoder": ("Mistral3ForConditionalGeneration", MISTRAL_24B),
+        },
+        32.2, 24.0,
     ),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
         "PixArtSigmaPipeline",

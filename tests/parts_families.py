@@ -8,12 +8,18 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -36,10 +42,13 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -48,6 +57,10 @@ from rdm_diffusers.tiny.captions import make_tokenizer
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_OF_PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
 )
 
 
@@ -208,6 +221,86 @@ def make_qwen_image() -> QwenImagePipeline:
     )  # fmt: skip
 
 
+def flux_2_parts(guidance_embeds: bool) -> dict:
+    """The networks of FLUX.2 that its pipelines share; the statistics of its autoencoder are none of a fresh norm."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        sample_size=32, mid_block_add_attention=False,
+    )  # fmt: skip
+    vae.bn.running_mean = torch.linspace(-0.2, 0.2, 16)
+    vae.bn.running_var = torch.linspace(0.5, 2.0, 16)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return {"transformer": transformer.eval(), "vae": vae.eval(), "scheduler": scheduler}
+
+
+def make_flux_2_klein() -> Flux2KleinPipeline:
+    """FLUX.2 klein; its transformer reads three layers of its text encoder, the last of them the 27th."""
+    encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=27,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=256,
+        )
+    )
+    parts = flux_2_parts(guidance_embeds=False)
+    return Flux2KleinPipeline(text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(), **parts)
+
+
+def make_flux_2() -> Flux2Pipeline:
+    """FLUX.2 dev, with a tokenizer alone in place of a processor of text and images."""
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config=dict(
+                model_type="mistral",
+                vocab_size=300,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=30,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=512,
+            ),
+            vision_config=dict(
+                model_type="pixtral",
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=8,
+            ),
+        )
+    )
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = CHAT_OF_PARTS
+    return Flux2Pipeline(text_encoder=encoder.eval(), tokenizer=tokenizer, **flux_2_parts(guidance_embeds=True))
+
+
+def make_chroma() -> ChromaPipeline:
+    """Chroma, whose modulations come from one small network."""
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    return ChromaPipeline(
+        transformer=transformer.eval(), vae=make_vae(shift_factor=0.1), text_encoder=t5(), tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )  # fmt: skip
+
+
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """A tokenizer of single bytes, with Qwen's chat template."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -237,6 +330,9 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SanaPipeline": make_sana,
     "ZImagePipeline": make_z_image,
     "QwenImagePipeline": make_qwen_image,
+    "Flux2KleinPipeline": make_flux_2_klein,
+    "ChromaPipeline": make_chroma,
+    "Flux2Pipeline": make_flux_2,
 }
 # What the stock pipelines are called with for pictures so small and prompts so short.
 CALLS: dict[str, dict] = {
@@ -246,6 +342,9 @@ CALLS: dict[str, dict] = {
     "SanaPipeline": {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": 16},
     "ZImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 96},
     "QwenImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 24},
+    "Flux2KleinPipeline": {"height": 32, "width": 32, "max_sequence_length": 64},
+    "ChromaPipeline": {"height": 32, "width": 32, "max_sequence_length": 48},
+    "Flux2Pipeline": {"height": 32, "width": 32, "max_sequence_length": 256},
 }
 
 

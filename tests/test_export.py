@@ -67,7 +67,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def draw(pipeline, **options: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(6)
-    return pipeline(list(PROMPTS[:2]), output_type="pt", **options).images
+    return pipeline(prompt=list(PROMPTS[:2]), output_type="pt", **options).images
 
 
 # --- what comes out is what the run wrote ----------------------------------------------------------------------------

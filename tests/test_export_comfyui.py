@@ -68,7 +68,7 @@ def adapted(denoiser: torch.nn.Module) -> dict[str, LoraLayer]:
 def draw(pipeline, **options: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(6)
-    return pipeline(list(PROMPTS[:2]), output_type="pt", **options).images
+    return pipeline(prompt=list(PROMPTS[:2]), output_type="pt", **options).images
 
 
 @every
@@ -147,7 +147,7 @@ def test_the_default_modules_of_real_models_are_read(teacher: str) -> None:
     name, denoiser, weights = real_lora(teacher)
     keys = as_comfyui(weights, ALPHA, FAMILIES[name], denoiser.config).keys()
     assert_read(keys, name)
-    assert len(modules_of(keys)) == len(adapted(denoiser)) > 100
+    assert len(modules_of(keys)) == len(adapted(denoiser)) >= 100
 
 
 # Where ComfyUI's own network has one matrix for several of diffusers', a LoRA goes to rows of it: as many as the
@@ -158,6 +158,8 @@ WIDTHS = {
     "stabilityai/stable-diffusion-3.5-large": 38 * 64,
     "black-forest-labs/FLUX.1-dev": 3072,
     "Tongyi-MAI/Z-Image": 3840,
+    "black-forest-labs/FLUX.2-klein-base-4B": 3072,
+    "black-forest-labs/FLUX.2-klein-base-9B": 4096,
 }
 
 
@@ -170,7 +172,7 @@ def test_what_goes_into_rows_of_a_joint_matrix_has_their_number(teacher: str) ->
             if re.search(rf"{pattern}\.lora_B\.weight$", key):
                 assert tensor.shape[0] == share * WIDTHS[teacher], key
                 seen += 1
-    assert seen >= 3 * 30
+    assert seen >= 6 * 5
 
 
 # --- the file ------------------------------------------------------------------------------------------------------

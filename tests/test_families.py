@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from parts import PROMPTS, relative_error, run_arguments
 from parts_families import CALLS, MAKERS, make_pipeline
 from parts_sd3 import make_shared
@@ -18,11 +19,11 @@ from torch import Tensor
 import rdm_diffusers.pipelines
 import train_rdm_lora
 from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher
-from rdm_diffusers.families.flow import pack
-from rdm_diffusers.networks import ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
+from rdm_diffusers.families.flow import pack, unpack
+from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 
-PACKED = ("FluxPipeline", "QwenImagePipeline")
+PACKED = ("FluxPipeline", "QwenImagePipeline", "ChromaPipeline")
 every = pytest.mark.parametrize("name", MAKERS)
 loras = pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
 
@@ -49,15 +50,25 @@ def make_networks(teacher: Teacher, guidance_scale: float) -> Networks:
 
 
 def stock_latents(name: str, latents: Tensor) -> Tensor:
-    """As the stock pipeline takes and gives them."""
+    """As the stock pipeline takes them."""
+    if name.startswith("Flux2"):
+        return Flux2KleinPipeline._patchify_latents(latents)
     return pack(latents) if name in PACKED else latents
+
+
+def own_latents(pipeline: DiffusionPipeline, raw: Tensor, like: Tensor) -> Tensor:
+    """From those that the stock pipeline gives, in our shape."""
+    if isinstance(pipeline, Flux2KleinPipeline):
+        norm = copy.deepcopy(pipeline.vae.bn).eval()
+        return Flux2KleinPipeline._unpatchify_latents(norm(Flux2KleinPipeline._patchify_latents(raw)))
+    return unpack(raw, like) if type(pipeline).__name__ in (*PACKED, "Flux2Pipeline") else raw
 
 
 def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:3], first_seed: int = 0, **options: Any) -> Tensor:
     """Pictures in [0, 1], each of its own seed."""
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(list(prompts), generator=generators, output_type="pt", **options).images
+    return pipeline(prompt=list(prompts), generator=generators, output_type="pt", **options).images
 
 
 def test_every_family_has_its_pipeline_class() -> None:
@@ -80,7 +91,7 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_computes_in_one_step(name
         guided["negative_prompt"] = [guided["negative_prompt"]] * 2
     with torch.no_grad():
         expected = stock(
-            list(PROMPTS[:2]), latents=stock_latents(name, latents), num_inference_steps=1, output_type="latent",
+            prompt=list(PROMPTS[:2]), latents=stock_latents(name, latents), num_inference_steps=1, output_type="latent",
             **{**CALLS.get(name, {}), **guided},
         ).images  # fmt: skip
     conditioning = teacher.encode_prompts(PROMPTS[:2])
@@ -88,8 +99,46 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_computes_in_one_step(name
     first = torch.full((2,), 1000.0 if teacher.schedule.is_flow else 999)
     with torch.no_grad():
         x0, adapted = (networks.predict(role, latents, first, conditioning) for role in (TEACHER, STUDENT))
-    assert relative_error(stock_latents(name, x0), expected) < 1e-5
-    assert relative_error(stock_latents(name, adapted), expected) > 1e-3
+    expected = own_latents(stock, expected, latents)
+    assert relative_error(x0, expected) < 1e-5
+    assert relative_error(adapted, expected) > 1e-3
+
+
+def noisy(teacher: Teacher) -> tuple[Tensor, Tensor, Conditioning]:
+    """Three samples for `predict`, at three times, of prompts of three lengths."""
+    shape = teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution)
+    latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(3))
+    return latents, torch.tensor([200, 500, 900]), teacher.encode_prompts(["a", *PROMPTS[:2]])
+
+
+@loras
+def test_gradient_checkpointing_changes_neither_predictions_nor_gradients(name: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        teacher = make_teacher(name)
+        if checkpointing:
+            teacher.family.checkpoint(teacher.denoiser)
+        networks = make_shared(teacher)
+        x0 = networks.predict(STUDENT, *noisy(teacher))
+        networks.backward(STUDENT, x0, x0.detach())
+        gradients = [p.grad.flatten() for p in networks.parameters(STUDENT) if p.grad is not None]
+        found.append((x0.detach(), torch.cat(gradients)))
+    for plain, recomputed in zip(*found, strict=True):
+        assert relative_error(recomputed, plain) < 1e-5
+
+
+@every
+def test_a_step_embedding_changes_the_samples_of_its_step_alone(name: str) -> None:
+    teacher = make_teacher(name)
+    networks = make_networks(teacher, 1.0)
+    fake_score = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else teacher.denoiser
+    networks.add_step_embedding(fake_score.get_submodule(teacher.family.time_embedding_name), 2)
+    inputs = noisy(teacher)
+    with torch.no_grad():
+        networks.step_embedding[1] += torch.randn(networks.step_embedding.shape[1])
+        without = networks.predict(FAKE_SCORE, *inputs)
+        changes = networks.predict(FAKE_SCORE, *inputs, torch.tensor([0, 1, 1])) - without
+    assert [float(change.abs().max()) > 1e-4 for change in changes] == [False, True, True]
 
 
 @pytest.mark.parametrize(("name", "told"), [("StableDiffusionPipeline", None), ("FluxPipeline", 3.5)])
@@ -121,14 +170,11 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(name: str) -> None:
     with torch.no_grad():
         pictures, raw = (
             teacher.pipeline(
-                list(PROMPTS[:2]), latents=stock_latents(name, latents), output_type=kind, **options
+                prompt=list(PROMPTS[:2]), latents=stock_latents(name, latents), output_type=kind, **options
             ).images
             for kind in ("pt", "latent")
         )
-    if name in PACKED:
-        from rdm_diffusers.families.flow import unpack
-
-        raw = unpack(raw, latents)
+    raw = own_latents(teacher.pipeline, raw, latents)
     assert (teacher.family.decode(teacher.pipeline, raw) - pictures).abs().max() < 1e-5
 
 
@@ -200,4 +246,4 @@ def draw_from(pipeline, latents: Tensor, **options: Any) -> Tensor:
     """Pictures of given noises; later noises come from the global generator, which every pipeline falls back on."""
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(6)
-    return pipeline(list(PROMPTS[:3]), latents=latents, output_type="pt", **options).images
+    return pipeline(prompt=list(PROMPTS[:3]), latents=latents, output_type="pt", **options).images

@@ -56,7 +56,7 @@ def student(request: pytest.FixtureRequest) -> RdmDistillationPipeline:
 def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:2], **options: Any) -> Tensor:
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(list(prompts), **{"generator": generators, "output_type": "pt", **options}).images
+    return pipeline(prompt=list(prompts), **{"generator": generators, "output_type": "pt", **options}).images
 
 
 @every
@@ -108,14 +108,14 @@ def test_its_folder_is_a_stock_one(name: str, tmp_path: Path) -> None:
 
 def test_a_tuple_is_returned_where_one_is_wanted(student: RdmDistillationPipeline) -> None:
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    pictures = student(list(PROMPTS[:2]), generator=generators, output_type="pt", return_dict=False)
+    pictures = student(prompt=list(PROMPTS[:2]), generator=generators, output_type="pt", return_dict=False)
     assert isinstance(pictures, tuple)
     assert torch.equal(pictures[0], draw(student))
 
 
 def test_several_pictures_of_a_prompt(student: RdmDistillationPipeline) -> None:
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    pair = student(PROMPTS[0], num_images_per_prompt=2, generator=generators, output_type="pt").images
+    pair = student(prompt=PROMPTS[0], num_images_per_prompt=2, generator=generators, output_type="pt").images
     assert pair.shape[0] == 2
     assert (pair - draw(student, (PROMPTS[0], PROMPTS[0]))).abs().max() < 1e-4
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from rdm_diffusers import RdmDistillationPipeline, RdmScheduler
 from rdm_diffusers.config import RunConfig, TimesConfig
 from rdm_diffusers.config.command_line import parse_args
-from rdm_diffusers.families import FAMILIES, PromptOptions
+from rdm_diffusers.families import FAMILIES, PromptOptions, Teacher
 from rdm_diffusers.hub import write_card
 from rdm_diffusers.hub.comfyui import comfyui_node, comfyui_sigmas
 from rdm_diffusers.pipelines import StudentConfig, stock_grid, stock_scheduler
+from rdm_diffusers.training.assembly import teacher_scheduler
 
 TOLERANCE = 1e-3  # of a picture in [0, 1]
 
@@ -94,8 +95,21 @@ def test_every_stock_pipeline_takes_the_grid_with_its_exported_scheduler(name: s
     for scheduler, steps in ((ours, {"num_inference_steps": 2}), (stock, told)):
         pipeline.scheduler = scheduler
         generator = torch.Generator().manual_seed(0)
-        latents.append(pipeline("a red seven", generator=generator, **call, **steps).images)
+        latents.append(pipeline(prompt="a red seven", generator=generator, **call, **steps).images)
     assert float((latents[0] - latents[1]).abs().max()) < TOLERANCE * float(latents[0].abs().max())
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MAKERS if "Flux" in name or name in ("QwenImagePipeline", "ChromaPipeline")]
+)
+@pytest.mark.parametrize("steps", [3, 8])
+def test_a_teachers_own_grid_is_the_one_that_its_stock_pipeline_lays(name: str, steps: int) -> None:
+    teacher = Teacher(make_pipeline(name), FAMILIES[name], name)
+    words = ["--pretrained_model", "me/teacher", "--prompts_file", "x", "--resolution", str(CALLS[name]["height"])]
+    ours = teacher_scheduler(teacher, parse_args(words), steps)
+    teacher.pipeline(prompt="a red seven", num_inference_steps=steps, output_type="latent", **CALLS[name])
+    assert torch.allclose(ours.sigmas, teacher.pipeline.scheduler.sigmas, atol=1e-6)
+    assert not torch.allclose(ours.sigmas[:-1], torch.linspace(1, 1 / steps, steps), atol=1e-2)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

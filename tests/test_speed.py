@@ -20,6 +20,8 @@ from rdm_diffusers.training.devices import prepare_denoiser
 from rdm_diffusers.training.optimizers import update_average
 from rdm_diffusers.training.validation import averaged_student
 
+SD = FAMILIES["StableDiffusionPipeline"]
+
 
 @pytest.fixture
 def argv(teacher_folder: Path, prompts_file: Path, tmp_path: Path):
@@ -104,7 +106,7 @@ def test_an_attention_backend_is_used_by_a_transformer_that_heeds_it() -> None:
     call = (torch.randn(2, *shape), torch.tensor([300.0, 800.0]), conditioning)
     with torch.no_grad():
         plain = family.denoise(transformer, *call)
-        prepare_denoiser(transformer, MemoryConfig(attention_backend="_native_math"))
+        prepare_denoiser(transformer, MemoryConfig(attention_backend="_native_math"), family)
         other = family.denoise(transformer, *call)
     chosen = {m.processor._attention_backend for m in transformer.modules() if hasattr(m, "processor")}
     assert chosen == {AttentionBackendName._NATIVE_MATH}
@@ -114,16 +116,16 @@ def test_an_attention_backend_is_used_by_a_transformer_that_heeds_it() -> None:
 @pytest.mark.usefixtures("torchs_attention_afterwards")
 def test_a_network_that_does_not_heed_an_attention_backend_is_named_in_a_warning() -> None:
     with pytest.warns(UserWarning, match="UNet2DConditionModel does not heed --attention_backend _native_math"):
-        prepare_denoiser(make_unet(), MemoryConfig(attention_backend="_native_math"))
+        prepare_denoiser(make_unet(), MemoryConfig(attention_backend="_native_math"), SD)
 
 
 def test_an_unknown_attention_backend_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="--attention_backend nonsense does not work here: "):
-        prepare_denoiser(make_unet(), MemoryConfig(attention_backend="nonsense"))
+        prepare_denoiser(make_unet(), MemoryConfig(attention_backend="nonsense"), SD)
 
 
 def test_xformers_where_it_does_not_work_is_one_sentence() -> None:
     with pytest.raises(
         ValueError, match=r"--enable_xformers_memory_efficient_attention does not work here .* leave it"
     ):
-        prepare_denoiser(make_unet(), MemoryConfig(enable_xformers_memory_efficient_attention=True))
+        prepare_denoiser(make_unet(), MemoryConfig(enable_xformers_memory_efficient_attention=True), SD)

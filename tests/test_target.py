@@ -143,7 +143,7 @@ def test_the_images_are_those_of_the_stock_pipeline_with_its_own_scheduler(
     prompts = [images.prompts.prompt(number) for number in numbers]
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * 3
-    expected = stock(prompts, latents=noise, **call).images
+    expected = stock(prompt=prompts, latents=noise, **call).images
     assert relative_error(images.latents[numbers], expected) < 2e-3
 
 

@@ -144,7 +144,7 @@ class Sampler:
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
             output = self.pipeline(
-                list(prompts[part]),
+                prompt=list(prompts[part]),
                 num_inference_steps=self.steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 output_type="pt",

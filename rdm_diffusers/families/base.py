@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from ..sizes import Resolution, height_and_width, in_words, nearest
@@ -96,7 +97,7 @@ class Family(ABC):
     Attributes:
         pipeline_class: the stock diffusers pipeline.
         denoiser_name: the pipeline's component that is distilled, `unet` or `transformer`.
-        time_embedding_name: the denoiser's module whose output `[B, D]` carries the time to its layers.
+        time_embedding_name: the denoiser's module whose output `[B, ..., D]` carries the time to its layers.
         lora_target_modules: the layers that a student's LoRA adapts by default.
         load_options: extra arguments for `from_pretrained`.
         prompt_tokens: how many tokens of a prompt the large text encoder reads by default, as in the stock pipeline;
@@ -139,9 +140,23 @@ class Family(ABC):
         defaults = [parameters[name].default for name in ("guidance_scale", "true_cfg_scale") if name in parameters]
         return float(next(value for value in defaults if value is not None))
 
+    @property
+    def default_num_steps(self) -> int:
+        """The number of steps that the stock pipeline takes by default."""
+        return int(signature(self.pipeline_class.__call__).parameters["num_inference_steps"].default)
+
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""
         return getattr(pipeline, self.denoiser_name)
+
+    def checkpoint(self, denoiser: ModelMixin, run: Callable[..., Any] | None = None) -> None:
+        """Turns the denoiser's gradient checkpointing on.
+
+        Args:
+            denoiser: changed in place.
+            run: calls a block with its inputs so that it is recomputed; by default diffusers' own.
+        """
+        denoiser.enable_gradient_checkpointing(run)
 
     def guided(self, guidance_scale: float) -> dict[str, Any]:
         """Arguments of the stock pipeline for guidance w in u + w (c - u); at most 1 is off."""
@@ -162,6 +177,17 @@ class Family(ABC):
     def prediction_type(self, scheduler: SchedulerMixin) -> str:
         """What the denoiser predicts, one of `prediction.PREDICTION_TYPES`."""
         return scheduler.config.get("prediction_type", "flow_prediction")
+
+    def dynamic_shift(self, settings: Mapping[str, Any], patches: int, num_steps: int) -> float:
+        """The stock pipeline's `mu`, which shifts the times of a scheduler with `use_dynamic_shifting`.
+
+        Args:
+            settings: the scheduler's.
+            patches: of an image's latents.
+            num_steps: of the teacher.
+        """
+        usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        return float(calculate_shift(patches, *(settings.get(name, value) for name, value in usual.items())))
 
     def architecture(self, text_width: int | None, prediction_type: str) -> str:
         """The network's name in the header of a LoRA file.

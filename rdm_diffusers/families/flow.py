@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SchedulerMixin
 from torch import Tensor
 
 from ..sizes import Resolution
-from .base import Family
+from .base import Family, PromptOptions
 
 
 class FlowFamily(Family):
@@ -49,6 +50,23 @@ class PackedFlowFamily(FlowFamily):
     def latent_shape(self, pipeline: DiffusionPipeline, resolution: Resolution | None) -> tuple[int, int, int]:
         factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config.in_channels // 4
         return self.latents_of(pipeline, channels, resolution or pipeline.default_sample_size * factor, 2)
+
+
+class EmbeddedGuidance:
+    """For families of which some denoisers are guidance-distilled: their configuration says `guidance_embeds`."""
+
+    def unguided(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, Any]:
+        """For a guidance-distilled teacher, the guidance that the student was trained with."""
+        return {"guidance_scale": (options.embedded_guidance or 0.0) if self.embeds_guidance(pipeline) else 0.0}
+
+    def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:
+        """As in `Family`."""
+        return bool(pipeline.transformer.config.guidance_embeds)
+
+
+def guidance_input(embeds: Tensor, options: PromptOptions) -> Tensor:
+    """The guidance as an input of a denoiser, `[B, 1]`, for B prompts' embeddings."""
+    return torch.full((len(embeds), 1), options.embedded_guidance or 0.0, device=embeds.device)
 
 
 def pack(latents: Tensor) -> Tensor:

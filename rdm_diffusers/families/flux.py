@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
 from .base import Conditioning, PromptOptions, encoding_device
-from .flow import PackedFlowFamily, pack, unpack
+from .flow import EmbeddedGuidance, PackedFlowFamily, guidance_input, pack, unpack
 
 
-class FluxFamily(PackedFlowFamily):
+class FluxFamily(EmbeddedGuidance, PackedFlowFamily):
     """Teachers that `FluxPipeline` loads: dev, schnell, and their fine-tunes."""
 
     pipeline_class = FluxPipeline
@@ -26,13 +25,6 @@ class FluxFamily(PackedFlowFamily):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",
     )  # fmt: skip
 
-    def unguided(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, Any]:
-        """For a guidance-distilled teacher, the guidance that the student was trained with."""
-        return {"guidance_scale": (options.embedded_guidance or 0.0) if self.embeds_guidance(pipeline) else 0.0}
-
-    def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:
-        return pipeline.transformer.config.guidance_embeds
-
     @torch.no_grad()
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], options: PromptOptions
@@ -40,7 +32,7 @@ class FluxFamily(PackedFlowFamily):
         embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, encoding_device(pipeline), **options.length)
         tensors = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         if self.embeds_guidance(pipeline):
-            tensors["guidance"] = torch.full((len(embeds), 1), options.embedded_guidance or 0.0, device=embeds.device)
+            tensors["guidance"] = guidance_input(embeds, options)
         return Conditioning(tensors)
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:

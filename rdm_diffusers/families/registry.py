@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Family
+from .chroma_1 import ChromaFamily
 from .flux import FluxFamily
+from .flux_2 import Flux2Family, Flux2KleinFamily
 from .pixart_sigma import PixArtSigmaFamily
 from .qwen_image import QwenImageFamily
 from .sana import SanaFamily
@@ -17,6 +19,7 @@ from .z_image import ZImageFamily
 CLASSES: tuple[type[Family], ...] = (
     StableDiffusionFamily, StableDiffusionXLFamily, StableDiffusion3Family, FluxFamily, PixArtSigmaFamily, SanaFamily,
     ZImageFamily, QwenImageFamily,
+    Flux2KleinFamily, ChromaFamily, Flux2Family,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family() for family in CLASSES}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from huggingface_hub import EvalResult
 
 from ..config.optimizers import EIGHT_BIT, OPTIMIZERS, USUAL
 from ..evaluation.records import JSON_FILE as EVALUATION_FILE, flattened, number, rows_of, table
-from ..families import CARD, fetch
+from ..families import CARD, FAMILIES, fetch
 from ..tiny import is_tiny
 from ..untrusted import described, is_kind, read_object, without_secrets
 
@@ -83,6 +84,12 @@ def quoted(text: str | None) -> Markdown:
     written = json.dumps(text and without_secrets(text), ensure_ascii=False)
     hidden = {"`"} if "```" in written else set()
     return Markdown("".join(_escape(each) if each in hidden or not each.isprintable() else each for each in written))
+
+
+def prompt_argument(pipeline_class: str, prompt: str) -> Markdown:
+    """The prompt as an argument of a stock pipeline's call: by its name, if another argument comes first."""
+    _, first, *_ = signature(FAMILIES[pipeline_class].pipeline_class.__call__).parameters
+    return Markdown(("" if first == "prompt" else "prompt=") + quoted(prompt))
 
 
 def _longest_run(text: str) -> int:

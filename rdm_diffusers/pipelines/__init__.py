@@ -4,6 +4,9 @@ from .pipeline_rdm import CLASSES, RdmDistillationPipeline
 from .saving import stock_grid, stock_scheduler
 from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
+    RdmChromaPipeline,
+    RdmFlux2KleinPipeline,
+    RdmFlux2Pipeline,
     RdmFluxPipeline,
     RdmPixArtSigmaPipeline,
     RdmQwenImagePipeline,
@@ -17,7 +20,10 @@ from .students import (
 __all__ = [
     "CLASSES",
     "STUDENT_CONFIG",
+    "RdmChromaPipeline",
     "RdmDistillationPipeline",
+    "RdmFlux2KleinPipeline",
+    "RdmFlux2Pipeline",
     "RdmFluxPipeline",
     "RdmPixArtSigmaPipeline",
     "RdmQwenImagePipeline",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from diffusers import (
+    ChromaPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
@@ -46,3 +49,15 @@ class RdmZImagePipeline(RdmDistillationPipeline, ZImagePipeline):
 
 class RdmQwenImagePipeline(RdmDistillationPipeline, QwenImagePipeline):
     """A few-step student of a Qwen-Image teacher."""
+
+
+class RdmFlux2KleinPipeline(RdmDistillationPipeline, Flux2KleinPipeline):
+    """A few-step student of a FLUX.2 klein teacher."""
+
+
+class RdmChromaPipeline(RdmDistillationPipeline, ChromaPipeline):
+    """A few-step student of a Chroma teacher."""
+
+
+class RdmFlux2Pipeline(RdmDistillationPipeline, Flux2Pipeline):
+    """A few-step student of a FLUX.2 dev teacher."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, ModelMixin
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
@@ -114,18 +113,20 @@ def teacher_scheduler(teacher: Teacher, config: RunConfig, num_steps: int) -> Rd
 
 def _shifted_grid(teacher: Teacher, config: RunConfig, count: int) -> tuple[float, ...]:
     """So many sigmas, 1 the first, with the teacher's shift."""
-    return tuple(shifted((count - i) / count, teacher_shift(teacher, config)) for i in range(count))
+    return tuple(shifted((count - i) / count, teacher_shift(teacher, config, count)) for i in range(count))
 
 
-def teacher_shift(teacher: Teacher, config: RunConfig) -> float:
-    """The shift s of a teacher's noise levels, at the run's resolution: u becomes s u / (1 + (s - 1) u). 1 is none."""
+def teacher_shift(teacher: Teacher, config: RunConfig, num_steps: int | None = None) -> float:
+    """The shift s of a teacher's noise levels, at the run's resolution: u becomes s u / (1 + (s - 1) u). 1 is none.
+
+    Some teachers' depends on the number of steps, by default their pipeline's own.
+    """
     settings = teacher.pipeline.scheduler.config
     if not settings.get("use_dynamic_shifting"):
         return settings.get("shift", settings.get("flow_shift", 1.0)) if teacher.schedule.is_flow else 1.0
     _, height, width = teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution)
-    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-    bounds = (settings.get(name, value) for name, value in usual.items())
-    mu = calculate_shift(height * width // 4, *bounds)  # all such teachers read patches of 2 x 2
+    patches = height * width // 4  # all such teachers read patches of 2 x 2
+    mu = teacher.family.dynamic_shift(settings, patches, num_steps or teacher.family.default_num_steps)
     return math.exp(mu) if settings.time_shift_type == "exponential" else mu
 
 
@@ -163,14 +164,14 @@ def make_networks(
     common["target_config"] = target_config(family, config)
     if isinstance(config.student, LoraStudentConfig):
         check_lora(family)
-        prepare_denoiser(teacher, config.memory)
+        prepare_denoiser(teacher, config.memory, family)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.optimisation.seed)
             adapters = lora_config(family, config.student)
             return SharedBase(teacher, adapters, fold_adapters=config.fold_adapters, family=family, **common)
     denoisers = {STUDENT: trained(), FAKE_SCORE: trained(), TEACHER: teacher}
     for denoiser in denoisers.values():
-        prepare_denoiser(denoiser, config.memory)
+        prepare_denoiser(denoiser, config.memory, family)
     return SeparateNetworks(denoisers, family=family, **common)
 
 

@@ -14,6 +14,7 @@ from diffusers.training_utils import free_memory
 from torch import nn
 
 from ..config import MemoryConfig
+from ..families import Family
 from ..networks import Networks
 from ..sharding import is_sharded, shard
 
@@ -54,10 +55,10 @@ def place(networks: Networks, accelerator: Accelerator) -> None:
         networks.compute_dtype = None
 
 
-def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig) -> None:
+def prepare_denoiser(denoiser: ModelMixin, memory: MemoryConfig, family: Family) -> None:
     """Turns gradient checkpointing and a kind of attention on, before adapters are added; ValueError if it cannot."""
     if memory.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        family.checkpoint(denoiser)
     if memory.enable_xformers_memory_efficient_attention:
         try:
             denoiser.enable_xformers_memory_efficient_attention()

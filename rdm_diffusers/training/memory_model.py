@@ -94,11 +94,16 @@ class LivePeak(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention that saves for backward what fused kernels save: queries, keys, values, the result, a number a row."""
+    """Attention that saves for backward what fused kernels save.
+
+    That is queries, keys, values, the result, a number a row, and the mask.
+    """
     stock = F.scaled_dot_product_attention
 
-    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
+    def fused(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        result: Tensor = _Fused.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
         return result
 
     F.scaled_dot_product_attention = fused
@@ -110,15 +115,15 @@ def fused_attention() -> Iterator[None]:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, result, rows)
+        ctx.save_for_backward(query, key, value, result, rows, mask)
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None)
 
 
 def meta_autocast(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager[Any]:
@@ -158,14 +163,14 @@ class _MetaAutocast(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
-def checkpoint_blocks(network: Any, dtype: torch.dtype | None, device_type: str) -> None:
+def checkpoint_blocks(network: Any, family: Family, dtype: torch.dtype | None, device_type: str) -> None:
     """Turns on a diffusers network's gradient checkpointing, with `meta_autocast` in its recomputation, too."""
 
     def run(block: nn.Module, *args: Any) -> Any:
         contexts = nullcontext(), meta_autocast(dtype, device_type)
         return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: contexts)
 
-    network.enable_gradient_checkpointing(run)
+    family.checkpoint(network, run)
 
 
 def quantise(model: nn.Module, kind: str) -> None:

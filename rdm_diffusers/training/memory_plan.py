@@ -124,7 +124,7 @@ class _Planner:
             alone = model.meta_models(self.teacher, {name: self.config[name]}, self.run.teacher.revision)
             trained = alone[name].requires_grad_(True)
         if self.run.memory.gradient_checkpointing:
-            model.checkpoint_blocks(trained, self.autocast, self.device_type)
+            model.checkpoint_blocks(trained, self.family, self.autocast, self.device_type)
         with torch.device("meta"), no_init_weights():
             networks = make_networks(
                 config,

@@ -183,7 +183,7 @@ def checked_tiny_vae(name: str, family: Family, channels: int, factor: int) -> M
 def _check_denoiser(config: RunConfig, family: Family, denoiser: ModelMixin) -> None:
     memory, student = config.memory, config.student
     if not config.output.dry_run and (memory.attention_backend or memory.enable_xformers_memory_efficient_attention):
-        prepare_denoiser(denoiser, memory)
+        prepare_denoiser(denoiser, memory, family)
     if isinstance(student, LoraStudentConfig):
         layers = lora_config(family, student)
         check_layers(denoiser, sorted(layers.target_modules), student.rank, bool(student.lora_layers))
