@@ -1,10 +1,11 @@
 """What reads a LoRA's file beside diffusers: the key maps of ComfyUI and of kohya's tools, as patterns.
 
 They are written down from what those tools do, independently of what writes the files: ComfyUI's `comfy/lora.py`
-(`model_lora_keys_unet`) with `comfy/utils.py` (`unet_to_diffusers`, `mmdit_to_diffusers`, `flux_to_diffusers`,
-`z_image_to_diffusers`) and `comfy/ldm/qwen_image/model.py`; kohya's sd-scripts `networks/lora.py` with
-`library/sdxl_original_unet.py`, whose modules have Stability's names, as they are in SDXL's original checkpoint.
-The AUTOMATIC1111 web UI's `convert_diffusers_name_to_compvis` knows the same names of Stable Diffusion 1 and 2.
+(`model_lora_keys_unet`; for Qwen-Image 2.1 as of September 2026, ec93dcac) with `comfy/utils.py` (`unet_to_diffusers`,
+`mmdit_to_diffusers`, `flux_to_diffusers`, `z_image_to_diffusers`) and `comfy/ldm/qwen_image/model.py`; kohya's
+sd-scripts `networks/lora.py` with `library/sdxl_original_unet.py`, whose modules have Stability's names, as they are in
+SDXL's original checkpoint. The AUTOMATIC1111 web UI's `convert_diffusers_name_to_compvis` knows the same names of
+Stable Diffusion 1 and 2.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ READ = {
     "ZImagePipeline": r"transformer\.(layers|context_refiner|noise_refiner)\.\d+\."
     r"(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])",
     "QwenImagePipeline": rf"transformer\.transformer_blocks\.\d+\.({JOINT}|(img|txt)_mlp\.net\.(0\.proj|2))",
+    "QwenImage21Pipeline": r"transformer\.transformer_blocks\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0)|img_mlp\.(proj|gate_layer|out))",
 }
 KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
 MATRICES = {"kohya": KOHYA, "stability": KOHYA, "diffusers": {"lora_A.weight", "lora_B.weight"}}

@@ -9,15 +9,17 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, Gemma2Config, Qwen2_5_VLConfig, Qwen3Config, T5Config
+from transformers import CLIPTextConfig, Gemma2Config, Qwen2_5_VLConfig, Qwen3Config, Qwen3VLConfig, T5Config
 
 # --- text encoders -----------------------------------------------------------------------------------------------
 CLIP_L = CLIPTextConfig(
@@ -48,6 +50,14 @@ QWEN_VL_7B = Qwen2_5_VLConfig(
         fullatt_block_indexes=[7, 15, 23, 31],
     ),
     tie_word_embeddings=False,
+)  # fmt: skip
+QWEN3_VL_8B = Qwen3VLConfig(
+    text_config=dict(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+        rope_parameters={"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"},
+    ),
+    vision_config=dict(out_hidden_size=4096),
 )  # fmt: skip
 
 # --- autoencoders ------------------------------------------------------------------------------------------------
@@ -155,6 +165,14 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
             "text_encoder": ("Qwen2_5_VLForConditionalGeneration", QWEN_VL_7B),
         },
         20.4, 8.29,
+    ),
+    "Qwen/Qwen-Image-2.1": (
+        "QwenImage21Pipeline",
+        {
+            "transformer": (QwenImage21Transformer2DModel, {}), "vae": (AutoencoderKLQwenImage21, {}),
+            "text_encoder": ("Qwen3VLForConditionalGeneration", QWEN3_VL_8B),
+        },
+        7.12, 8.77,
     ),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
         "PixArtSigmaPipeline",

@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -18,6 +19,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -31,16 +34,20 @@ from diffusers import (
 from parts import make_pipeline as make_sd
 from parts_sd3 import make_sd3_pipeline, t5, t5_tokenizer, text_config
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlavaProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from rdm_diffusers.tiny.captions import make_tokenizer
@@ -208,6 +215,52 @@ def make_qwen_image() -> QwenImagePipeline:
     )  # fmt: skip
 
 
+def make_qwen_image_21() -> QwenImage21Pipeline:
+    """Qwen-Image 2.1, whose autoencoder has an alpha channel and makes one latent of 16 x 16 pixels.
+
+    transformers' processor of Qwen3-VL needs torchvision. Another of its processors does the same with text.
+    """
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2],
+    )  # fmt: skip
+    encoder = Qwen3VLForConditionalGeneration(qwen3_vl_config())
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>"]})
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(), tokenizer, image_token="<|image_pad|>",
+        chat_template=CHAT.replace("message['content']", "message['content'][0]['text']"),
+    )  # fmt: skip
+    return QwenImage21Pipeline(
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoder.eval(),
+        processor=processor,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+    )  # fmt: skip
+
+
+def qwen3_vl_config() -> Qwen3VLConfig:
+    """A Qwen3-VL of two layers, 16 wide."""
+    return Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            rope_parameters={"mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_type": "default"},
+        ),
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, deepstack_visual_indexes=[0]
+        ),
+    )
+
+
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """A tokenizer of single bytes, with Qwen's chat template."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -237,6 +290,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SanaPipeline": make_sana,
     "ZImagePipeline": make_z_image,
     "QwenImagePipeline": make_qwen_image,
+    "QwenImage21Pipeline": make_qwen_image_21,
 }
 # What the stock pipelines are called with for pictures so small and prompts so short.
 CALLS: dict[str, dict] = {
@@ -246,6 +300,7 @@ CALLS: dict[str, dict] = {
     "SanaPipeline": {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": 16},
     "ZImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 96},
     "QwenImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 24},
+    "QwenImage21Pipeline": {"height": 32, "width": 32},
 }
 
 

@@ -17,12 +17,14 @@ from torch import Tensor
 
 import rdm_diffusers.pipelines
 import train_rdm_lora
-from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher
-from rdm_diffusers.families.flow import pack
-from rdm_diffusers.networks import ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
+from rdm_diffusers.evaluation.subjects import stock_name
+from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher, on_white
+from rdm_diffusers.families.flow import pack, unpack
+from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 
 PACKED = ("FluxPipeline", "QwenImagePipeline")
+FILMS = ("QwenImagePipeline", "QwenImage21Pipeline")
 every = pytest.mark.parametrize("name", MAKERS)
 loras = pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
 
@@ -50,14 +52,30 @@ def make_networks(teacher: Teacher, guidance_scale: float) -> Networks:
 
 def stock_latents(name: str, latents: Tensor) -> Tensor:
     """As the stock pipeline takes and gives them."""
+    if name == "QwenImage21Pipeline":
+        return latents.flatten(2).transpose(1, 2)
     return pack(latents) if name in PACKED else latents
+
+
+def plain_latents(name: str, rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `stock_latents`."""
+    if name == "QwenImage21Pipeline":
+        return rows.transpose(1, 2).reshape(like.shape)
+    return unpack(rows, like) if name in PACKED else rows
 
 
 def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:3], first_seed: int = 0, **options: Any) -> Tensor:
     """Pictures in [0, 1], each of its own seed."""
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(list(prompts), generator=generators, output_type="pt", **options).images
+    size = 1 if FAMILIES[stock_name(pipeline)].mixes_prompts else len(prompts)
+    parts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+    return torch.cat(
+        [
+            pipeline(list(prompts[part]), generator=generators[part], output_type="pt", **options).images
+            for part in parts
+        ]
+    )
 
 
 def test_every_family_has_its_pipeline_class() -> None:
@@ -76,13 +94,14 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_computes_in_one_step(name
     stock.scheduler = teacher.family.stock_scheduler(stock.scheduler, 1, eta=0)
     told = teacher.family.embeds_guidance(stock)
     guided = {"guidance_scale": 3.5} if told else teacher.family.guided(guidance_scale)
+    size = 1 if teacher.family.mixes_prompts else 2
     if "negative_prompt" in guided:
-        guided["negative_prompt"] = [guided["negative_prompt"]] * 2
+        guided["negative_prompt"] = [guided["negative_prompt"]] * size
+    call = {"num_inference_steps": 1, "output_type": "latent", **CALLS.get(name, {}), **guided}
+    parts = [slice(i, i + size) for i in range(0, 2, size)]
     with torch.no_grad():
-        expected = stock(
-            list(PROMPTS[:2]), latents=stock_latents(name, latents), num_inference_steps=1, output_type="latent",
-            **{**CALLS.get(name, {}), **guided},
-        ).images  # fmt: skip
+        rows = [stock(list(PROMPTS[part]), latents=stock_latents(name, latents[part]), **call).images for part in parts]
+    expected = torch.cat(rows)
     conditioning = teacher.encode_prompts(PROMPTS[:2])
     networks = make_networks(teacher, 1.0 if told else guidance_scale)
     first = torch.full((2,), 1000.0 if teacher.schedule.is_flow else 999)
@@ -90,6 +109,20 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_computes_in_one_step(name
         x0, adapted = (networks.predict(role, latents, first, conditioning) for role in (TEACHER, STUDENT))
     assert relative_error(stock_latents(name, x0), expected) < 1e-5
     assert relative_error(stock_latents(name, adapted), expected) > 1e-3
+
+
+@loras
+def test_the_fake_score_reads_the_step_of_each_sample_however_the_network_embeds_times(name: str) -> None:
+    teacher = make_teacher(name)
+    networks = make_networks(teacher, 1.0)
+    networks.add_step_embedding(teacher.denoiser.get_submodule(teacher.family.time_embedding_name), 2)
+    networks.step_embedding.data[1] = 1.0
+    latents = torch.randn(2, *teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution))
+    inputs = latents, torch.full((2,), 500.0), teacher.encode_prompts(PROMPTS[:2])
+    with torch.no_grad():
+        plain, stepped = (networks.predict(FAKE_SCORE, *inputs, step=torch.tensor(steps)) for steps in ([0, 0], [0, 1]))
+    assert torch.allclose(plain[0], stepped[0], atol=1e-5)
+    assert relative_error(stepped[1], plain[1]) > 1e-4
 
 
 @pytest.mark.parametrize(("name", "told"), [("StableDiffusionPipeline", None), ("FluxPipeline", 3.5)])
@@ -111,6 +144,23 @@ def test_prompts_of_any_length_can_be_joined(name: str) -> None:
         assert torch.allclose(joined.tensors[key][:2].float(), tensor.float(), atol=1e-5)
 
 
+def test_a_prompt_that_does_not_fit_is_named() -> None:
+    teacher = make_teacher("QwenImage21Pipeline")
+    with pytest.raises(ValueError, match=r"A prompt has 6\d\d tokens, and at most 512 are read; shorten 'words words"):
+        teacher.encode_prompts(["a", "words " * 100])
+
+
+def test_samples_with_prompts_of_one_length_go_through_the_network_together() -> None:
+    teacher = make_teacher("QwenImage21Pipeline")
+    conditioning = teacher.encode_prompts(["a", "b", "word", "c"])
+    samples = torch.arange(4)
+    assert [call[0].tolist() for call in teacher.family.calls(samples, samples, conditioning, None)] == [
+        [0, 1],
+        [2],
+        [3],
+    ]
+
+
 @every
 def test_latents_are_decoded_as_by_the_stock_pipeline(name: str) -> None:
     teacher = make_teacher(name)
@@ -125,11 +175,8 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(name: str) -> None:
             ).images
             for kind in ("pt", "latent")
         )
-    if name in PACKED:
-        from rdm_diffusers.families.flow import unpack
-
-        raw = unpack(raw, latents)
-    assert (teacher.family.decode(teacher.pipeline, raw) - pictures).abs().max() < 1e-5
+    raw = plain_latents(name, raw, latents)
+    assert (teacher.family.decode(teacher.pipeline, raw) - on_white(pictures)).abs().max() < 1e-5
 
 
 @every
@@ -139,11 +186,14 @@ def test_encoding_inverts_decoding_as_far_as_the_autoencoder_can(name: str) -> N
     if name == "StableDiffusionXLPipeline":  # as in the fine-tunes that state them
         vae.register_to_config(latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2])
     images = torch.rand(2, 3, 32, 32)
-    films = images.unsqueeze(2) if name == "QwenImagePipeline" else images
+    films = images.unsqueeze(2) if name in FILMS else images
+    if name == "QwenImage21Pipeline":
+        films = torch.cat([films, torch.ones_like(films[:, :1])], dim=1)  # opaque
     with torch.no_grad():
         encoded = vae.encode(films * 2 - 1)
         raw = encoded.latent if name == "SanaPipeline" else encoded.latent_dist.mode()
-        expected = (vae.decode(raw, return_dict=False)[0].reshape(images.shape) / 2 + 0.5).clamp(0, 1)
+        decoded = vae.decode(raw, return_dict=False)[0].reshape(2, -1, *images.shape[2:])
+        expected = on_white((decoded / 2 + 0.5).clamp(0, 1))
         latents = teacher.family.encode(teacher.pipeline, images)
         assert latents.shape[1:] == teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution)
         assert relative_error(latents, raw.reshape(latents.shape)) > 0.01  # they are scaled

@@ -79,6 +79,11 @@ def square_latents(channels: int, resolution: int, factor: int, patch: int = 1) 
     return channels, resolution // factor, resolution // factor
 
 
+def on_white(images: Tensor) -> Tensor:
+    """Images in [0, 1] `[B, 3, H, W]` of those with an alpha channel, `[B, 4, H, W]`; others stay. Gradients flow."""
+    return images if images.shape[1] == 3 else images[:, :3] * images[:, 3:] + (1 - images[:, 3:])
+
+
 @torch.no_grad()
 def raw_latents(vae: ModelMixin, images: Tensor) -> Tensor:
     """What an autoencoder makes of images in [0, 1], float32, before it is scaled; of distributions their modes."""
@@ -114,6 +119,7 @@ class Family(ABC):
             example of a standing instruction; negative if another encoder's tokens are appended.
         has_lora: whether the stock pipeline loads LoRAs; if not, students are full ones.
         has_tiny_vae: whether the stock pipeline decodes with an `AutoencoderTiny` in its autoencoder's place.
+        mixes_prompts: whether a sample of the stock pipeline depends on the lengths of the other prompts in its call.
         bins_resolutions: whether the stock pipeline rounds to the nearest of its own resolutions by default.
         comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's usual grid is even.
         comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
@@ -132,6 +138,7 @@ class Family(ABC):
     extra_encoder_tokens: int = 0
     has_lora: bool = True
     has_tiny_vae: bool = True
+    mixes_prompts: bool = False
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
     comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = None
@@ -160,6 +167,10 @@ class Family(ABC):
     def guide(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
         """The guided output u + w (c - u), without and with the prompt `[B, C, H, W]`; w may be `[B, 1, 1, 1]`."""
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def blank_components(self) -> dict[str, Any]:
+        """What the stock pipeline's constructor needs in place of components that are not networks; mostly nothing."""
+        return {}
 
     def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:
         """Whether the denoiser is guidance-distilled: it gets its guidance as an input, and is called once a step."""
@@ -213,6 +224,17 @@ class Family(ABC):
     @abstractmethod
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
         """The shapes of one prompt's tensors, from the networks' configurations alone."""
+
+    def calls(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None
+    ) -> Sequence[tuple[Any, ...]]:
+        """These samples, of a batch, as one call of `denoise` or several, if some would disturb each other.
+
+        Args:
+            x_t, t, conditioning: as of `denoise`.
+            step: the student's step of each sample `[B]`, if the network reads it.
+        """
+        return [(x_t, t, conditioning, step)]
 
     @abstractmethod
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

@@ -19,7 +19,7 @@ from .hub_files import explain_hub_errors, fetch, repository_files
 from .loras import Lora, LoraLayers, fuse_loras
 from .quantization import quantized_loading
 from .registry import FAMILIES, family_of
-from .suitability import check_folder, check_teacher
+from .suitability import check_folder, check_index, check_teacher
 from .weights import check_files, check_network, check_weights, files_in, networks_of, problem_in, quiet, refuse
 
 INDEX_REMEDY = "save or download it again"
@@ -257,14 +257,15 @@ def load_teacher(
         loras: are added to the weights of denoiser and text encoders; not to quantised ones.
 
     Raises:
-        ValueError: as `pipeline_config`, `family_of`, `check_pipeline`, `check_teacher`, `quantized_loading` and
-            `fuse_loras`.
+        ValueError: as `pipeline_config`, `family_of`, `check_index`, `check_pipeline`, `check_teacher`,
+            `quantized_loading` and `fuse_loras`.
         ImportError: if the library that quantises is missing.
     """
     if (Path(resolve_teacher(name_or_path)) / STUDENT_CONFIG).exists():
         raise ValueError(f"{name_or_path} is a few-step student already; give the teacher that it was distilled from.")
     config = pipeline_config(name_or_path, revision=revision)
     family = family_of(config)
+    check_index(name_or_path, config)
     check_pipeline("teacher", name_or_path, config, [] if vae is None else ["vae"], revision=revision, variant=variant)
     replaced = {} if vae is None else {"vae": load_vae(vae, config, dtype)}
     if quantization:

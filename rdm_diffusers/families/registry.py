@@ -8,6 +8,7 @@ from .base import Family
 from .flux import FluxFamily
 from .pixart_sigma import PixArtSigmaFamily
 from .qwen_image import QwenImageFamily
+from .qwen_image_21 import QwenImage21Family
 from .sana import SanaFamily
 from .sd3 import StableDiffusion3Family
 from .sd_unet import StableDiffusionFamily
@@ -16,7 +17,7 @@ from .z_image import ZImageFamily
 
 CLASSES: tuple[type[Family], ...] = (
     StableDiffusionFamily, StableDiffusionXLFamily, StableDiffusion3Family, FluxFamily, PixArtSigmaFamily, SanaFamily,
-    ZImageFamily, QwenImageFamily,
+    ZImageFamily, QwenImageFamily, QwenImage21Family,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family() for family in CLASSES}
 

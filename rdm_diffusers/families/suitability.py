@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 
@@ -52,6 +53,15 @@ def check_lora(family: Family) -> None:
     if not family.has_lora:
         name = family.pipeline_class.__name__
         raise ValueError(f"{name} loads no LoRAs, so its students are full ones, which this script does not train.")
+
+
+def check_index(name: str, config: dict[str, Any]) -> None:
+    """Refuses few-step models that say so in their `pipeline_config`. Raises ValueError."""
+    if config.get("sample_sigmas"):  # stock calls would lay these times, not the student's
+        raise ValueError(
+            f"{name} names its own times of sampling (sample_sigmas in {INDEX}), which no student can change; give the "
+            "model that it was distilled from, or set them to null."
+        )
 
 
 def check_teacher(name: str, pipeline: DiffusionPipeline) -> None:

@@ -6,6 +6,7 @@ from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
     RdmFluxPipeline,
     RdmPixArtSigmaPipeline,
+    RdmQwenImage21Pipeline,
     RdmQwenImagePipeline,
     RdmSanaPipeline,
     RdmStableDiffusion3Pipeline,
@@ -20,6 +21,7 @@ __all__ = [
     "RdmDistillationPipeline",
     "RdmFluxPipeline",
     "RdmPixArtSigmaPipeline",
+    "RdmQwenImage21Pipeline",
     "RdmQwenImagePipeline",
     "RdmSanaPipeline",
     "RdmStableDiffusion3Pipeline",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffusers import (
     FluxPipeline,
     PixArtSigmaPipeline,
+    QwenImage21Pipeline,
     QwenImagePipeline,
     SanaPipeline,
     StableDiffusion3Pipeline,
@@ -46,3 +47,7 @@ class RdmZImagePipeline(RdmDistillationPipeline, ZImagePipeline):
 
 class RdmQwenImagePipeline(RdmDistillationPipeline, QwenImagePipeline):
     """A few-step student of a Qwen-Image teacher."""
+
+
+class RdmQwenImage21Pipeline(RdmDistillationPipeline, QwenImage21Pipeline):
+    """A few-step student of a Qwen-Image 2.1 teacher."""

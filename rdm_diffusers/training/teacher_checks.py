@@ -14,7 +14,16 @@ from torch import nn
 
 from ..bounds import did_you_mean
 from ..config import LoraStudentConfig, RunConfig, TeacherConfig
-from ..families import Family, Teacher, check_lora, explain_hub_errors, family_of, load_tiny_vae, pipeline_config
+from ..families import (
+    Family,
+    Teacher,
+    check_index,
+    check_lora,
+    explain_hub_errors,
+    family_of,
+    load_tiny_vae,
+    pipeline_config,
+)
 from ..hub.push import check_repo_id
 from ..tiny import resolve_teacher
 from .assembly import lora_config, prompt_options, student_scheduler, teacher_shift
@@ -36,6 +45,7 @@ def check_with_teacher(config: RunConfig) -> None:
     name = config.teacher.pretrained_model_name_or_path
     index = pipeline_config(name, revision=config.teacher.revision)
     family = family_of(index)
+    check_index(name, index)
     if config.is_lora:
         check_lora(family)
     if config.loras:
