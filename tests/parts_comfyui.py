@@ -44,9 +44,27 @@ READ = {
     "QwenImagePipeline": rf"transformer\.transformer_blocks\.\d+\.({JOINT}|(img|txt)_mlp\.net\.(0\.proj|2))",
     "QwenImage21Pipeline": r"transformer\.transformer_blocks\.\d+\."
     r"(attn\.(to_[qkv]|to_out\.0)|img_mlp\.(proj|gate_layer|out))",
+    "Lumina2Pipeline": r"diffusion_model\.(layers|context_refiner|noise_refiner)\.\d+\."
+    r"(attention\.(qkv|out)|feed_forward\.w[123])",
 }
 KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
-MATRICES = {"kohya": KOHYA, "stability": KOHYA, "diffusers": {"lora_A.weight", "lora_B.weight"}}
+PEFT = {"lora_A.weight", "lora_B.weight"}
+MATRICES = {"kohya": KOHYA, "stability": KOHYA, "diffusers": PEFT, "joint": PEFT}
+# ComfyUI's own names in Lumina 2's blocks, whose joint matrices hold the rows of several of diffusers'.
+LUMINA = {
+    "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "attention.out": ("attn.to_out.0",),
+    "feed_forward.w1": ("feed_forward.linear_1",), "feed_forward.w2": ("feed_forward.linear_2",),
+    "feed_forward.w3": ("feed_forward.linear_3",),
+}  # fmt: skip
+
+
+def paths_of(module: str) -> list[str]:
+    """diffusers' paths of the matrices that a module of a file adds to, in the order of their rows; kohya's stay."""
+    kind, _, path = module.partition(".")
+    if kind != "diffusion_model":
+        return [path or kind]
+    block, own = re.fullmatch(r"(\w+\.\d+)\.(.+)", path).groups()
+    return [f"{block}.{name}" for name in LUMINA[own]]
 
 
 def stability_parts(unet: nn.Module) -> dict[str, str]:

@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
@@ -173,6 +174,14 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
             "text_encoder": ("Qwen3VLForConditionalGeneration", QWEN3_VL_8B),
         },
         7.12, 8.77,
+    ),
+    "Alpha-VLLM/Lumina-Image-2.0": (
+        "Lumina2Pipeline",
+        {
+            "transformer": (Lumina2Transformer2DModel, {"cap_feat_dim": 2304}), "vae": (AutoencoderKL, KL_16),
+            "text_encoder": ("Gemma2Model", GEMMA_2B),
+        },
+        2.61, 2.61,
     ),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
         "PixArtSigmaPipeline",

@@ -17,6 +17,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImage21Pipeline,
@@ -131,24 +133,47 @@ def make_sana() -> SanaPipeline:
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
         upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.4,
     )  # fmt: skip
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=64,
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=4,
-        )
-    )
-    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
     return SanaPipeline(
-        transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoder.eval(),
-        tokenizer=GemmaTokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]),
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=gemma(), tokenizer=gemma_tokenizer(),
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++",
         ),
+    )  # fmt: skip
+
+
+def gemma(layers: int = 1) -> Gemma2Model:
+    """A text encoder, 8 wide."""
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    return Gemma2Model(config).eval()
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """A tokenizer of small letters."""
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    return GemmaTokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+
+
+def make_lumina_2() -> Lumina2Pipeline:
+    """Lumina 2, which has fewer keys and values than queries."""
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 4, 8), cap_feat_dim=8,
+    )  # fmt: skip
+    vae = make_vae(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, shift_factor=0.1,
+    )  # fmt: skip
+    return Lumina2Pipeline(
+        transformer=transformer.eval(), vae=vae, text_encoder=gemma(2), tokenizer=gemma_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
     )  # fmt: skip
 
 
@@ -291,6 +316,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "ZImagePipeline": make_z_image,
     "QwenImagePipeline": make_qwen_image,
     "QwenImage21Pipeline": make_qwen_image_21,
+    "Lumina2Pipeline": make_lumina_2,
 }
 # What the stock pipelines are called with for pictures so small and prompts so short.
 CALLS: dict[str, dict] = {
@@ -301,6 +327,7 @@ CALLS: dict[str, dict] = {
     "ZImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 96},
     "QwenImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 24},
     "QwenImage21Pipeline": {"height": 32, "width": 32},
+    "Lumina2Pipeline": {"height": 32, "width": 32, "max_sequence_length": 224},
 }
 
 

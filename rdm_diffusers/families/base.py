@@ -123,7 +123,8 @@ class Family(ABC):
         bins_resolutions: whether the stock pipeline rounds to the nearest of its own resolutions by default.
         comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's usual grid is even.
         comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
-            paths (`kohya`, `stability`), as diffusers does, or None if ComfyUI cannot read one.
+            paths (`kohya`, `stability`), as diffusers does, as ComfyUI does, with a joint matrix of queries, keys and
+            values (`joint`), or None if ComfyUI cannot read one.
         architecture_name: the network's name in ModelSpec, or else among its users.
         kohya_base_version: kohya's name for the base model, if tools look for it.
     """
@@ -141,7 +142,7 @@ class Family(ABC):
     mixes_prompts: bool = False
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
-    comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = None
+    comfyui_keys: Literal["kohya", "stability", "diffusers", "joint"] | None = None
     architecture_name: str = ""
     kohya_base_version: str | None = None
 

@@ -16,7 +16,7 @@ class FlowFamily(Family):
 
     denoiser_name = "transformer"
     time_embedding_name = "time_text_embed"
-    comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = "diffusers"
+    comfyui_keys: Literal["kohya", "stability", "diffusers", "joint"] | None = "diffusers"
 
     def prediction_type(self, scheduler: SchedulerMixin) -> str:
         return "flow_prediction"

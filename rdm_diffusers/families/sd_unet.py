@@ -29,7 +29,7 @@ class StableDiffusionFamily(Family):
     denoiser_name = "unet"
     time_embedding_name = "time_embedding"
     load_options = {"safety_checker": None, "requires_safety_checker": False}
-    comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = "kohya"
+    comfyui_keys: Literal["kohya", "stability", "diffusers", "joint"] | None = "kohya"
     architecture_name = "stable-diffusion-v1"
     lora_target_modules: tuple[str, ...] = (
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",

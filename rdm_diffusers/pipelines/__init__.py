@@ -5,6 +5,7 @@ from .saving import stock_grid, stock_scheduler
 from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
     RdmFluxPipeline,
+    RdmLumina2Pipeline,
     RdmPixArtSigmaPipeline,
     RdmQwenImage21Pipeline,
     RdmQwenImagePipeline,
@@ -20,6 +21,7 @@ __all__ = [
     "STUDENT_CONFIG",
     "RdmDistillationPipeline",
     "RdmFluxPipeline",
+    "RdmLumina2Pipeline",
     "RdmPixArtSigmaPipeline",
     "RdmQwenImage21Pipeline",
     "RdmQwenImagePipeline",

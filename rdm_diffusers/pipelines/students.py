@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers import (
     FluxPipeline,
+    Lumina2Pipeline,
     PixArtSigmaPipeline,
     QwenImage21Pipeline,
     QwenImagePipeline,
@@ -51,3 +52,7 @@ class RdmQwenImagePipeline(RdmDistillationPipeline, QwenImagePipeline):
 
 class RdmQwenImage21Pipeline(RdmDistillationPipeline, QwenImage21Pipeline):
     """A few-step student of a Qwen-Image 2.1 teacher."""
+
+
+class RdmLumina2Pipeline(RdmDistillationPipeline, Lumina2Pipeline):
+    """A few-step student of a Lumina 2 teacher."""
