@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImage21Transformer2DModel,
@@ -59,6 +60,18 @@ QWEN3_VL_8B = Qwen3VLConfig(
         rope_parameters={"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"},
     ),
     vision_config=dict(out_hidden_size=4096),
+)  # fmt: skip
+QWEN3_VL_4B = Qwen3VLConfig(
+    text_config=dict(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+        rope_parameters={"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"},
+    ),
+    vision_config=dict(
+        depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560,
+        deepstack_visual_indexes=[5, 11, 17],
+    ),
+    tie_word_embeddings=True,
 )  # fmt: skip
 
 # --- autoencoders ------------------------------------------------------------------------------------------------
@@ -182,6 +195,14 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
             "text_encoder": ("Gemma2Model", GEMMA_2B),
         },
         2.61, 2.61,
+    ),
+    "krea/Krea-2-Raw": (
+        "Krea2Pipeline",
+        {
+            "transformer": (Krea2Transformer2DModel, {}), "vae": (AutoencoderKLQwenImage, {}),
+            "text_encoder": ("Qwen3VLModel", QWEN3_VL_4B),
+        },
+        12.8, 4.44,
     ),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
         "PixArtSigmaPipeline",

@@ -17,6 +17,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
@@ -50,6 +52,7 @@ from transformers import (
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
 
 from rdm_diffusers.tiny.captions import make_tokenizer
@@ -209,10 +212,6 @@ def make_qwen_image() -> QwenImagePipeline:
         in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
-        latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2],
-    )  # fmt: skip
     encoder = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config=dict(
@@ -235,9 +234,17 @@ def make_qwen_image() -> QwenImagePipeline:
         )
     )
     return QwenImagePipeline(
-        transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(),
+        transformer=transformer.eval(), vae=qwen_vae(), text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )  # fmt: skip
+
+
+def qwen_vae() -> AutoencoderKLQwenImage:
+    """Qwen-Image's autoencoder of films, with latents of 4 channels, a fourth as wide and as high."""
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2],
+    ).eval()  # fmt: skip
 
 
 def make_qwen_image_21() -> QwenImage21Pipeline:
@@ -264,6 +271,24 @@ def make_qwen_image_21() -> QwenImage21Pipeline:
         transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoder.eval(),
         processor=processor,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+    )  # fmt: skip
+
+
+def make_krea_2() -> Krea2Pipeline:
+    """Krea 2, which reads several layers of its text encoder; its chat template ends in five tokens, as by default."""
+    transformer = Krea2Transformer2DModel(
+        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=3, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens(["assistant"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return Krea2Pipeline(
+        transformer=transformer.eval(), vae=qwen_vae(), text_encoder=Qwen3VLModel(qwen3_vl_config()).eval(),
+        tokenizer=tokenizer, text_encoder_select_layers=(2, 1, 0),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
     )  # fmt: skip
 
 
@@ -317,6 +342,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "QwenImagePipeline": make_qwen_image,
     "QwenImage21Pipeline": make_qwen_image_21,
     "Lumina2Pipeline": make_lumina_2,
+    "Krea2Pipeline": make_krea_2,
 }
 # What the stock pipelines are called with for pictures so small and prompts so short.
 CALLS: dict[str, dict] = {
@@ -328,6 +354,7 @@ CALLS: dict[str, dict] = {
     "QwenImagePipeline": {"height": 32, "width": 32, "max_sequence_length": 24},
     "QwenImage21Pipeline": {"height": 32, "width": 32},
     "Lumina2Pipeline": {"height": 32, "width": 32, "max_sequence_length": 224},
+    "Krea2Pipeline": {"height": 32, "width": 32, "max_sequence_length": 208},
 }
 
 

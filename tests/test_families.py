@@ -23,8 +23,8 @@ from rdm_diffusers.families.flow import pack, unpack
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 
-PACKED = ("FluxPipeline", "QwenImagePipeline")
-FILMS = ("QwenImagePipeline", "QwenImage21Pipeline")
+PACKED = ("FluxPipeline", "QwenImagePipeline", "Krea2Pipeline")
+FILMS = ("QwenImagePipeline", "QwenImage21Pipeline", "Krea2Pipeline")
 every = pytest.mark.parametrize("name", MAKERS)
 loras = pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
 

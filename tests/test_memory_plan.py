@@ -233,7 +233,7 @@ def kept_by_forward(teacher: Teacher, x_t: Tensor) -> int:
         return tensor
 
     prompt = "a red seven on a blue background"
-    if teacher.name == "QwenImage21Pipeline":  # it reads prompts of any length, and the longest is planned
+    if teacher.name in ("QwenImage21Pipeline", "Krea2Pipeline"):  # the longest prompt is planned
         missing = teacher.encode_prompts([prompt]).tensors["prompt_embeds_mask"].eq(0).sum()
         prompt += "!" * int(missing)
     conditioning = teacher.encode_prompts([prompt] * len(x_t))

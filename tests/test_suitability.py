@@ -67,6 +67,14 @@ def test_a_model_with_its_own_times_of_sampling(tmp_path: Path) -> None:
         check_with_teacher(RunConfig.of(pretrained_model=str(tmp_path)))
 
 
+def test_a_model_that_says_that_it_is_distilled(tmp_path: Path) -> None:
+    pipeline = make_pipeline("Krea2Pipeline")
+    pipeline.register_to_config(is_distilled=True)
+    assert refusal(pipeline, tmp_path) == (
+        "TEACHER is distilled to few steps already; give the model that it was distilled from."
+    )
+
+
 def test_an_inpainting_model(tmp_path: Path) -> None:
     pipeline = make_sdxl()
     pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=9)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, QwenImage21Pipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, on_white, raw_latents, square_latents
+from .base import Conditioning, PromptOptions, encoding_device, on_white, square_latents
 from .flow import FlowFamily
-from .qwen_image import NOTHING, moments
+from .qwen_image import NOTHING, decode_frame, encode_frame
 
 
 class QwenImage21Family(FlowFamily):
@@ -102,15 +102,11 @@ class QwenImage21Family(FlowFamily):
         return square_latents(pipeline.transformer.config.in_channels, resolution or 1024, pipeline.vae_scale_factor, 2)
 
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        vae, (mean, std) = pipeline.vae, moments(pipeline, latents)
-        frames = (latents * std + mean).to(vae.dtype).unsqueeze(2)
-        return on_white((vae.decode(frames, return_dict=False)[0][:, :, 0].float() / 2 + 0.5).clamp(0, 1))
+        return on_white(decode_frame(pipeline, latents))
 
     def encode(self, pipeline: DiffusionPipeline, images: Tensor) -> Tensor:
-        opaque = F.pad(images, (0, 0, 0, 0, 0, pipeline.vae.config.in_channels - images.shape[1]), value=1.0)
-        latents = raw_latents(pipeline.vae, opaque.unsqueeze(2)).squeeze(2)
-        mean, std = moments(pipeline, latents)
-        return (latents - mean) / std
+        missing = pipeline.vae.config.in_channels - images.shape[1]
+        return encode_frame(pipeline, F.pad(images, (0, 0, 0, 0, 0, missing), value=1.0))
 
 
 class _NoProcessor:

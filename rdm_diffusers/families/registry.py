@@ -6,6 +6,7 @@ from typing import Any
 
 from .base import Family
 from .flux import FluxFamily
+from .krea_2 import Krea2Family
 from .lumina_2 import Lumina2Family
 from .pixart_sigma import PixArtSigmaFamily
 from .qwen_image import QwenImageFamily
@@ -18,7 +19,7 @@ from .z_image import ZImageFamily
 
 CLASSES: tuple[type[Family], ...] = (
     StableDiffusionFamily, StableDiffusionXLFamily, StableDiffusion3Family, FluxFamily, PixArtSigmaFamily, SanaFamily,
-    ZImageFamily, QwenImageFamily, QwenImage21Family, Lumina2Family,
+    ZImageFamily, QwenImageFamily, QwenImage21Family, Lumina2Family, Krea2Family,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family() for family in CLASSES}
 

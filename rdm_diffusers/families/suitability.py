@@ -57,6 +57,8 @@ def check_lora(family: Family) -> None:
 
 def check_index(name: str, config: dict[str, Any]) -> None:
     """Refuses few-step models that say so in their `pipeline_config`. Raises ValueError."""
+    if config.get("is_distilled"):
+        raise ValueError(f"{name} is distilled to few steps already; give the model that it was distilled from.")
     if config.get("sample_sigmas"):  # stock calls would lay these times, not the student's
         raise ValueError(
             f"{name} names its own times of sampling (sample_sigmas in {INDEX}), which no student can change; give the "

@@ -5,6 +5,7 @@ from .saving import stock_grid, stock_scheduler
 from .student_config import STUDENT_CONFIG, StudentConfig, is_student
 from .students import (
     RdmFluxPipeline,
+    RdmKrea2Pipeline,
     RdmLumina2Pipeline,
     RdmPixArtSigmaPipeline,
     RdmQwenImage21Pipeline,
@@ -21,6 +22,7 @@ __all__ = [
     "STUDENT_CONFIG",
     "RdmDistillationPipeline",
     "RdmFluxPipeline",
+    "RdmKrea2Pipeline",
     "RdmLumina2Pipeline",
     "RdmPixArtSigmaPipeline",
     "RdmQwenImage21Pipeline",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers import (
     FluxPipeline,
+    Krea2Pipeline,
     Lumina2Pipeline,
     PixArtSigmaPipeline,
     QwenImage21Pipeline,
@@ -56,3 +57,7 @@ class RdmQwenImage21Pipeline(RdmDistillationPipeline, QwenImage21Pipeline):
 
 class RdmLumina2Pipeline(RdmDistillationPipeline, Lumina2Pipeline):
     """A few-step student of a Lumina 2 teacher."""
+
+
+class RdmKrea2Pipeline(RdmDistillationPipeline, Krea2Pipeline):
+    """A few-step student of a Krea 2 teacher."""

@@ -38,8 +38,9 @@ def meta_models(name_or_path: str, config: dict[str, Any], revision: str | None)
     models: dict[str, nn.Module] = {}
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, entry in config.items():
-        library, class_name = entry if isinstance(entry, list | tuple) else (None, None)
-        kind: Any = getattr(libraries.get(library), class_name or "", None)
+        names = isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+        library, class_name = entry if names else ("", "")  # some settings are lists, too
+        kind: Any = getattr(libraries.get(library), class_name, None)
         if nn.Module not in getattr(kind, "__mro__", ()):
             continue
         is_ours = issubclass(kind, ModelMixin)
