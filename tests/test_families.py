@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from parts import PROMPTS, relative_error, run_arguments
 from parts_families import CALLS, MAKERS, make_pipeline
 from parts_sd3 import make_shared
@@ -17,11 +18,14 @@ from torch import Tensor
 
 import rdm_diffusers.pipelines
 import train_rdm_lora
-from rdm_diffusers.evaluation.subjects import stock_name
+from rdm_diffusers.config import RunConfig
+from rdm_diffusers.evaluation.subjects import stock_name, teacher_sampler
 from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher, on_white
 from rdm_diffusers.families.flow import pack, unpack
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
+from rdm_diffusers.schedulers.grids import shifted
+from rdm_diffusers.training.assembly import teacher_shift
 
 PACKED = ("FluxPipeline", "QwenImagePipeline", "Krea2Pipeline")
 FILMS = ("QwenImagePipeline", "QwenImage21Pipeline", "Krea2Pipeline")
@@ -142,6 +146,26 @@ def test_prompts_of_any_length_can_be_joined(name: str) -> None:
     once = teacher.encode_prompts(["a", "a red seven on a blue background"])
     for key, tensor in once.tensors.items():
         assert torch.allclose(joined.tensors[key][:2].float(), tensor.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["FluxPipeline", "QwenImagePipeline", "QwenImage21Pipeline", "Lumina2Pipeline", "Krea2Pipeline"]
+)
+def test_a_shift_of_times_by_the_size_of_images_is_the_stock_pipelines(name: str) -> None:
+    teacher = make_teacher(name)
+    teacher.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    teacher.pipeline(PROMPTS[0], num_inference_steps=4, output_type="latent", **CALLS[name])
+    shift = teacher_shift(teacher, RunConfig.of(pretrained_model=name, resolution=CALLS[name]["height"]))
+    expected = torch.tensor([shifted(1 - i / 4, shift) for i in range(4)])
+    assert torch.allclose(teacher.pipeline.scheduler.sigmas[:4], expected)
+
+
+def test_images_with_alpha_are_drawn_on_white_and_one_prompt_disturbs_no_other() -> None:
+    pipeline = make_teacher("QwenImage21Pipeline").pipeline
+    sampler = teacher_sampler(pipeline, "euler", 2, 1.0, batch_size=2, **CALLS["QwenImage21Pipeline"])
+    together, _ = sampler(PROMPTS[:2], [0, 1])
+    alone, _ = sampler(PROMPTS[1:2], [1])
+    assert together.shape == (2, 3, 32, 32) and torch.equal(together[1:], alone)
 
 
 def test_a_prompt_that_does_not_fit_is_named() -> None:

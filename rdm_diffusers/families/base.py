@@ -254,6 +254,10 @@ class Family(ABC):
         patch = config.get("patch_size", 1)  # U-Nets have none
         return square_latents(config.in_channels, resolution or config.sample_size * factor, factor, patch)
 
+    def schedule_length(self, channels: int, height: int, width: int) -> int:
+        """The length by which the stock pipeline shifts times, if it shifts them by the size of latents `[C, H, W]`."""
+        return height * width // 4  # most networks read patches of 2 x 2
+
     @abstractmethod
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """Latents `[B, C, H, W]` -> images `[B, 3, H', W']` in [0, 1], float32. Gradients flow to the latents."""

@@ -64,3 +64,6 @@ class Lumina2Family(FlowFamily):
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]
+
+    def schedule_length(self, channels: int, height: int, width: int) -> int:
+        return channels  # the stock pipeline takes their number for that of tokens

@@ -101,6 +101,9 @@ class QwenImage21Family(FlowFamily):
     def latent_shape(self, pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int, int]:
         return square_latents(pipeline.transformer.config.in_channels, resolution or 1024, pipeline.vae_scale_factor, 2)
 
+    def schedule_length(self, channels: int, height: int, width: int) -> int:
+        return height * width
+
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         return on_white(decode_frame(pipeline, latents))
 

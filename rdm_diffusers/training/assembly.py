@@ -118,10 +118,10 @@ def teacher_shift(teacher: Teacher, config: RunConfig) -> float:
     settings = teacher.pipeline.scheduler.config
     if not settings.get("use_dynamic_shifting"):
         return settings.get("shift", settings.get("flow_shift", 1.0)) if teacher.schedule.is_flow else 1.0
-    _, height, width = teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution)
+    latents = teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution)
     usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
     bounds = (settings.get(name, value) for name, value in usual.items())
-    mu = calculate_shift(height * width // 4, *bounds)  # all such teachers read patches of 2 x 2
+    mu = calculate_shift(teacher.family.schedule_length(*latents), *bounds)
     return math.exp(mu) if settings.time_shift_type == "exponential" else mu
 
 
