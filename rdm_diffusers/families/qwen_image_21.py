@@ -84,6 +84,7 @@ class QwenImage21Family(FlowFamily):
         return [(x_t[p], t[p], conditioning[p], None if step is None else step[p]) for p in parts]
 
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """As in `Family`, of prompts of one length; see `calls`."""
         embeds, mask = (conditioning.tensors[name] for name in ("prompt_embeds", "prompt_embeds_mask"))
         length, (rows, columns) = int(mask[0].sum()), x_t.shape[-2:]
         # True where the sequence has a place for 2 x 2 latents of an image; here these follow the prompt.
