@@ -68,10 +68,7 @@ class Networks(ABC):
         """Conditions the fake score on the student's step that a sample comes from. Ours, not the paper's.
 
         A trainable vector per step, 0 at first, is added to the output `[B, ..., D]` of its time embedding.
-
-        Args:
-            time_embedding: the module, inside the fake score's network.
-            num_steps: K.
+        `time_embedding` is that module, inside the fake score's network, and `num_steps` is K.
         """
         last = [m for m in time_embedding.modules() if isinstance(m, nn.Linear | LoraLayer)][-1]
         self.step_embedding = nn.Parameter(torch.zeros(num_steps, last.out_features, device=last.weight.device))
@@ -79,8 +76,9 @@ class Networks(ABC):
         def add_step(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self._step is None or self.step_embedding is None:
                 return None
-            step = self._step.view(-1, *[1] * (output.ndim - 2)).to(output.device, non_blocking=True)
-            return output + self.step_embedding[step].to(output.dtype)
+            rows = self.step_embedding[self._step.to(output.device, non_blocking=True)].to(output.dtype)
+            rows = rows.view(len(rows), *[1] * (output.ndim - 2), -1)
+            return torch.cat([output[: len(rows)] + rows, output[len(rows) :]])  # there may be one more, of time 0
 
         time_embedding.register_forward_hook(add_step)
 
@@ -97,9 +95,7 @@ class Networks(ABC):
 
         Args:
             role: `student`, `fake_score`, `teacher` or `target`; only the teacher is guided, unless `guided` is false.
-            x_t: `[B, C, H, W]`.
-            t: times `[B]`.
-            conditioning: of length B.
+            x_t, t, conditioning: `[B, C, H, W]`, times `[B]`, and of length B.
             step: the student's step of each sample `[B]`; read by a fake score with a step embedding only.
 
         Returns:
@@ -119,8 +115,7 @@ class Networks(ABC):
         """Adds the gradient of `(x0 * direction).sum()` to the role's parameters, with the role restored.
 
         Args:
-            role: the role whose `predict` gave `x0`.
-            x0: `[B, C, H, W]` with its graph.
+            role, x0: whose `predict` gave x0 `[B, C, H, W]`, with its graph.
             direction: the loss's gradient with respect to x0, same shape, detached.
         """
         self.calls[f"{role} backward"] += len(x0)
@@ -180,8 +175,11 @@ class Networks(ABC):
 
     def _output(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.calls[f"{role} forward"] += len(x_t)
+        calls, outputs = self.family.calls(x_t, t, conditioning, self._step), list[Tensor]()
         with self.acting_as(role):
-            return self.family.denoise(self._network(role), x_t, t, conditioning).float()
+            for *inputs, self._step in calls:
+                outputs.append(self.family.denoise(self._network(role), *inputs).float())
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """The teacher's outputs with guidance and without."""

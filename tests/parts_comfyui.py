@@ -1,10 +1,11 @@
 """What reads a LoRA's file beside diffusers: the key maps of ComfyUI and of kohya's tools, as patterns.
 
 They are written down from what those tools do, independently of what writes the files: ComfyUI's `comfy/lora.py`
-(`model_lora_keys_unet`) with `comfy/utils.py` (`unet_to_diffusers`, `mmdit_to_diffusers`, `flux_to_diffusers`,
-`z_image_to_diffusers`) and `comfy/ldm/qwen_image/model.py`; kohya's sd-scripts `networks/lora.py` with
-`library/sdxl_original_unet.py`, whose modules have Stability's names, as they are in SDXL's original checkpoint.
-The AUTOMATIC1111 web UI's `convert_diffusers_name_to_compvis` knows the same names of Stable Diffusion 1 and 2.
+(`model_lora_keys_unet`; for Qwen-Image 2.1, Krea 2 and Lumina 2 as of September 2026, ec93dcac) with `comfy/utils.py`
+(`unet_to_diffusers`, `mmdit_to_diffusers`, `flux_to_diffusers`, `z_image_to_diffusers`, `krea2_to_diffusers`) and
+`comfy/ldm/qwen_image/model.py`; kohya's sd-scripts `networks/lora.py` with `library/sdxl_original_unet.py`, whose
+modules have Stability's names, as they are in SDXL's original checkpoint. The AUTOMATIC1111 web UI's
+`convert_diffusers_name_to_compvis` knows the same names of Stable Diffusion 1 and 2.
 """
 
 from __future__ import annotations
@@ -43,10 +44,32 @@ READ = {
     "QwenImagePipeline": rf"transformer\.transformer_blocks\.\d+\.({JOINT}|(img|txt)_mlp\.net\.(0\.proj|2))",
     "Flux2KleinPipeline": rf"transformer\.(transformer_blocks\.\d+\.({JOINT}|(ff|ff_context)\.linear_(in|out))"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out))",
+    "QwenImage21Pipeline": r"transformer\.transformer_blocks\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0)|img_mlp\.(proj|gate_layer|out))",
+    "Krea2Pipeline": r"transformer\.(transformer_blocks|text_fusion\.(layerwise|refiner)_blocks)\.\d+\."
+    r"(attn\.(to_[qkv]|to_gate|to_out\.0)|ff\.(gate|up|down))",
+    "Lumina2Pipeline": r"diffusion_model\.(layers|context_refiner|noise_refiner)\.\d+\."
+    r"(attention\.(qkv|out)|feed_forward\.w[123])",
 }
 READ |= {"ChromaPipeline": READ["FluxPipeline"], "Flux2Pipeline": READ["Flux2KleinPipeline"]}
 KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
-MATRICES = {"kohya": KOHYA, "stability": KOHYA, "diffusers": {"lora_A.weight", "lora_B.weight"}}
+PEFT = {"lora_A.weight", "lora_B.weight"}
+MATRICES = {"kohya": KOHYA, "stability": KOHYA, "diffusers": PEFT, "joint": PEFT}
+# ComfyUI's own names in Lumina 2's blocks, whose joint matrices hold the rows of several of diffusers'.
+LUMINA = {
+    "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "attention.out": ("attn.to_out.0",),
+    "feed_forward.w1": ("feed_forward.linear_1",), "feed_forward.w2": ("feed_forward.linear_2",),
+    "feed_forward.w3": ("feed_forward.linear_3",),
+}  # fmt: skip
+
+
+def paths_of(module: str) -> list[str]:
+    """diffusers' paths of the matrices that a module of a file adds to, in the order of their rows; kohya's stay."""
+    kind, _, path = module.partition(".")
+    if kind != "diffusion_model":
+        return [path or kind]
+    block, own = re.fullmatch(r"(\w+\.\d+)\.(.+)", path).groups()
+    return [f"{block}.{name}" for name in LUMINA[own]]
 
 
 def stability_parts(unet: nn.Module) -> dict[str, str]:

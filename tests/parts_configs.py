@@ -10,17 +10,29 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, Gemma2Config, Mistral3Config, Qwen2_5_VLConfig, Qwen3Config, T5Config
+from transformers import (
+    CLIPTextConfig,
+    Gemma2Config,
+    Mistral3Config,
+    Qwen2_5_VLConfig,
+    Qwen3Config,
+    Qwen3VLConfig,
+    T5Config,
+)
 
 # --- text encoders -----------------------------------------------------------------------------------------------
 CLIP_L = CLIPTextConfig(
@@ -66,6 +78,26 @@ MISTRAL_24B = Mistral3Config(
         image_size=1540, patch_size=14,
     ),
     tie_word_embeddings=False,
+)  # fmt: skip
+QWEN3_VL_8B = Qwen3VLConfig(
+    text_config=dict(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+        rope_parameters={"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"},
+    ),
+    vision_config=dict(out_hidden_size=4096),
+)  # fmt: skip
+QWEN3_VL_4B = Qwen3VLConfig(
+    text_config=dict(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+        rope_parameters={"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"},
+    ),
+    vision_config=dict(
+        depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560,
+        deepstack_visual_indexes=[5, 11, 17],
+    ),
+    tie_word_embeddings=True,
 )  # fmt: skip
 
 # --- autoencoders ------------------------------------------------------------------------------------------------
@@ -208,6 +240,30 @@ TEACHERS: dict[str, tuple[str, dict, float, float]] = {
             "text_encoder": ("Mistral3ForConditionalGeneration", MISTRAL_24B),
         },
         32.2, 24.0,
+    ),
+    "Qwen/Qwen-Image-2.1": (
+        "QwenImage21Pipeline",
+        {
+            "transformer": (QwenImage21Transformer2DModel, {}), "vae": (AutoencoderKLQwenImage21, {}),
+            "text_encoder": ("Qwen3VLForConditionalGeneration", QWEN3_VL_8B),
+        },
+        7.12, 8.77,
+    ),
+    "Alpha-VLLM/Lumina-Image-2.0": (
+        "Lumina2Pipeline",
+        {
+            "transformer": (Lumina2Transformer2DModel, {"cap_feat_dim": 2304}), "vae": (AutoencoderKL, KL_16),
+            "text_encoder": ("Gemma2Model", GEMMA_2B),
+        },
+        2.61, 2.61,
+    ),
+    "krea/Krea-2-Raw": (
+        "Krea2Pipeline",
+        {
+            "transformer": (Krea2Transformer2DModel, {}), "vae": (AutoencoderKLQwenImage, {}),
+            "text_encoder": ("Qwen3VLModel", QWEN3_VL_4B),
+        },
+        12.8, 4.44,
     ),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
         "PixArtSigmaPipeline",

@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -22,8 +23,14 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -37,11 +44,13 @@ from diffusers import (
 from parts import make_pipeline as make_sd
 from parts_sd3 import make_sd3_pipeline, t5, t5_tokenizer, text_config
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -50,6 +59,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
 
 from rdm_diffusers.tiny.captions import make_tokenizer
@@ -137,24 +149,47 @@ def make_sana() -> SanaPipeline:
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
         upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.4,
     )  # fmt: skip
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=64,
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=4,
-        )
-    )
-    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
     return SanaPipeline(
-        transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoder.eval(),
-        tokenizer=GemmaTokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]),
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=gemma(), tokenizer=gemma_tokenizer(),
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++",
         ),
+    )  # fmt: skip
+
+
+def gemma(layers: int = 1) -> Gemma2Model:
+    """A text encoder, 8 wide."""
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    return Gemma2Model(config).eval()
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """A tokenizer of small letters."""
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    return GemmaTokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+
+
+def make_lumina_2() -> Lumina2Pipeline:
+    """Lumina 2, which has fewer keys and values than queries."""
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 4, 8), cap_feat_dim=8,
+    )  # fmt: skip
+    vae = make_vae(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, shift_factor=0.1,
+    )  # fmt: skip
+    return Lumina2Pipeline(
+        transformer=transformer.eval(), vae=vae, text_encoder=gemma(2), tokenizer=gemma_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
     )  # fmt: skip
 
 
@@ -190,10 +225,6 @@ def make_qwen_image() -> QwenImagePipeline:
         in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
-        latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2],
-    )  # fmt: skip
     encoder = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config=dict(
@@ -216,7 +247,7 @@ def make_qwen_image() -> QwenImagePipeline:
         )
     )
     return QwenImagePipeline(
-        transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(),
+        transformer=transformer.eval(), vae=qwen_vae(), text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )  # fmt: skip
 
@@ -301,6 +332,78 @@ def make_chroma() -> ChromaPipeline:
     )  # fmt: skip
 
 
+def qwen_vae() -> AutoencoderKLQwenImage:
+    """Qwen-Image's autoencoder of films, with latents of 4 channels, a fourth as wide and as high."""
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2],
+    ).eval()  # fmt: skip
+
+
+def make_qwen_image_21() -> QwenImage21Pipeline:
+    """Qwen-Image 2.1, whose autoencoder has an alpha channel and makes one latent of 16 x 16 pixels.
+
+    transformers' processor of Qwen3-VL needs torchvision. Another of its processors does the same with text.
+    """
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2],
+    )  # fmt: skip
+    encoder = Qwen3VLForConditionalGeneration(qwen3_vl_config())
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>"]})
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(), tokenizer, image_token="<|image_pad|>",
+        chat_template=CHAT.replace("message['content']", "message['content'][0]['text']"),
+    )  # fmt: skip
+    return QwenImage21Pipeline(
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoder.eval(),
+        processor=processor,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+    )  # fmt: skip
+
+
+def make_krea_2() -> Krea2Pipeline:
+    """Krea 2, which reads several layers of its text encoder; its chat template ends in five tokens, as by default."""
+    transformer = Krea2Transformer2DModel(
+        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=3, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens(["assistant"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return Krea2Pipeline(
+        transformer=transformer.eval(), vae=qwen_vae(), text_encoder=Qwen3VLModel(qwen3_vl_config()).eval(),
+        tokenizer=tokenizer, text_encoder_select_layers=(2, 1, 0),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+    )  # fmt: skip
+
+
+def qwen3_vl_config() -> Qwen3VLConfig:
+    """A Qwen3-VL of two layers, 16 wide."""
+    return Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            rope_parameters={"mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_type": "default"},
+        ),
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, deepstack_visual_indexes=[0]
+        ),
+    )
+
+
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """A tokenizer of single bytes, with Qwen's chat template."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -333,6 +436,9 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "Flux2KleinPipeline": make_flux_2_klein,
     "ChromaPipeline": make_chroma,
     "Flux2Pipeline": make_flux_2,
+    "QwenImage21Pipeline": make_qwen_image_21,
+    "Lumina2Pipeline": make_lumina_2,
+    "Krea2Pipeline": make_krea_2,
 }
 # What the stock pipelines are called with for pictures so small and prompts so short.
 CALLS: dict[str, dict] = {
@@ -345,6 +451,9 @@ CALLS: dict[str, dict] = {
     "Flux2KleinPipeline": {"height": 32, "width": 32, "max_sequence_length": 64},
     "ChromaPipeline": {"height": 32, "width": 32, "max_sequence_length": 48},
     "Flux2Pipeline": {"height": 32, "width": 32, "max_sequence_length": 256},
+    "QwenImage21Pipeline": {"height": 32, "width": 32},
+    "Lumina2Pipeline": {"height": 32, "width": 32, "max_sequence_length": 224},
+    "Krea2Pipeline": {"height": 32, "width": 32, "max_sequence_length": 208},
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers.loaders import lora_base
 from parts import PROMPTS
-from parts_comfyui import assert_read, modules_of, stability_modules
+from parts_comfyui import assert_read, modules_of, paths_of, stability_modules
 from parts_configs import TEACHERS
 from parts_families import CALLS, MAKERS, make_pipeline
 from parts_sd3 import make_shared
@@ -31,6 +31,8 @@ from rdm_diffusers.training.assembly import make_scheduler
 
 NAMES = [name for name in MAKERS if FAMILIES[name].has_lora and has_comfyui(name)]
 every = pytest.mark.parametrize("name", NAMES)
+# diffusers loads files with ComfyUI's own names of Lumina 2 at the published size only, and if they adapt all layers.
+LOADED = [name for name in NAMES if FAMILIES[name].comfyui_keys != "joint"]
 RANK, ALPHA, STEPS = 2, 5, 4
 
 
@@ -76,7 +78,7 @@ def test_comfyui_and_kohya_read_every_key(name: str, students) -> None:
     assert_read(load_file(file_of(students(name))), name)
 
 
-@every
+@pytest.mark.parametrize("name", LOADED)
 def test_diffusers_reads_every_key_and_draws_the_same_pictures(name: str, students) -> None:
     folder, family = students(name), FAMILIES[name]
     student = RdmDistillationPipeline.from_pipe(make_pipeline(name), folder)
@@ -103,9 +105,11 @@ def added_by_hand(network: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[
     for module in modules_of(tensors):
         kohya = module in paths
         down, up = (tensors[f"{module}.lora_{m}.weight"] for m in (("down", "up") if kohya else ("A", "B")))
-        path = f"{paths[module] if kohya else module.removeprefix('transformer.')}.weight"
         scale = tensors[f"{module}.alpha"].item() / down.shape[0] if kohya else 1.0
-        weights[path] = weights[path] + scale * (up.flatten(1) @ down.flatten(1)).reshape(weights[path].shape)
+        names = [f"{path}.weight" for path in ([paths[module]] if kohya else paths_of(module))]
+        added = (scale * (up.flatten(1) @ down.flatten(1))).split([len(weights[name]) for name in names])
+        for name, rows in zip(names, added, strict=True):
+            weights[name] = weights[name] + rows.reshape(weights[name].shape)
     return weights
 
 
@@ -147,7 +151,8 @@ def test_the_default_modules_of_real_models_are_read(teacher: str) -> None:
     name, denoiser, weights = real_lora(teacher)
     keys = as_comfyui(weights, ALPHA, FAMILIES[name], denoiser.config).keys()
     assert_read(keys, name)
-    assert len(modules_of(keys)) == len(adapted(denoiser)) >= 100
+    paths = [path for module in modules_of(keys) for path in paths_of(module)]
+    assert len(set(paths)) == len(paths) == len(adapted(denoiser)) >= 100
 
 
 # Where ComfyUI's own network has one matrix for several of diffusers', a LoRA goes to rows of it: as many as the
@@ -173,6 +178,28 @@ def test_what_goes_into_rows_of_a_joint_matrix_has_their_number(teacher: str) ->
                 assert tensor.shape[0] == share * WIDTHS[teacher], key
                 seen += 1
     assert seen >= 6 * 5
+
+
+def test_diffusers_own_conversion_of_lumina_2s_names_gives_the_same_lora() -> None:
+    family, rank = FAMILIES["Lumina2Pipeline"], RANK
+    kind, settings = TEACHERS["Alpha-VLLM/Lumina-Image-2.0"][1]["transformer"]
+    with torch.device("meta"):
+        denoiser = kind(**{**settings, "num_layers": 1, "num_refiner_layers": 1})
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=list(family.lora_target_modules)))
+    layers = get_peft_model_state_dict(denoiser, adapter_name="default")
+    weights = {f"transformer.{key}": torch.randn(tensor.shape) for key, tensor in layers.items()}
+    tensors = as_comfyui(weights, ALPHA, family, denoiser.config)
+    for block in ("layers", "noise_refiner"):  # diffusers wants every layer
+        for matrix, shape in (("A", (rank, 4)), ("B", (4, rank))):
+            tensors[f"diffusion_model.{block}.0.adaLN_modulation.1.lora_{matrix}.weight"] = torch.zeros(shape)
+    read = diffusers.Lumina2Pipeline.lora_state_dict(tensors)
+    paths = {key.rpartition(".lora_")[0] for key in weights}
+    assert paths == {key.rpartition(".lora_")[0] for key in read if "norm1" not in key} and len(paths) == 3 * 7
+    for path in paths:
+        (down, up), (own_down, own_up) = (
+            (each[f"{path}.lora_A.weight"], each[f"{path}.lora_B.weight"]) for each in (read, weights)
+        )
+        assert torch.allclose(up @ down, ALPHA / rank * own_up @ own_down, atol=1e-3)
 
 
 # --- the file ------------------------------------------------------------------------------------------------------

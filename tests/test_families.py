@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from parts import PROMPTS, relative_error, run_arguments
 from parts_families import CALLS, MAKERS, make_pipeline
 from parts_sd3 import make_shared
@@ -18,12 +18,17 @@ from torch import Tensor
 
 import rdm_diffusers.pipelines
 import train_rdm_lora
-from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher
+from rdm_diffusers.config import RunConfig
+from rdm_diffusers.evaluation.subjects import stock_name, teacher_sampler
+from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher, on_white
 from rdm_diffusers.families.flow import pack, unpack
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
+from rdm_diffusers.schedulers.grids import shifted
+from rdm_diffusers.training.assembly import teacher_shift
 
-PACKED = ("FluxPipeline", "QwenImagePipeline", "ChromaPipeline")
+PACKED = ("FluxPipeline", "QwenImagePipeline", "ChromaPipeline", "Krea2Pipeline")
+FILMS = ("QwenImagePipeline", "QwenImage21Pipeline", "Krea2Pipeline")
 every = pytest.mark.parametrize("name", MAKERS)
 loras = pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
 
@@ -53,22 +58,30 @@ def stock_latents(name: str, latents: Tensor) -> Tensor:
     """As the stock pipeline takes them."""
     if name.startswith("Flux2"):
         return Flux2KleinPipeline._patchify_latents(latents)
+    if name == "QwenImage21Pipeline":
+        return latents.flatten(2).transpose(1, 2)
     return pack(latents) if name in PACKED else latents
 
 
 def own_latents(pipeline: DiffusionPipeline, raw: Tensor, like: Tensor) -> Tensor:
     """From those that the stock pipeline gives, in our shape."""
+    name = type(pipeline).__name__
     if isinstance(pipeline, Flux2KleinPipeline):
         norm = copy.deepcopy(pipeline.vae.bn).eval()
         return Flux2KleinPipeline._unpatchify_latents(norm(Flux2KleinPipeline._patchify_latents(raw)))
-    return unpack(raw, like) if type(pipeline).__name__ in (*PACKED, "Flux2Pipeline") else raw
+    if name == "QwenImage21Pipeline":
+        return raw.transpose(1, 2).reshape(like.shape)
+    return unpack(raw, like) if name in (*PACKED, "Flux2Pipeline") else raw
 
 
 def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:3], first_seed: int = 0, **options: Any) -> Tensor:
     """Pictures in [0, 1], each of its own seed."""
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(prompt=list(prompts), generator=generators, output_type="pt", **options).images
+    size = 1 if FAMILIES[stock_name(pipeline)].mixes_prompts else len(prompts)
+    parts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+    calls = ({"prompt": list(prompts[part]), "generator": generators[part], **options} for part in parts)
+    return torch.cat([pipeline(output_type="pt", **call).images for call in calls])
 
 
 def test_every_family_has_its_pipeline_class() -> None:
@@ -87,13 +100,17 @@ def test_the_guided_teacher_is_what_the_stock_pipeline_computes_in_one_step(name
     stock.scheduler = teacher.family.stock_scheduler(stock.scheduler, 1, eta=0)
     told = teacher.family.embeds_guidance(stock)
     guided = {"guidance_scale": 3.5} if told else teacher.family.guided(guidance_scale)
+    size = 1 if teacher.family.mixes_prompts else 2
     if "negative_prompt" in guided:
-        guided["negative_prompt"] = [guided["negative_prompt"]] * 2
+        guided["negative_prompt"] = [guided["negative_prompt"]] * size
+    call = {"num_inference_steps": 1, "output_type": "latent", **CALLS.get(name, {}), **guided}
+    parts = [slice(i, i + size) for i in range(0, 2, size)]
     with torch.no_grad():
-        expected = stock(
-            prompt=list(PROMPTS[:2]), latents=stock_latents(name, latents), num_inference_steps=1, output_type="latent",
-            **{**CALLS.get(name, {}), **guided},
-        ).images  # fmt: skip
+        rows = [
+            stock(prompt=list(PROMPTS[part]), latents=stock_latents(name, latents[part]), **call).images
+            for part in parts
+        ]
+    expected = torch.cat(rows)
     conditioning = teacher.encode_prompts(PROMPTS[:2])
     networks = make_networks(teacher, 1.0 if told else guidance_scale)
     first = torch.full((2,), 1000.0 if teacher.schedule.is_flow else 999)
@@ -141,6 +158,20 @@ def test_a_step_embedding_changes_the_samples_of_its_step_alone(name: str) -> No
     assert [float(change.abs().max()) > 1e-4 for change in changes] == [False, True, True]
 
 
+@loras
+def test_the_fake_score_reads_the_step_of_each_sample_however_the_network_embeds_times(name: str) -> None:
+    teacher = make_teacher(name)
+    networks = make_networks(teacher, 1.0)
+    networks.add_step_embedding(teacher.denoiser.get_submodule(teacher.family.time_embedding_name), 2)
+    networks.step_embedding.data[1] = 1.0
+    latents = torch.randn(2, *teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution))
+    inputs = latents, torch.full((2,), 500.0), teacher.encode_prompts(PROMPTS[:2])
+    with torch.no_grad():
+        plain, stepped = (networks.predict(FAKE_SCORE, *inputs, step=torch.tensor(steps)) for steps in ([0, 0], [0, 1]))
+    assert torch.allclose(plain[0], stepped[0], atol=1e-5)
+    assert relative_error(stepped[1], plain[1]) > 1e-4
+
+
 @pytest.mark.parametrize(("name", "told"), [("StableDiffusionPipeline", None), ("FluxPipeline", 3.5)])
 def test_only_a_guidance_distilled_teacher_reads_prompts_with_a_guidance(
     name: str, told: float | None, teacher_folders
@@ -160,6 +191,43 @@ def test_prompts_of_any_length_can_be_joined(name: str) -> None:
         assert torch.allclose(joined.tensors[key][:2].float(), tensor.float(), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["FluxPipeline", "QwenImagePipeline", "QwenImage21Pipeline", "Lumina2Pipeline", "Krea2Pipeline"]
+)
+def test_a_shift_of_times_by_the_size_of_images_is_the_stock_pipelines(name: str) -> None:
+    teacher = make_teacher(name)
+    teacher.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    teacher.pipeline(PROMPTS[0], num_inference_steps=4, output_type="latent", **CALLS[name])
+    shift = teacher_shift(teacher, RunConfig.of(pretrained_model=name, resolution=CALLS[name]["height"]))
+    expected = torch.tensor([shifted(1 - i / 4, shift) for i in range(4)])
+    assert torch.allclose(teacher.pipeline.scheduler.sigmas[:4], expected)
+
+
+def test_images_with_alpha_are_drawn_on_white_and_one_prompt_disturbs_no_other() -> None:
+    pipeline = make_teacher("QwenImage21Pipeline").pipeline
+    sampler = teacher_sampler(pipeline, "euler", 2, 1.0, batch_size=2, **CALLS["QwenImage21Pipeline"])
+    together, _ = sampler(PROMPTS[:2], [0, 1])
+    alone, _ = sampler(PROMPTS[1:2], [1])
+    assert together.shape == (2, 3, 32, 32) and torch.equal(together[1:], alone)
+
+
+def test_a_prompt_that_does_not_fit_is_named() -> None:
+    teacher = make_teacher("QwenImage21Pipeline")
+    with pytest.raises(ValueError, match=r"A prompt has 6\d\d tokens, and at most 512 are read; shorten 'words words"):
+        teacher.encode_prompts(["a", "words " * 100])
+
+
+def test_samples_with_prompts_of_one_length_go_through_the_network_together() -> None:
+    teacher = make_teacher("QwenImage21Pipeline")
+    conditioning = teacher.encode_prompts(["a", "b", "word", "c"])
+    samples = torch.arange(4)
+    assert [call[0].tolist() for call in teacher.family.calls(samples, samples, conditioning, None)] == [
+        [0, 1],
+        [2],
+        [3],
+    ]
+
+
 @every
 def test_latents_are_decoded_as_by_the_stock_pipeline(name: str) -> None:
     teacher = make_teacher(name)
@@ -175,7 +243,7 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(name: str) -> None:
             for kind in ("pt", "latent")
         )
     raw = own_latents(teacher.pipeline, raw, latents)
-    assert (teacher.family.decode(teacher.pipeline, raw) - pictures).abs().max() < 1e-5
+    assert (teacher.family.decode(teacher.pipeline, raw) - on_white(pictures)).abs().max() < 1e-5
 
 
 @every
@@ -185,11 +253,14 @@ def test_encoding_inverts_decoding_as_far_as_the_autoencoder_can(name: str) -> N
     if name == "StableDiffusionXLPipeline":  # as in the fine-tunes that state them
         vae.register_to_config(latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.5, 1.0, 0.8, 1.2])
     images = torch.rand(2, 3, 32, 32)
-    films = images.unsqueeze(2) if name == "QwenImagePipeline" else images
+    films = images.unsqueeze(2) if name in FILMS else images
+    if name == "QwenImage21Pipeline":
+        films = torch.cat([films, torch.ones_like(films[:, :1])], dim=1)  # opaque
     with torch.no_grad():
         encoded = vae.encode(films * 2 - 1)
         raw = encoded.latent if name == "SanaPipeline" else encoded.latent_dist.mode()
-        expected = (vae.decode(raw, return_dict=False)[0].reshape(images.shape) / 2 + 0.5).clamp(0, 1)
+        decoded = vae.decode(raw, return_dict=False)[0].reshape(2, -1, *images.shape[2:])
+        expected = on_white((decoded / 2 + 0.5).clamp(0, 1))
         latents = teacher.family.encode(teacher.pipeline, images)
         assert latents.shape[1:] == teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution)
         assert relative_error(latents, raw.reshape(latents.shape)) > 0.01  # they are scaled

@@ -232,7 +232,11 @@ def kept_by_forward(teacher: Teacher, x_t: Tensor) -> int:
             kept[storage._cdata] = tensor, storage.nbytes()
         return tensor
 
-    conditioning = teacher.encode_prompts(["a red seven on a blue background"] * len(x_t))
+    prompt = "a red seven on a blue background"
+    if teacher.name in ("QwenImage21Pipeline", "Krea2Pipeline"):  # the longest prompt is planned
+        missing = teacher.encode_prompts([prompt]).tensors["prompt_embeds_mask"].eq(0).sum()
+        prompt += "!" * int(missing)
+    conditioning = teacher.encode_prompts([prompt] * len(x_t))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         networks.predict(STUDENT, x_t, torch.full((len(x_t),), 500), conditioning)
     return sum(size for _, size in kept.values())

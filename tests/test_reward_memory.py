@@ -143,7 +143,9 @@ def test_a_batch_of_its_own_for_decoding_changes_no_result(argv) -> None:
 # --- the decoder --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SanaPipeline", "QwenImagePipeline", "StableDiffusionPipeline"])
+@pytest.mark.parametrize(
+    "name", ["SanaPipeline", "QwenImagePipeline", "QwenImage21Pipeline", "StableDiffusionPipeline"]
+)
 def test_gradient_checkpointing_is_for_the_autoencoders_that_support_it_and_the_others_are_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

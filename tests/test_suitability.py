@@ -14,8 +14,10 @@ from parts_families import make_pipeline, make_sdxl, make_vae
 from torch import Tensor
 
 import train_rdm_lora
+from rdm_diffusers.config import RunConfig
 from rdm_diffusers.families import FAMILIES, load_teacher
 from rdm_diffusers.pipelines import RdmDistillationPipeline, RdmStableDiffusionXLPipeline
+from rdm_diffusers.training.teacher_checks import check_with_teacher
 
 
 def refusal(pipeline, folder: Path) -> str:
@@ -54,6 +56,24 @@ def test_epsilon_prediction_with_zero_terminal_snr(tmp_path: Path) -> None:
 def test_v_prediction_with_zero_terminal_snr_is_taken(tmp_path: Path) -> None:
     make_sdxl("v_prediction", rescale_betas_zero_snr=True).save_pretrained(tmp_path)
     assert load_teacher(str(tmp_path), torch.float32).prediction_type == "v_prediction"
+
+
+def test_a_model_with_its_own_times_of_sampling(tmp_path: Path) -> None:
+    pipeline = make_pipeline("QwenImage21Pipeline")
+    pipeline.register_to_config(sample_sigmas=[1.0, 0.9, 0.6])
+    said = refusal(pipeline, tmp_path)
+    assert said.startswith("TEACHER names its own times of sampling (sample_sigmas in model_index.json)")
+    with pytest.raises(ValueError, match="names its own times of sampling"):
+        check_with_teacher(RunConfig.of(pretrained_model=str(tmp_path)))
+
+
+def test_a_model_that_says_that_it_is_distilled(tmp_path: Path) -> None:
+    pipeline = make_pipeline("Krea2Pipeline")
+    pipeline.register_to_config(is_distilled=True)
+    assert refusal(pipeline, tmp_path) == (
+        "TEACHER is distilled to few steps already (is_distilled in its model_index.json); give the model that it was "
+        "distilled from, for example krea/Krea-2-Raw."
+    )
 
 
 def test_an_inpainting_model(tmp_path: Path) -> None:

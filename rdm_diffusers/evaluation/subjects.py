@@ -21,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..families import FAMILIES, PromptOptions, load_teacher, rebuilt
+from ..families import FAMILIES, PromptOptions, load_teacher, on_white, rebuilt
 from ..pipelines import RdmDistillationPipeline, StudentConfig
 from ..tiny import is_tiny
 from ..tiny.reference import REFERENCES
@@ -117,7 +117,8 @@ class Sampler:
         pipeline: any text-to-image pipeline.
         steps: sampling steps.
         guided: whether a step takes two network calls, one of them without the prompt.
-        batch_size: pictures drawn at once; a picture depends on its prompt and seed only.
+        batch_size: pictures drawn at once; a picture depends on its prompt and seed only, for which some families'
+            pictures are drawn one by one.
         call_options: further arguments of the pipeline, for example `max_sequence_length`.
     """
 
@@ -141,8 +142,9 @@ class Sampler:
         """
         self.pipeline.set_progress_bar_config(disable=True)
         started, parts = time.perf_counter(), []
-        for start in range(0, len(prompts), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        size = 1 if FAMILIES[stock_name(self.pipeline)].mixes_prompts else self.batch_size
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
             output = self.pipeline(
                 prompt=list(prompts[part]),
                 num_inference_steps=self.steps,
@@ -150,7 +152,7 @@ class Sampler:
                 output_type="pt",
                 **self.call_options,
             )
-            parts.append(output.images.float().cpu())
+            parts.append(on_white(output.images.float().cpu()))
         return torch.cat(parts), (time.perf_counter() - started) / len(prompts)
 
 
@@ -249,7 +251,7 @@ def _make_record(options: Options, solver: str, scale: float | None, sampler: Sa
     return {
         "kind": "student" if options.student else "teacher",
         "name": str(Path(name).resolve()) if Path(name).is_dir() else name,
-        "pipeline": next(base.__name__ for base in type(pipeline).__mro__ if base.__name__ in FAMILIES),
+        "pipeline": stock_name(pipeline),
         "weights_sha256": digest_of_tensors(tensors, SAMPLED),
         "scheduler_sha256": digest_of_texts([type(pipeline.scheduler).__name__, json.dumps(grid, sort_keys=True)]),
         "sampler": solver,
@@ -260,6 +262,11 @@ def _make_record(options: Options, solver: str, scale: float | None, sampler: Sa
         "dtype": options.dtype,
         "versions": installed_versions(DRAWING_PACKAGES),
     }
+
+
+def stock_name(pipeline: DiffusionPipeline) -> str:
+    """The name of the stock class that a pipeline is an instance of."""
+    return next(base.__name__ for base in type(pipeline).__mro__ if base.__name__ in FAMILIES)
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What differs between teachers, one file each."""
 
-from .base import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, Conditioning, Family, PromptOptions, rebuilt
+from .base import CARD, INDEX, LORA_FILE, STUDENT_CONFIG, Family, on_white, rebuilt
+from .conditioning import Conditioning, PromptOptions
 from .few_steps import check_lora_not_distilled, few_step_warning
 from .hub_files import explain_hub_errors, fetch, use_token
 from .loading import (
@@ -31,6 +32,6 @@ __all__ = [
     "check_lora", "check_lora_not_distilled", "check_no_checkpoint", "check_pipeline", "check_prediction",
     "check_teacher", "explain_hub_errors", "family_of", "fetch", "few_step_warning", "full_name", "fuse_loras",
     "is_single_file", "load_denoiser", "load_options", "load_parts", "load_scheduler", "load_teacher", "load_tiny_vae",
-    "load_vae", "options_for", "origin_of", "parts_of", "pipeline_config", "rank_of", "read_lora", "rebuilt", "rest_of",
-    "schedule_of", "teacher_config", "use_token",
+    "load_vae", "on_white", "options_for", "origin_of", "parts_of", "pipeline_config", "rank_of", "read_lora",
+    "rebuilt", "rest_of", "schedule_of", "teacher_config", "use_token",
 ]  # fmt: skip

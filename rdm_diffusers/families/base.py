@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from ..sizes import Resolution, height_and_width, in_words, nearest
+from .conditioning import Conditioning, PromptOptions
 
 # File names: of every student, of a LoRA, of a whole pipeline, and of a model card.
 STUDENT_CONFIG = "rdm_config.json"
@@ -23,53 +23,9 @@ INDEX = "model_index.json"
 CARD = "README.md"
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What a family's denoiser needs besides x_t and t: named tensors, each `[B, ...]` along the same batch."""
-
-    tensors: dict[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, index: Tensor | slice) -> Conditioning:
-        """The selected samples, as a `Conditioning`."""
-        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
-
-    def expand(self, batch: int) -> Conditioning:
-        """A conditioning of length 1, repeated `batch` times without copying."""
-        return Conditioning({name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
-        """On another device, with the floating-point tensors in `dtype`."""
-        dtypes = {name: dtype if each.is_floating_point() else each.dtype for name, each in self.tensors.items()}
-        return Conditioning({name: each.to(device, dtypes[name]) for name, each in self.tensors.items()})
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Joined along the batch; all parts must name the same tensors."""
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """How prompts are read, by teacher and student alike.
-
-    Args:
-        max_sequence_length: tokens that the large text encoder reads, if there is one; by default the family's
-            `prompt_tokens`.
-        resolution: pixels per side, or "WIDTHxHEIGHT"; by default the teacher's own.
-        embedded_guidance: the guidance that a guidance-distilled denoiser gets as an input.
-    """
-
-    max_sequence_length: int | None = None
-    resolution: Resolution | None = None
-    embedded_guidance: float | None = None
-
-    @property
-    def length(self) -> dict[str, int]:
-        """`max_sequence_length` as an argument of the stock pipeline, if it is set."""
-        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+def on_white(images: Tensor) -> Tensor:
+    """Images in [0, 1] `[B, 3, H, W]` of those with an alpha channel, `[B, 4, H, W]`; others stay. Gradients flow."""
+    return images if images.shape[1] == 3 else images[:, :3] * images[:, 3:] + (1 - images[:, 3:])
 
 
 @torch.no_grad()
@@ -84,11 +40,6 @@ def rebuilt(pipeline_class: type[DiffusionPipeline], pipeline: DiffusionPipeline
     _, names = pipeline._get_signature_keys(pipeline)
     settings = {name: pipeline.config[name] for name in names if name in pipeline.config}
     return pipeline_class(**{**pipeline.components, **replaced}, **settings)
-
-
-def encoding_device(pipeline: DiffusionPipeline) -> torch.device:
-    """The device of a pipeline's text encoders, which may differ from that of its other networks."""
-    return next(pipeline.text_encoder.parameters()).device
 
 
 class Family(ABC):
@@ -108,10 +59,12 @@ class Family(ABC):
         has_lora: whether the stock pipeline loads LoRAs; if not, students are full ones.
         has_tiny_vae: whether the stock pipeline decodes with an `AutoencoderTiny` in its autoencoder's place.
         stock_multiple: pixels of which each side must be a multiple for the stock pipeline, with any autoencoder.
+        mixes_prompts: whether a sample of the stock pipeline depends on the lengths of the other prompts in its call.
         bins_resolutions: whether the stock pipeline rounds to the nearest of its own resolutions by default.
         comfyui_shift: the ComfyUI node that undoes the teacher's shift of times; a student's usual grid is even.
         comfyui_keys: how a LoRA names its weights for ComfyUI: as kohya's tools do, with diffusers' or with Stability's
-            paths (`kohya`, `stability`), as diffusers does, or None if ComfyUI cannot read one.
+            paths (`kohya`, `stability`), as diffusers does, as ComfyUI does, with a joint matrix of queries, keys and
+            values (`joint`), or None if ComfyUI cannot read one.
         architecture_name: the network's name in ModelSpec, or else among its users.
         kohya_base_version: kohya's name for the base model, if tools look for it.
     """
@@ -127,9 +80,10 @@ class Family(ABC):
     has_lora: bool = True
     has_tiny_vae: bool = True
     stock_multiple: int = 1
+    mixes_prompts: bool = False
     bins_resolutions: bool = False
     comfyui_shift: str | None = None
-    comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = None
+    comfyui_keys: Literal["kohya", "stability", "diffusers", "joint"] | None = None
     architecture_name: str = ""
     kohya_base_version: str | None = None
 
@@ -170,6 +124,10 @@ class Family(ABC):
         """The guided output u + w (c - u), without and with the prompt `[B, C, H, W]`; w may be `[B, 1, 1, 1]`."""
         return unconditional + guidance_scale * (conditional - unconditional)
 
+    def blank_components(self) -> dict[str, Any]:
+        """What the stock pipeline's constructor needs in place of components that are not networks; mostly nothing."""
+        return {}
+
     def embeds_guidance(self, pipeline: DiffusionPipeline) -> bool:
         """Whether the denoiser is guidance-distilled: it gets its guidance as an input, and is called once a step."""
         return False
@@ -178,16 +136,16 @@ class Family(ABC):
         """What the denoiser predicts, one of `prediction.PREDICTION_TYPES`."""
         return scheduler.config.get("prediction_type", "flow_prediction")
 
-    def dynamic_shift(self, settings: Mapping[str, Any], patches: int, num_steps: int) -> float:
+    def dynamic_shift(self, settings: Mapping[str, Any], length: int, num_steps: int) -> float:
         """The stock pipeline's `mu`, which shifts the times of a scheduler with `use_dynamic_shifting`.
 
         Args:
             settings: the scheduler's.
-            patches: of an image's latents.
+            length: `schedule_length` of an image's latents.
             num_steps: of the teacher.
         """
         usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        return float(calculate_shift(patches, *(settings.get(name, value) for name, value in usual.items())))
+        return float(calculate_shift(length, *(settings.get(name, value) for name, value in usual.items())))
 
     def architecture(self, text_width: int | None, prediction_type: str) -> str:
         """The network's name in the header of a LoRA file.
@@ -243,6 +201,17 @@ class Family(ABC):
     def conditioning_shapes(self, pipeline: DiffusionPipeline, options: PromptOptions) -> dict[str, tuple[int, ...]]:
         """The shapes of one prompt's tensors, from the networks' configurations alone."""
 
+    def calls(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None
+    ) -> Sequence[tuple[Any, ...]]:
+        """These samples, of a batch, as one call of `denoise` or several, if some would disturb each other.
+
+        Args:
+            x_t, t, conditioning: as of `denoise`.
+            step: the student's step of each sample `[B]`, if the network reads it.
+        """
+        return [(x_t, t, conditioning, step)]
+
     @abstractmethod
     def denoise(self, denoiser: Callable[..., tuple], x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Calls the denoiser on x_t `[B, C, H, W]` at times `[B]`; its raw output `[B, C, H, W]`.
@@ -279,6 +248,10 @@ class Family(ABC):
     def largest_side(self, pipeline: DiffusionPipeline) -> int | None:
         """The longest side in pixels for which the denoiser has positions; None if it computes them for any size."""
         return None
+
+    def schedule_length(self, channels: int, height: int, width: int) -> int:
+        """The length by which the stock pipeline shifts times, if it shifts them by the size of latents `[C, H, W]`."""
+        return height * width // 4  # most networks read patches of 2 x 2
 
     @abstractmethod
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from diffusers import ChromaPipeline, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from .base import Conditioning, PromptOptions, encoding_device
+from .conditioning import Conditioning, PromptOptions, encoding_device
 from .flow import PackedFlowFamily, pack, unpack
 
 

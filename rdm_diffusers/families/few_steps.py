@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import LCMScheduler, SchedulerMixin, TCDScheduler
 from safetensors import safe_open
 
-from .base import STUDENT_CONFIG
+from .base import INDEX, STUDENT_CONFIG
 from .loras import Lora
 
 # Names of methods and releases, as whole words.
@@ -37,6 +37,9 @@ BASES = {
     "SanaPipeline": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     "ZImagePipeline": "Tongyi-MAI/Z-Image",
     "QwenImagePipeline": "Qwen/Qwen-Image",
+    "QwenImage21Pipeline": "Qwen/Qwen-Image-2.1",
+    "ChromaPipeline": "lodestones/Chroma1-HD",
+    "Krea2Pipeline": "krea/Krea-2-Raw",
 }
 OWN_MARK = "distilled with rdm_diffusers"  # in the description of a student's file for ComfyUI
 TITLES = ("ss_output_name", "modelspec.title")  # names in the metadata of kohya's tools and of ModelSpec
@@ -65,6 +68,11 @@ def check_not_distilled(
         reason = f"its scheduler is a {type(scheduler).__name__}"
     if reason:
         raise ValueError(f"{name} is distilled to few steps already ({reason}); {_instead(index)}.")
+    if index.get("sample_sigmas"):  # stock calls would lay these times, not the student's
+        raise ValueError(
+            f"{name} names its own times of sampling (sample_sigmas in {INDEX}), which no student can change; give the "
+            "model that it was distilled from, or set them to null."
+        )
 
 
 def few_step_warning(

@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from torch import Tensor
 
 from ..sizes import Resolution
-from .base import Family, PromptOptions
+from .base import Family
+from .conditioning import PromptOptions
 
 
 class FlowFamily(Family):
@@ -18,7 +19,7 @@ class FlowFamily(Family):
 
     denoiser_name = "transformer"
     time_embedding_name = "time_text_embed"
-    comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = "diffusers"
+    comfyui_keys: Literal["kohya", "stability", "diffusers", "joint"] | None = "diffusers"
 
     def prediction_type(self, scheduler: SchedulerMixin) -> str:
         return "flow_prediction"

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device
+from .conditioning import Conditioning, PromptOptions, encoding_device
 from .flow import EmbeddedGuidance, PackedFlowFamily, guidance_input, pack, unpack
 
 

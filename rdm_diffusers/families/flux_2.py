@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, Mode
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, raw_latents
+from .base import raw_latents
+from .conditioning import Conditioning, PromptOptions, encoding_device
 from .flow import EmbeddedGuidance, PackedFlowFamily, guidance_input, pack, unpack
 
 MOST_SINGLE_BLOCKS = 48  # of the largest of these models
@@ -35,9 +36,9 @@ class Flux2KleinFamily(PackedFlowFamily):
         *(f"single_transformer_blocks.{index}.attn.to_out" for index in range(MOST_SINGLE_BLOCKS)),
     )  # fmt: skip
 
-    def dynamic_shift(self, settings: Mapping[str, Any], patches: int, num_steps: int) -> float:
+    def dynamic_shift(self, settings: Mapping[str, Any], length: int, num_steps: int) -> float:
         """As in `Family`, by the models' own formula, which depends on the number of steps, too."""
-        return compute_empirical_mu(patches, num_steps)
+        return compute_empirical_mu(length, num_steps)
 
     @torch.no_grad()
     def encode_prompts(

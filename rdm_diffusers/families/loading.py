@@ -14,7 +14,8 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from ..tiny import is_tiny, resolve_teacher
 from ..untrusted import read_object
-from .base import INDEX, STUDENT_CONFIG, PromptOptions
+from .base import INDEX, STUDENT_CONFIG
+from .conditioning import PromptOptions
 from .hub_files import explain_hub_errors, fetch, repository_files
 from .loras import Lora, fuse_loras
 from .quantization import quantised_copy, quantized_loading

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device, raw_latents
+from .base import raw_latents
+from .conditioning import Conditioning, PromptOptions, encoding_device
 from .flow import PackedFlowFamily, pack, unpack
 
 NOTHING = " "  # the negative prompt of the model's own examples
@@ -80,14 +81,24 @@ class QwenImageFamily(PackedFlowFamily):
         return unpack(output, x_t)
 
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        vae, (mean, std) = pipeline.vae, _moments(pipeline, latents)
-        frames = (latents * std + mean).to(vae.dtype).unsqueeze(2)
-        return (vae.decode(frames, return_dict=False)[0][:, :, 0].float() / 2 + 0.5).clamp(0, 1)
+        return decode_frame(pipeline, latents)
 
     def encode(self, pipeline: DiffusionPipeline, images: Tensor) -> Tensor:
-        latents = raw_latents(pipeline.vae, images.unsqueeze(2)).squeeze(2)
-        mean, std = _moments(pipeline, latents)
-        return (latents - mean) / std
+        return encode_frame(pipeline, images)
+
+
+def decode_frame(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """`Family.decode` by a film's autoencoder, of one frame."""
+    vae, (mean, std) = pipeline.vae, _moments(pipeline, latents)
+    frames = (latents * std + mean).to(vae.dtype).unsqueeze(2)
+    return (vae.decode(frames, return_dict=False)[0][:, :, 0].float() / 2 + 0.5).clamp(0, 1)
+
+
+def encode_frame(pipeline: DiffusionPipeline, images: Tensor) -> Tensor:
+    """`Family.encode` by a film's autoencoder, of one frame."""
+    latents = raw_latents(pipeline.vae, images.unsqueeze(2)).squeeze(2)
+    mean, std = _moments(pipeline, latents)
+    return (latents - mean) / std
 
 
 def _moments(pipeline: DiffusionPipeline, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,11 @@ from .base import Family
 from .chroma_1 import ChromaFamily
 from .flux import FluxFamily
 from .flux_2 import Flux2Family, Flux2KleinFamily
+from .krea_2 import Krea2Family
+from .lumina_2 import Lumina2Family
 from .pixart_sigma import PixArtSigmaFamily
 from .qwen_image import QwenImageFamily
+from .qwen_image_21 import QwenImage21Family
 from .sana import SanaFamily
 from .sd3 import StableDiffusion3Family
 from .sd_unet import StableDiffusionFamily
@@ -18,8 +21,8 @@ from .z_image import ZImageFamily
 
 CLASSES: tuple[type[Family], ...] = (
     StableDiffusionFamily, StableDiffusionXLFamily, StableDiffusion3Family, FluxFamily, PixArtSigmaFamily, SanaFamily,
-    ZImageFamily, QwenImageFamily,
-    Flux2KleinFamily, ChromaFamily, Flux2Family,
+    ZImageFamily, QwenImageFamily, Flux2KleinFamily, ChromaFamily, Flux2Family, QwenImage21Family, Lumina2Family,
+    Krea2Family,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.pipeline_class.__name__: family() for family in CLASSES}
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SanaPipeline
 from torch import Tensor
 
-from .base import Conditioning, PromptOptions, encoding_device
+from .conditioning import Conditioning, PromptOptions, encoding_device
 from .flow import FlowFamily
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default

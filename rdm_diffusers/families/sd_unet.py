@@ -17,7 +17,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from .base import Conditioning, Family, PromptOptions, encoding_device
+from .base import Family
+from .conditioning import Conditioning, PromptOptions, encoding_device
 
 TEXT_WIDTH_2 = 1024  # of Stable Diffusion 2's text encoder; that of 1 is 768
 
@@ -30,7 +31,7 @@ class StableDiffusionFamily(Family):
     stock_multiple = 8
     time_embedding_name = "time_embedding"
     load_options = {"safety_checker": None, "requires_safety_checker": False}
-    comfyui_keys: Literal["kohya", "stability", "diffusers"] | None = "kohya"
+    comfyui_keys: Literal["kohya", "stability", "diffusers", "joint"] | None = "kohya"
     architecture_name = "stable-diffusion-v1"
     lora_target_modules: tuple[str, ...] = (
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..sizes import Resolution, height_and_width
-from .base import Conditioning, PromptOptions, encoding_device
+from .conditioning import Conditioning, PromptOptions, encoding_device
 from .sd_unet import StableDiffusionFamily
 
 

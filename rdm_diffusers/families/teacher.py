@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from ..prediction import NoiseSchedule
 from ..tiny import MAX_SEQUENCE_LENGTHS
-from .base import Conditioning, Family, PromptOptions
+from .base import Family
+from .conditioning import Conditioning, PromptOptions
 from .loras import Lora, LoraLayers
 from .single_file import SingleFile
 

@@ -25,7 +25,8 @@ NAMED = 3  # tensors in an error message
 def networks_of(config: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
     """The classes of the networks that a `pipeline_config` names, by component."""
     libraries: dict[Any, Any] = {"diffusers": diffusers, "transformers": transformers}
-    entries = {name: entry for name, entry in config.items() if isinstance(entry, list | tuple) and entry[0]}
+    lists = {name: entry for name, entry in config.items() if isinstance(entry, list | tuple) and len(entry) > 1}
+    entries = {name: entry for name, entry in lists.items() if all(isinstance(word, str) for word in entry)}
     kinds = {name: getattr(libraries.get(entry[0]), entry[1], None) for name, entry in entries.items()}
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ZImagePipeline
 from torch import Tensor
 
 from ..sizes import Resolution
-from .base import Conditioning, PromptOptions, encoding_device
+from .conditioning import Conditioning, PromptOptions, encoding_device
 from .flow import FlowFamily
 
 

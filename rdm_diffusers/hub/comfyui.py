@@ -3,7 +3,7 @@
 U-Nets' files have kohya's names, `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight` and `.alpha`. The path
 is diffusers' for Stable Diffusion 1 and 2, and Stability's for SDXL, because kohya's tools and the web UI expect these.
 Transformers' files have diffusers' names, with the alpha multiplied into the second matrix. diffusers itself loads all
-three kinds.
+three kinds. Lumina 2's have ComfyUI's names (`joint_matrices.py`), which diffusers does not load.
 
 Stability's names are those of SDXL's original checkpoint. diffusers counts blocks, and layers inside them. Stability
 counts in the order of execution: `input_blocks` are the first convolution, each layer on the way down, and each
@@ -31,10 +31,10 @@ from ..pipelines.student_config import REMEDY
 from ..schedulers import RdmScheduler
 from ..tiny import resolve_teacher
 from ..untrusted import read_object
+from .joint_matrices import DOWN, UP, as_joint
 
 logger = logging.get_logger(__name__)
 
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 LEAST_SIGNAL = 4.8973451890853435e-08**0.5  # of ComfyUI's schedules of zero terminal SNR
 DISCRETE = {"v_prediction": "v_prediction", "sample": "x0"}  # ComfyUI's names of predictions, if not epsilon
 OUTSIDE_BLOCKS = {
@@ -100,7 +100,7 @@ def write_comfyui(
     family, student = FAMILIES[pipeline_class], StudentConfig.load(str(folder))
     weights, header = read_lora(folder)
     alpha = json.loads(header[LORA_ADAPTER_METADATA_KEY])[f"{family.denoiser_name}.lora_alpha"]
-    if family.comfyui_keys == "stability" and config is None:
+    if family.comfyui_keys in ("stability", "joint") and config is None:
         config = _network_config(student)
     tensors = as_comfyui(weights, alpha, family, config or {})
     rank = max(tensor.shape[0] for name, tensor in weights.items() if name.endswith(DOWN))
@@ -152,8 +152,10 @@ def as_comfyui(
         weights: `[rank, ...]` and `[..., rank]` by their names in diffusers, which begin with the component.
         alpha: the LoRA's, for all modules.
         family: the teacher's.
-        config: of the teacher's network; used only for Stability's names.
+        config: of the teacher's network; used only for Stability's names and joint matrices.
     """
+    if family.comfyui_keys == "joint":
+        return as_joint(weights, alpha, config)
     if family.comfyui_keys == "diffusers":
         return {
             name: tensor * (alpha / weights[name.removesuffix(UP) + DOWN].shape[0]) if name.endswith(UP) else tensor

@@ -7,7 +7,10 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxPipeline,
+    Krea2Pipeline,
+    Lumina2Pipeline,
     PixArtSigmaPipeline,
+    QwenImage21Pipeline,
     QwenImagePipeline,
     SanaPipeline,
     StableDiffusion3Pipeline,
@@ -61,3 +64,15 @@ class RdmChromaPipeline(RdmDistillationPipeline, ChromaPipeline):
 
 class RdmFlux2Pipeline(RdmDistillationPipeline, Flux2Pipeline):
     """A few-step student of a FLUX.2 dev teacher."""
+
+
+class RdmQwenImage21Pipeline(RdmDistillationPipeline, QwenImage21Pipeline):
+    """A few-step student of a Qwen-Image 2.1 teacher."""
+
+
+class RdmLumina2Pipeline(RdmDistillationPipeline, Lumina2Pipeline):
+    """A few-step student of a Lumina 2 teacher."""
+
+
+class RdmKrea2Pipeline(RdmDistillationPipeline, Krea2Pipeline):
+    """A few-step student of a Krea 2 teacher."""

@@ -124,9 +124,9 @@ def teacher_shift(teacher: Teacher, config: RunConfig, num_steps: int | None = N
     settings = teacher.pipeline.scheduler.config
     if not settings.get("use_dynamic_shifting"):
         return settings.get("shift", settings.get("flow_shift", 1.0)) if teacher.schedule.is_flow else 1.0
-    _, height, width = teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution)
-    patches = height * width // 4  # all such teachers read patches of 2 x 2
-    mu = teacher.family.dynamic_shift(settings, patches, num_steps or teacher.family.default_num_steps)
+    latents = teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution)
+    length = teacher.family.schedule_length(*latents)
+    mu = teacher.family.dynamic_shift(settings, length, num_steps or teacher.family.default_num_steps)
     return math.exp(mu) if settings.time_shift_type == "exponential" else mu
 
 

@@ -38,8 +38,9 @@ def meta_models(name_or_path: str, config: dict[str, Any], revision: str | None)
     models: dict[str, nn.Module] = {}
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, entry in config.items():
-        library, class_name = entry if isinstance(entry, list | tuple) else (None, None)
-        kind: Any = getattr(libraries.get(library), class_name or "", None)
+        names = isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+        library, class_name = entry if names else ("", "")  # some settings are lists, too
+        kind: Any = getattr(libraries.get(library), class_name, None)
         if nn.Module not in getattr(kind, "__mro__", ()):
             continue
         is_ours = issubclass(kind, ModelMixin)
@@ -54,7 +55,8 @@ def meta_models(name_or_path: str, config: dict[str, Any], revision: str | None)
 def meta_pipeline(family: Family, models: dict[str, nn.Module]) -> diffusers.DiffusionPipeline:
     """The stock pipeline of networks on the meta device; it cannot be called."""
     parts, _ = family.pipeline_class._get_signature_keys(family.pipeline_class)
-    return family.pipeline_class(**{name: models.get(name) for name in parts} | family.load_options)
+    networks = {name: models.get(name) for name in parts}
+    return family.pipeline_class(**networks | family.load_options | family.blank_components())
 
 
 def nbytes(*modules: nn.Module) -> int:
@@ -79,6 +81,8 @@ class LivePeak(TorchDispatchMode):
                     self._counted.add(tensor.grad.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.where.self:  # a mask that is read by its values is on the CPU
+            args = tuple(value.to(args[1].device) for value in args)
         result = func(*args, **(kwargs or {}))
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self._counted:
