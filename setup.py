@@ -12,7 +12,7 @@ TRANSFORMERS = "transformers>=5.6,<6"
 INSTALL_REQUIRES = [
     "accelerate>=1.10,<2",
     "datasets>=3,<6",
-    "diffusers>=0.40,<0.44",
+    "diffusers>=0.42,<0.44",
     "huggingface_hub>=1.23,<3",
     "jinja2>=3.1",
     "numpy",
@@ -73,11 +73,13 @@ setup(
     packages=find_packages(include=["rdm_diffusers", "rdm_diffusers.*"]),
     package_data={
         "rdm_diffusers.hub": ["*.md"],
+        "rdm_diffusers.report": ["*.css", "*.html", "*.js"],
         "rdm_diffusers.tiny": ["**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"],
     },
     entry_points={
         "console_scripts": [
             "rdm-card=rdm_diffusers.commands.card:run",
+            "rdm-demo=rdm_diffusers.commands.demo:run",
             "rdm-evaluate=rdm_diffusers.commands.evaluate:run",
             "rdm-export=rdm_diffusers.commands.export:run",
             "rdm-push=rdm_diffusers.commands.push:run",
