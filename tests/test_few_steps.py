@@ -89,19 +89,26 @@ def test_a_release_that_says_that_it_is_distilled_is_refused_before_and_while_it
         load_teacher(str(tmp_path / "whole"), torch.float32)
 
 
+def said_once(warnings: pytest.WarningsRecorder) -> str:
+    """The one warning since the last call."""
+    (warning,) = warnings.list
+    warnings.clear()
+    return str(warning.message)
+
+
 def test_a_name_is_a_guess_and_the_warning_says_so_and_what_to_give(
-    teacher_folder: Path, tmp_path: Path, check, capsys: pytest.CaptureFixture
+    teacher_folder: Path, tmp_path: Path, check, recwarn: pytest.WarningsRecorder
 ) -> None:
     folder = named(teacher_folder, tmp_path / "my-sd-Lightning")
     check(folder)
-    assert capsys.readouterr().out == (
-        f"warning: {folder} seems to be distilled to few steps already, by 'Lightning' in its name. {WHAT_IT_MEANS} If "
-        "it is, give the model that it was distilled from, for example stable-diffusion-v1-5/stable-diffusion-v1-5.\n"
+    assert said_once(recwarn) == (
+        f"{folder} seems to be distilled to few steps already, by 'Lightning' in its name. {WHAT_IT_MEANS} If it is, "
+        "give the model that it was distilled from, for example stable-diffusion-v1-5/stable-diffusion-v1-5."
     )
     check(named(teacher_folder, tmp_path / "plain", _name_or_path="stabilityai/sd-turbo"))  # a fine-tune's origin
-    assert "by 'turbo' in its name" in capsys.readouterr().out
+    assert "by 'turbo' in its name" in said_once(recwarn)
     check(named(teacher_folder, tmp_path / "klein-turbo", is_distilled=False))
-    assert capsys.readouterr().out == ""
+    assert not recwarn.list
 
 
 def test_configurations_of_few_step_releases_are_hints() -> None:
@@ -127,18 +134,18 @@ def test_configurations_of_few_step_releases_are_hints() -> None:
 
 
 def test_a_lora_for_few_steps_is_warned_of_by_its_name_and_by_its_metadata(
-    teacher_folder: Path, tmp_path: Path, check, capsys: pytest.CaptureFixture
+    teacher_folder: Path, tmp_path: Path, check, recwarn: pytest.WarningsRecorder
 ) -> None:
     weights = load_file(write_lora(tmp_path / "lora", OWN) / LORA_FILE)
     for name, metadata in (("Hyper-SD15-8steps", {}), ("mine", {"ss_output_name": "anime_lcm"})):
         save_file(weights, tmp_path / f"{name}.safetensors", metadata)
         check(teacher_folder, teacher_lora=tmp_path / f"{name}.safetensors")
-        said = capsys.readouterr().out
-        assert said.startswith("warning: --teacher_lora ") and "seems to be for few steps" in said
-        assert said.endswith("leave it out, or start the student from it with --init_lora.\n")
+        said = said_once(recwarn)
+        assert said.startswith("--teacher_lora ") and "seems to be for few steps" in said
+        assert said.endswith("leave it out, or start the student from it with --init_lora.")
     check(teacher_folder, init_lora=tmp_path / "Hyper-SD15-8steps.safetensors", rank=3)
     check(teacher_folder, teacher_lora=tmp_path / "lora")
-    assert capsys.readouterr().out == ""
+    assert not recwarn.list
 
 
 def test_a_student_is_refused_as_its_teachers_lora(teacher_folder: Path, tmp_path: Path, check) -> None:

@@ -23,6 +23,7 @@ from rdm_diffusers.training.trainer import Callback, Trainer
 
 HOSTILE = "<script>document.title = 'owned'</script>\"><img src=x onerror=\"document.title='owned'\"> {{ 7 * 7 }}"
 SCREENSHOT = Path(__file__).parents[1] / "docs" / "images" / "report.png"
+SCREENSHOTS, RUN = os.environ.get("RDM_SCREENSHOTS"), os.environ.get("RDM_REPORT_RUN")  # the folder of a run
 METRICS = ["--validation_metrics", "fd_to_teacher", "tiny_bold", "--reference_teacher", "tiny",
            "--num_validation_metric_images", "4", "--metric_for_best_model", "fd_to_teacher"]  # fmt: skip
 
@@ -51,6 +52,7 @@ def test_the_page_loads_without_network_and_its_slider_changes_the_picture(folde
         assert page.inner_text(".state") == "finished"
         slider, picture = page.locator("#time"), page.locator("#picture")
         assert slider.get_attribute("max") == "3"
+        assert page.inner_text("#when") == slider.get_attribute("aria-valuetext") == "update 4"
         last = picture.get_attribute("src")
         slider.focus()
         page.keyboard.press("ArrowLeft")
@@ -82,7 +84,7 @@ def test_the_curves_have_the_runs_numbers_and_show_them_to_mouse_and_keyboard(fo
         box = chart.locator("svg").bounding_box()
         page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 40)
         assert page.locator("#tip b").inner_text() == "update 4"
-        texts = chart.locator("text").all_inner_texts()
+        texts = chart.locator("text").all_text_contents()
         assert {"1", "4"} <= set(texts) and len(texts) >= 6
 
 
@@ -194,12 +196,9 @@ def test_a_large_picture_is_made_smaller_and_a_damaged_one_is_left_out(tmp_path:
     assert grids[0].source.startswith("data:image/jpeg;base64,") and len(grids[0].source) < 400_000
 
 
-def test_a_screenshot_of_a_real_run(tmp_path: Path) -> None:
-    """`RDM_SCREENSHOTS=FOLDER python -m pytest tests/test_report.py`: of the report in a run's folder, for the docs."""
-    run = os.environ.get("RDM_SCREENSHOTS")
-    if not run:
-        pytest.skip("RDM_SCREENSHOTS names no run's folder")
+@pytest.mark.skipif(not (SCREENSHOTS and RUN), reason="needs RDM_SCREENSHOTS=1 and RDM_REPORT_RUN=FOLDER")
+def test_the_screenshot_shows_the_report_of_a_real_run() -> None:
     with open_page(viewport={"width": 1200, "height": 1500}) as page:
-        page.goto((Path(run).resolve() / "report.html").as_uri())
+        page.goto((Path(str(RUN)).resolve() / "report.html").as_uri())
         page.wait_for_selector(".chart svg path.line")
         page.screenshot(path=SCREENSHOT)

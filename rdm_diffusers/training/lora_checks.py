@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from ..config import LoraStudentConfig, RunConfig
@@ -30,7 +31,7 @@ def check_loras(config: RunConfig, index: dict[str, Any], family: Family) -> Non
     pipeline = meta_pipeline(family, networks)
     for lora in [Lora.parse(each) for each in source.teacher_lora]:
         if warning := check_lora_not_distilled(lora):
-            print(f"warning: {warning}")
+            warnings.warn(warning, stacklevel=2)
         parts = sorted(read_lora(pipeline, lora).keys() - {denoiser})
         if parts and isinstance(student, LoraStudentConfig) and student.student_base == "plain":
             raise ValueError(

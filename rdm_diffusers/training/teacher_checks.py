@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def check_with_teacher(config: RunConfig) -> None:
 
 def _warn(sentence: str | None) -> None:
     if sentence:
-        print(f"warning: {sentence}")
+        warnings.warn(sentence, stacklevel=2)
 
 
 def _on_meta(

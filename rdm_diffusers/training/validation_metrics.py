@@ -97,9 +97,7 @@ def load_metrics(
     chosen = _chosen_prompts(config, prompts)
     if not accelerator.is_main_process:
         return ValidationMetrics({}, chosen, asked.num_validation_metric_images, None, {}, {})
-    features, references = None, {}
-    if asked.distances:
-        features, references = _load_distances(config, accelerator.device)
+    features, references = _load_distances(config, accelerator.device) if asked.distances else (None, {})
     rewards = _load_rewards(config, trained)
     names = {name: name if name not in rewards else rewards[name].name for name in asked.validation_metrics}
     by_name = {reward.name: reward for reward in rewards.values()}
