@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -43,6 +44,7 @@ from diffusers import (
 )
 from parts import make_pipeline as make_sd
 from parts_sd3 import make_sd3_pipeline, t5, t5_tokenizer, text_config
+from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextModel,
@@ -64,6 +66,7 @@ from transformers import (
     Qwen3VLModel,
 )
 
+from rdm_diffusers.families.flow import pack, unpack
 from rdm_diffusers.tiny.captions import make_tokenizer
 
 CHAT = (
@@ -440,6 +443,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "Lumina2Pipeline": make_lumina_2,
     "Krea2Pipeline": make_krea_2,
 }
+PACKED = ("FluxPipeline", "QwenImagePipeline", "ChromaPipeline", "Krea2Pipeline")
 # What the stock pipelines are called with for pictures so small and prompts so short.
 CALLS: dict[str, dict] = {
     "StableDiffusion3Pipeline": {"max_sequence_length": 3},
@@ -463,3 +467,23 @@ def make_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
     pipeline = MAKERS[name]()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def stock_latents(name: str, latents: Tensor) -> Tensor:
+    """As the stock pipeline takes them."""
+    if name.startswith("Flux2"):
+        return Flux2KleinPipeline._patchify_latents(latents)
+    if name == "QwenImage21Pipeline":
+        return latents.flatten(2).transpose(1, 2)
+    return pack(latents) if name in PACKED else latents
+
+
+def own_latents(pipeline: DiffusionPipeline, raw: Tensor, like: Tensor) -> Tensor:
+    """From those that the stock pipeline gives, in our shape."""
+    name = type(pipeline).__name__
+    if isinstance(pipeline, Flux2KleinPipeline):
+        norm = copy.deepcopy(pipeline.vae.bn).eval()
+        return Flux2KleinPipeline._unpatchify_latents(norm(Flux2KleinPipeline._patchify_latents(raw)))
+    if name == "QwenImage21Pipeline":
+        return raw.transpose(1, 2).reshape(like.shape)
+    return unpack(raw, like) if name in (*PACKED, "Flux2Pipeline") else raw

@@ -10,9 +10,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from parts import PROMPTS, relative_error, run_arguments
-from parts_families import CALLS, MAKERS, make_pipeline
+from parts_families import CALLS, MAKERS, make_pipeline, own_latents, stock_latents
 from parts_sd3 import make_shared
 from torch import Tensor
 
@@ -21,13 +21,11 @@ import train_rdm_lora
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.evaluation.subjects import stock_name, teacher_sampler
 from rdm_diffusers.families import FAMILIES, Conditioning, PromptOptions, Teacher, load_teacher, on_white
-from rdm_diffusers.families.flow import pack, unpack
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER, Networks, SeparateNetworks
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.schedulers.grids import shifted
 from rdm_diffusers.training.assembly import teacher_shift
 
-PACKED = ("FluxPipeline", "QwenImagePipeline", "ChromaPipeline", "Krea2Pipeline")
 FILMS = ("QwenImagePipeline", "QwenImage21Pipeline", "Krea2Pipeline")
 every = pytest.mark.parametrize("name", MAKERS)
 loras = pytest.mark.parametrize("name", [name for name in MAKERS if FAMILIES[name].has_lora])
@@ -52,26 +50,6 @@ def make_networks(teacher: Teacher, guidance_scale: float) -> Networks:
         denoisers, family=teacher.family, schedule=teacher.schedule, prediction_type=teacher.prediction_type,
         null_conditioning=teacher.encode_nothing(), guidance_scale=guidance_scale,
     )  # fmt: skip
-
-
-def stock_latents(name: str, latents: Tensor) -> Tensor:
-    """As the stock pipeline takes them."""
-    if name.startswith("Flux2"):
-        return Flux2KleinPipeline._patchify_latents(latents)
-    if name == "QwenImage21Pipeline":
-        return latents.flatten(2).transpose(1, 2)
-    return pack(latents) if name in PACKED else latents
-
-
-def own_latents(pipeline: DiffusionPipeline, raw: Tensor, like: Tensor) -> Tensor:
-    """From those that the stock pipeline gives, in our shape."""
-    name = type(pipeline).__name__
-    if isinstance(pipeline, Flux2KleinPipeline):
-        norm = copy.deepcopy(pipeline.vae.bn).eval()
-        return Flux2KleinPipeline._unpatchify_latents(norm(Flux2KleinPipeline._patchify_latents(raw)))
-    if name == "QwenImage21Pipeline":
-        return raw.transpose(1, 2).reshape(like.shape)
-    return unpack(raw, like) if name in (*PACKED, "Flux2Pipeline") else raw
 
 
 def draw(pipeline, prompts: tuple[str, ...] = PROMPTS[:3], first_seed: int = 0, **options: Any) -> Tensor:

@@ -60,7 +60,7 @@ def test_an_interrupted_run_ends_with_128_and_the_signal_and_makes_no_student(ar
     with pytest.raises(SystemExit) as ended:
         train_rdm_lora.main(argv(max_train_steps=3))
     assert ended.value.code == 143
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "config.yaml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "config.yaml", "report.html"]
 
 
 def test_the_launchers_echo_of_a_signal_is_not_a_second_one(argv, tmp_path: Path) -> None:

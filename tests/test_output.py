@@ -25,7 +25,9 @@ PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 def student(teacher_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a LoRA student after two updates, with a checkpoint and a validation."""
     folder = tmp_path_factory.mktemp("student")
-    train_rdm_lora.main(run_arguments(teacher_folder, prompts_file, folder, checkpointing_steps=2, validation_steps=2))
+    train_rdm_lora.main(
+        run_arguments(teacher_folder, prompts_file, folder, checkpointing_steps=2, validation_steps=2, logging_steps=2)
+    )
     return folder
 
 

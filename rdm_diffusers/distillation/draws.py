@@ -14,10 +14,13 @@ from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device; the CPU does not wait for what the device has yet to compute."""
-    uploads = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
-    pinned = tensor.pin_memory() if uploads else tensor
-    return pinned.to(device, non_blocking=uploads)
+    """A tensor on a device; the CPU does not wait for what the device has yet to compute.
+
+    Except on Apple's GPUs, where a copy that nobody waits for may arrive too late.
+    """
+    kinds = {tensor.device.type, torch.device(device).type}
+    pinned = tensor.pin_memory() if tensor.device.type == "cpu" and "cuda" in kinds else tensor
+    return pinned.to(device, non_blocking="mps" not in kinds)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if text:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():
+        path.unlink()
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

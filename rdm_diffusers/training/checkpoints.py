@@ -115,8 +115,8 @@ def _write(folder: Path, state: TrainState, team: Accelerator | None) -> dict[st
     if team is not None:
         digests = {name: digest for each in gather_object([digests]) for name, digest in each.items()}
     scalars = {name: numbers for name, _, numbers in _parts(state)}
-    memory = {"monitor": state.monitor.state, "metrics": state.metrics}
-    return {"update": state.update, "digests": digests, "scalars": scalars, **memory}
+    measured = {"metrics": state.metrics} if state.metrics else {}
+    return {"update": state.update, "digests": digests, "scalars": scalars, "monitor": state.monitor.state, **measured}
 
 
 def _write_one_of(pieces: list[tuple[str, dict[str, Tensor]]], index: int, folder: Path) -> dict[str, str]:

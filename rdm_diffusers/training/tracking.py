@@ -109,7 +109,8 @@ class Progress:
         """Shows the alarms that begin to ring now, and returns them."""
         state, accelerator = self.trainer.state, self.trainer.accelerator
         names = [name for name in health if "/step_" not in name and "/bin_" not in name]  # those every process has
-        values = torch.stack([health[name].float().to(accelerator.device) for name in names])
+        device = self.trainer.distillation.draws.device  # some are on the CPU where the device has no float64
+        values = torch.stack([health[name].float().to(device) for name in names])
         finite = values.isfinite()  # a process without a last step, or without a valid reward, does not count
         total, count = accelerator.reduce(torch.stack([values.where(finite, 0), finite.float()]), "sum")
         alarms = state.monitor.observe(dict(zip(names, (total / count).tolist(), strict=True)))

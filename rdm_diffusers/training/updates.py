@@ -190,7 +190,7 @@ def weigh_samples(
         return batch, {}
     strength = run.rewards.schedule(update)
     samples, health = run.rewards.tilt(batch.samples, batch.sample_prompts, statistics, strength)
-    health["reward_strength"] = samples.x0.new_tensor(strength)
+    health["reward_strength"] = samples.x0.new_full((), strength)
     return replace(batch, samples=samples, reward_strength=strength), health
 
 
