@@ -82,7 +82,7 @@ def test_the_curves_have_the_runs_numbers_and_show_them_to_mouse_and_keyboard(fo
         box = chart.locator("svg").bounding_box()
         page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 40)
         assert page.locator("#tip b").inner_text() == "update 4"
-        texts = chart.locator("text").all_inner_texts()
+        texts = chart.locator("text").all_text_contents()
         assert {"1", "4"} <= set(texts) and len(texts) >= 6
 
 
