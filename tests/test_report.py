@@ -52,6 +52,7 @@ def test_the_page_loads_without_network_and_its_slider_changes_the_picture(folde
         slider, picture = page.locator("#time"), page.locator("#picture")
         assert slider.get_attribute("max") == "3"
         last = picture.get_attribute("src")
+        assert page.inner_text("#when") == "update 4"
         slider.focus()
         page.keyboard.press("ArrowLeft")
         assert picture.get_attribute("src") != last
