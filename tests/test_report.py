@@ -54,6 +54,7 @@ def test_the_page_loads_without_network_and_its_slider_changes_the_picture(folde
         assert slider.get_attribute("max") == "3"
         assert page.inner_text("#when") == slider.get_attribute("aria-valuetext") == "update 4"
         last = picture.get_attribute("src")
+        assert page.inner_text("#when") == "update 4"
         slider.focus()
         page.keyboard.press("ArrowLeft")
         assert picture.get_attribute("src") != last

@@ -65,9 +65,8 @@ def as_address(path: Path) -> str:
         with Image.open(path) as picture:
             if picture.width <= WIDEST and path.stat().st_size < 2**17:
                 return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-            small = picture.convert("RGB")
+            small, buffer = picture.convert("RGB"), io.BytesIO()
             small.thumbnail((WIDEST, WIDEST), reducing_gap=2.0)
-            buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=85)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""

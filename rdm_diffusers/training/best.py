@@ -69,8 +69,8 @@ def keep_best(trainer: Trainer, row: Row | None) -> bool:
         return False
     accelerator, better = trainer.accelerator, False
     if row is not None and name is not None:
-        before = best_row(trainer.folder) or {}
-        better = is_better(row[name], before.get(name), validation.more_is_better)
+        before = best_row(trainer.folder)
+        better = is_better(row[name], before.get(name) if before else None, validation.more_is_better)
     if not largest_over_processes(better, accelerator):
         return False
     team = accelerator if trainer.distillation.is_sharded else None
@@ -111,6 +111,6 @@ def load_best(trainer: Trainer) -> None:
             warnings.warn(f"{best} cannot be read ({problem}); the last student is exported.", stacklevel=2)
         return
     load_checkpoint(best, trainer.state)
-    name = name_of_metric(trainer) or str(validation.metric_for_best_model)
-    value = number(trainer.state.metrics[-1].get(name)) if trainer.state.metrics else "-"
+    name, rows = str(name_of_metric(trainer)), trainer.state.metrics
+    value = number(rows[-1].get(name)) if rows else "-"
     trainer.accelerator.print(f"\nThe best student is that of update {trainer.state.update}: {name} {value}.")

@@ -115,8 +115,8 @@ def _write(folder: Path, state: TrainState, team: Accelerator | None) -> dict[st
     if team is not None:
         digests = {name: digest for each in gather_object([digests]) for name, digest in each.items()}
     scalars = {name: numbers for name, _, numbers in _parts(state)}
-    measured = {"metrics": state.metrics} if state.metrics else {}
-    return {"update": state.update, "digests": digests, "scalars": scalars, "monitor": state.monitor.state, **measured}
+    memory = {"monitor": state.monitor.state, **({"metrics": state.metrics} if state.metrics else {})}
+    return {"update": state.update, "digests": digests, "scalars": scalars, **memory}
 
 
 def _write_one_of(pieces: list[tuple[str, dict[str, Tensor]]], index: int, folder: Path) -> dict[str, str]:
@@ -149,7 +149,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
         ) from error
     except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint} is damaged ({error}); resume from an earlier checkpoint.") from error
-    state.monitor.state, state.metrics = record["monitor"], record.get("metrics", [])  # newer than version 0.2
+    state.monitor.state, state.metrics = record["monitor"], record.get("metrics", [])
     state.update, state.saved = record["update"], checkpoint
 
 

@@ -97,7 +97,7 @@ def load_metrics(
     chosen = _chosen_prompts(config, prompts)
     if not accelerator.is_main_process:
         return ValidationMetrics({}, chosen, asked.num_validation_metric_images, None, {}, {})
-    features, references = _load_distances(config, accelerator.device) if asked.distances else (None, {})
+    features, references = _load_distances(config, accelerator.device)
     rewards = _load_rewards(config, trained)
     names = {name: name if name not in rewards else rewards[name].name for name in asked.validation_metrics}
     by_name = {reward.name: reward for reward in rewards.values()}
@@ -122,8 +122,11 @@ def _chosen_prompts(config: RunConfig, prompts: Sequence[str]) -> list[str]:
     return [found[i * len(found) // count] for i in range(count)] if count < len(found) else list(found)
 
 
-def _load_distances(config: RunConfig, device: torch.device) -> tuple[Features, dict[str, FrechetReference]]:
+def _load_distances(config: RunConfig, device: torch.device) -> tuple[Features | None, dict[str, FrechetReference]]:
+    """The network of the distances and their references, if there are distances."""
     asked, shipped = config.validation, shipped_reference(config)
+    if not asked.distances:
+        return None, {}
     kinds = [name.removeprefix("fd_to_") for name in asked.distances]
     places = {kind: getattr(asked, f"reference_{kind}") or str(shipped) for kind in kinds}
     name = asked.features or ("tiny" if shipped or any(map(is_tiny, places.values())) else "inception")
