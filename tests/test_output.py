@@ -48,7 +48,7 @@ def test_a_run_leaves_the_students_files(student: Path) -> None:
     assert files == {
         *(f"checkpoint-2/{name}.safetensors" for name in ("ema", "fake_score", "statistics", "student")),
         "README.md", "checkpoint-2/state.json", "config.yaml", f"comfyui/{student.name}.safetensors", "metrics.json",
-        "report.html",
+        "logs/health.jsonl", "report.html",
         "pictures/0.png", "pictures/1.png",
         "pytorch_lora_weights.safetensors", "rdm_config.json", "samples.png", "scheduler/scheduler_config.json",
         "validation/step-2.png",
