@@ -136,20 +136,6 @@ def test_a_step_embedding_changes_the_samples_of_its_step_alone(name: str) -> No
     assert [float(change.abs().max()) > 1e-4 for change in changes] == [False, True, True]
 
 
-@loras
-def test_the_fake_score_reads_the_step_of_each_sample_however_the_network_embeds_times(name: str) -> None:
-    teacher = make_teacher(name)
-    networks = make_networks(teacher, 1.0)
-    networks.add_step_embedding(teacher.denoiser.get_submodule(teacher.family.time_embedding_name), 2)
-    networks.step_embedding.data[1] = 1.0
-    latents = torch.randn(2, *teacher.family.latent_shape(teacher.pipeline, teacher.options.resolution))
-    inputs = latents, torch.full((2,), 500.0), teacher.encode_prompts(PROMPTS[:2])
-    with torch.no_grad():
-        plain, stepped = (networks.predict(FAKE_SCORE, *inputs, step=torch.tensor(steps)) for steps in ([0, 0], [0, 1]))
-    assert torch.allclose(plain[0], stepped[0], atol=1e-5)
-    assert relative_error(stepped[1], plain[1]) > 1e-4
-
-
 @pytest.mark.parametrize(("name", "told"), [("StableDiffusionPipeline", None), ("FluxPipeline", 3.5)])
 def test_only_a_guidance_distilled_teacher_reads_prompts_with_a_guidance(
     name: str, told: float | None, teacher_folders
