@@ -306,9 +306,7 @@ def test_a_configuration_that_cannot_be_read_is_named_with_what_to_give(complain
     assert said.endswith("Another is given with --single_file_config.")
 
 
-def test_a_few_step_file_is_warned_of_by_its_name(
-    bare: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_few_step_file_is_warned_of_by_its_name(bare: Path, prompts_file: Path, tmp_path: Path) -> None:
     file = write_file(tmp_path / "animeXL_v2Lightning.safetensors", original(make_pipeline()))
-    check_with_teacher(parse_args(run_arguments(file, prompts_file, tmp_path / "run", single_file_config=bare)))
-    assert "by 'Lightning' in its name" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="by 'Lightning' in its name"):
+        check_with_teacher(parse_args(run_arguments(file, prompts_file, tmp_path / "run", single_file_config=bare)))
