@@ -116,18 +116,16 @@ class OneOf(Bound):
 
     Args:
         names: the list, or a function that makes it, where it depends on what is installed.
-        reason: the end of the error's sentence.
     """
 
     names: tuple[str, ...] | Callable[[], tuple[str, ...]]
-    reason: str = ""
 
     def problem(self, value: Any) -> str | None:
         names = self.names() if callable(self.names) else self.names
         if value in names:
             return None
         hint = did_you_mean(value, names) if len(names) > FEW else ""
-        return f"is {_shown(value)}{hint}; it must be {_alternatives(names)}{self.reason}"
+        return f"is {_shown(value)}{hint}; it must be {_alternatives(names)}"
 
 
 @dataclass(frozen=True)
