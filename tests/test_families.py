@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,15 @@ def test_a_step_embedding_changes_the_samples_of_its_step_alone(name: str) -> No
         without = networks.predict(FAKE_SCORE, *inputs)
         changes = networks.predict(FAKE_SCORE, *inputs, torch.tensor([0, 1, 1])) - without
     assert [float(change.abs().max()) > 1e-4 for change in changes] == [False, True, True]
+
+
+@every
+def test_the_default_guidance_is_what_the_stock_pipeline_uses_unless_it_is_told(name: str) -> None:
+    family = FAMILIES[name]
+    usual = signature(family.pipeline_class.__call__).parameters
+    told = family.guided(family.default_guidance_scale)
+    (scale,) = told.keys() & {"guidance_scale", "true_cfg_scale"}
+    assert told[scale] == usual[scale].default
 
 
 @pytest.mark.parametrize(("name", "told"), [("StableDiffusionPipeline", None), ("FluxPipeline", 3.5)])

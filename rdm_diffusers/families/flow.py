@@ -53,6 +53,18 @@ class PackedFlowFamily(FlowFamily):
         return self.latents_of(pipeline, channels, resolution or pipeline.default_sample_size * factor, 2)
 
 
+class AddedGuidance(FlowFamily):
+    """For stock pipelines whose `guidance_scale` g means c + g (c - u), so that 0 is off and w = g + 1."""
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """As in `Family`: w, not g."""
+        return super().default_guidance_scale + 1.0
+
+    def guided(self, guidance_scale: float) -> dict[str, Any]:
+        return {"guidance_scale": max(guidance_scale - 1.0, 0.0)}
+
+
 class EmbeddedGuidance:
     """For families of which some denoisers are guidance-distilled: their configuration says `guidance_embeds`."""
 

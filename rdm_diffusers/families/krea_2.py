@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, Krea2Pipeline
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from ..sizes import Resolution
 from .conditioning import Conditioning, PromptOptions, encoding_device
-from .flow import PackedFlowFamily, pack, unpack
+from .flow import AddedGuidance, PackedFlowFamily, pack, unpack
 from .qwen_image import decode_frame, encode_frame
 
 
-class Krea2Family(PackedFlowFamily):
-    """Teachers that `Krea2Pipeline` loads. Its `guidance_scale` g means c + g (c - u), so 0 is off and w = g + 1."""
+class Krea2Family(AddedGuidance, PackedFlowFamily):
+    """Teachers that `Krea2Pipeline` loads."""
 
     pipeline_class = Krea2Pipeline
     prompt_tokens = 512
@@ -26,13 +25,6 @@ class Krea2Family(PackedFlowFamily):
     architecture_name = "krea-2"
     time_embedding_name = "time_embed"
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "to_gate", "ff.gate", "ff.up", "ff.down")
-
-    @property
-    def default_guidance_scale(self) -> float:
-        return super().default_guidance_scale + 1.0
-
-    def guided(self, guidance_scale: float) -> dict[str, Any]:
-        return {"guidance_scale": max(guidance_scale - 1.0, 0.0)}
 
     @torch.no_grad()
     def encode_prompts(

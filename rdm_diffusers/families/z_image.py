@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from ..sizes import Resolution
 from .conditioning import Conditioning, PromptOptions, encoding_device
-from .flow import FlowFamily
+from .flow import AddedGuidance
 
 
-class ZImageFamily(FlowFamily):
-    """Teachers that `ZImagePipeline` loads. Its `guidance_scale` g means c + g (c - u), so 0 is off and w = g + 1."""
+class ZImageFamily(AddedGuidance):
+    """Teachers that `ZImagePipeline` loads."""
 
     pipeline_class = ZImagePipeline
     prompt_tokens = 512
@@ -24,9 +23,6 @@ class ZImageFamily(FlowFamily):
     architecture_name = "z-image"
     time_embedding_name = "t_embedder"
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
-
-    def guided(self, guidance_scale: float) -> dict[str, Any]:
-        return {"guidance_scale": max(guidance_scale - 1.0, 0.0)}
 
     @torch.no_grad()
     def encode_prompts(
