@@ -14,6 +14,7 @@ from ..distillation import MATCHINGS, settings_of
 from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
+from .discriminator import check_discriminator
 from .optimizers import USUAL, asked_for, kind_of, kinds_of
 from .pictures import needs_pictures
 from .students import LoraStudentConfig
@@ -36,6 +37,7 @@ LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).
 def check(config: RunConfig) -> None:
     """Checks what needs neither teacher nor files; ValueError or ImportError, one sentence on what to do."""
     _check_algorithm(config)
+    check_discriminator(config)
     _check_target(config)
     _check_sizes(config)
     _check_file(config)

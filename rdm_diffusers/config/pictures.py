@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .discriminator import has_discriminator
+
 if TYPE_CHECKING:
     from .run_config import RunConfig
 
-OF_PICTURES: tuple[str, ...] = ()  # the algorithms whose updates read pictures
+OF_PICTURES: tuple[str, ...] = ()  # the algorithms without a discriminator whose updates read pictures
 
 
 def reads_pictures(config: RunConfig) -> bool:
     """Whether the updates of student or fake score read pictures."""
-    return config.method.algorithm in OF_PICTURES
+    return has_discriminator(config) or config.method.algorithm in OF_PICTURES
 
 
 def needs_pictures(config: RunConfig) -> bool:

@@ -19,7 +19,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gndm-literal": dict(gndm_lambda=0.0, advantage_normalization="std",    fake_updates_per_step=5, reuse_rollouts=1),
     "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=2),
 }
-ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
+ALGORITHM_PRESETS = {
+    "dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm", "dmd2": "dmd2", "f_distill": "dmd2", "uni_instruct": "dmd2",
+}
 # fmt: on
 
 TINY_DEFAULTS: dict[str, Any] = dict(steps_per_rollout=4, num_eval_images=5000)
@@ -35,6 +37,8 @@ TINY_TARGETS: dict[str, dict[str, Any]] = {
         target_batch_size=128, target_learning_rate=2e-3, target_rank=64,
     ),
 }  # fmt: skip
+GEN_CLS_LOSS_WEIGHTS = {"dmd2": 5e-3, "f_distill": 5e-3}  # as DMD2's for Stable Diffusion
+F_DIVERGENCE = {"f_distill": "jensen_shannon", "uni_instruct": "forward_kl"}  # the best of their papers
 FULL_LEARNING_RATE = 0.5  # of a LoRA's
 TINY_FAKE_RATE = 4  # times the student's, where both start at the target
 
@@ -43,7 +47,8 @@ TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_pa
 SOURCES = (TEACHER, VAE, "single_file_config")  # by their full paths, for those who export from another folder
 # What follows from other flags, where it is not given.
 DERIVED = (
-    *PRESETS["gndm"], "decode_batch_size", "fake_learning_rate", "lora_alpha", "resolution", "sample_guidance_scale",
+    *PRESETS["gndm"], "decode_batch_size", "f_divergence", "fake_learning_rate", "gen_cls_loss_weight",
+    "lora_alpha", "resolution", "sample_guidance_scale",
     "target_rank", "tracker_project_name",
 )  # fmt: skip
 
@@ -64,6 +69,8 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     follows = {
         **PRESETS[preset],
         "decode_batch_size": values["train_batch_size"],
+        "f_divergence": F_DIVERGENCE.get(values["algorithm"]),
+        "gen_cls_loss_weight": GEN_CLS_LOSS_WEIGHTS.get(values["algorithm"], 0.0),
         "fake_learning_rate": values["learning_rate"] * (TINY_FAKE_RATE if at_target else 1),
         "lora_alpha": values.get("rank"),
         "resolution": read_buckets(values["aspect_ratio_buckets"])[0] if values["aspect_ratio_buckets"] else None,

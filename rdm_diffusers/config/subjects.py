@@ -29,7 +29,8 @@ from ..bounds import (
     real,
     whole,
 )
-from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
+from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, F_DIVERGENCES, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
+from .discriminator import USUAL_WEIGHT
 from .fields import flag
 from .optimizers import OPTIMIZERS, USUAL
 from .presets import ALGORITHM_PRESETS, PRESETS
@@ -107,6 +108,13 @@ class MethodConfig:
         real("[0, 1]"))
     advantage_normalization: str = flag(
         None, "what R_dm is divided by; the preset's by default", OneOf(NORMALIZATIONS))
+    f_divergence: str | None = flag(
+        None, "of f_distill and uni_instruct; jensen_shannon and forward_kl by default", OneOf(F_DIVERGENCES))
+    gen_cls_loss_weight: float = flag(
+        None, "weight of the discriminator's verdict on the student's samples, beside R_dm; 0 is off, the default but "
+        "for dmd2 and f_distill", real("[0, inf)"))
+    guidance_cls_loss_weight: float = flag(
+        USUAL_WEIGHT, "weight of the discriminator's own loss, beside the fake score's", real("(0, inf)"))
     num_renoisings: int = flag(1, "re-noised copies of each sample that estimate R_dm", FACTOR)
     fake_updates_per_step: int = flag(
         None, "fake-score updates per student update; the preset's by default", whole("[0, 1000]"))

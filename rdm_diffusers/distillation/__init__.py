@@ -1,9 +1,12 @@
 """The method as pure tensor functions; owns no optimiser, no device, no logging and no file."""
 
 from .advantages import BIAS_ESTIMATORS, NORMALIZATIONS, fake_score_bias, grouped, leave_one_out_mean, normalizer
+from .adversarial import density_ratio, discriminator_direction, student_pull
 from .combination import COMBINATIONS, GNDMR
 from .distribution_matching import RewardEstimate, estimate_reward
+from .divergences import F_DIVERGENCES
 from .draws import Draws
+from .f_distill import FDistill
 from .family import MATCHINGS, settings_of
 from .importance import IMPORTANCE_WEIGHTINGS, importance_health, importance_weights, log_ratios, revisit
 from .matching import Matching, Pull, ReverseKL, ascent
@@ -14,13 +17,15 @@ from .rollout import Place, Samples, Step, collect_samples, draw_samples, rollou
 from .statistics import RunningMeans
 from .tilting import standardised_advantage, tilted_weight
 from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, guidance_times, renoising_times
+from .uni_instruct import UniInstruct
 
 __all__ = [
-    "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "MATCHINGS", "NORMALIZATIONS",
-    "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "Matching", "Place", "Pull", "ReverseKL",
-    "RewardEstimate", "RewardGradient", "RunningMeans", "Samples", "Step", "TimeDistribution", "ascent",
-    "collect_samples", "differentiable_gradients", "draw_samples", "estimate_reward", "fake_score_bias",
-    "fake_score_direction", "grouped", "guidance_times", "importance_health", "importance_weights",
-    "leave_one_out_mean", "log_ratios", "normalizer", "posterior_mean", "renoising_times", "revisit", "reward_values",
-    "rollout", "settings_of", "standardised_advantage", "tilted_weight", "trained_places",
+    "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "F_DIVERGENCES", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "MATCHINGS",
+    "NORMALIZATIONS", "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "FDistill", "Matching", "Place",
+    "Pull", "ReverseKL", "RewardEstimate", "RewardGradient", "RunningMeans", "Samples", "Step", "TimeDistribution",
+    "UniInstruct", "ascent", "collect_samples", "density_ratio", "differentiable_gradients", "discriminator_direction",
+    "draw_samples", "estimate_reward", "fake_score_bias", "fake_score_direction", "grouped", "guidance_times",
+    "importance_health", "importance_weights", "leave_one_out_mean", "log_ratios", "normalizer", "posterior_mean",
+    "renoising_times", "revisit", "reward_values", "rollout", "settings_of", "standardised_advantage", "student_pull",
+    "tilted_weight", "trained_places",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..networks import FAKE_SCORE, TEACHER, Networks
+from ..networks import TEACHER, Networks
 from .rollout import Samples
 
 
@@ -25,6 +25,8 @@ class RewardEstimate:
         weight: the samples' weights for the fake score `[M]`, if any.
         x_tau: the re-noised x̂ `[M, C, H, W]`.
         time: its times in the units of the timesteps `[M]`.
+        logit: the discriminator's at x_tau `[M]`; None without one.
+        ratio: the teacher's density over the student's at x_tau `[M]`, which `logit` gives (`adversarial.py`).
     """
 
     x0: Tensor
@@ -37,11 +39,20 @@ class RewardEstimate:
     weight: Tensor | None = None
     x_tau: Tensor | None = None
     time: Tensor | None = None
+    logit: Tensor | None = None
+    ratio: Tensor | None = None
 
     @property
     def reward(self) -> Tensor:
         """R = teacher x0 - fake x0 `[M, C, H, W]`: the direction in which the teacher moves the sample (DMD2)."""
         return self.teacher_x0 - self.fake_x0
+
+    @property
+    def density_ratio(self) -> Tensor:
+        """`ratio`, of an estimate that must have it. Raises ValueError if there is no discriminator."""
+        if self.ratio is None:
+            raise ValueError("The density ratio needs a discriminator on the fake score's features.")
+        return self.ratio
 
     @property
     def distance(self) -> Tensor:
@@ -81,7 +92,7 @@ def estimate_reward(
             (Decoupled DMD); by default it is estimated at tau, too.
     """
     x_tau = networks.schedule.add_noise(samples.x0, noise, tau)
-    real, fake = [], []
+    real, fake, logits = [], [], list[Tensor]()
     for part in samples.micro_batches(micro_batch_size or len(samples)):
         chunk, inputs = samples[part], (x_tau[part], tau[part])
         if guidance is None:
@@ -90,8 +101,13 @@ def estimate_reward(
             t, other_noise = (each[part] for each in guidance)
             added = networks.guidance(networks.schedule.add_noise(chunk.x0, other_noise, t), t, chunk.conditioning)
             real.append(networks.predict(TEACHER, *inputs, chunk.conditioning, guided=False) + added)
-        fake.append(networks.predict(FAKE_SCORE, *inputs, chunk.conditioning, chunk.step))
+        x0, logit = networks.fake_score(*inputs, chunk.conditioning, chunk.step)
+        fake.append(x0)
+        logits += [] if logit is None else [logit]
     teacher_x0, fake_x0 = torch.cat(real), torch.cat(fake)
     schedule, share = networks.schedule, tau / networks.schedule.num_train_timesteps
     scales = schedule.alpha(tau), schedule.sigma(tau)
-    return RewardEstimate(samples.x0, teacher_x0, fake_x0, *scales, share, samples.step, samples.weight, x_tau, tau)
+    logit = torch.cat(logits) if logits else None
+    return RewardEstimate(
+        samples.x0, teacher_x0, fake_x0, *scales, share, samples.step, samples.weight, x_tau, tau, logit
+    )

@@ -6,12 +6,17 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from .f_distill import FDistill
 from .matching import Matching, ReverseKL
+from .uni_instruct import UniInstruct
 
 MATCHINGS: dict[str, Callable[..., Matching]] = {
     "dmd": ReverseKL,
     "gndm": ReverseKL,
     "gndmr": ReverseKL,
+    "dmd2": ReverseKL,  # and its adversarial branch
+    "f_distill": FDistill,
+    "uni_instruct": UniInstruct,
 }
 
 

@@ -22,11 +22,13 @@ class Pull:
         x0: with respect to x̂ itself `[M, C, H, W]`, while the networks' outputs stay as they are.
         teacher_x0: with respect to the teacher's x0 at the re-noised x̂, same shape; None where the loss holds it still.
         fake_x0: the same for the fake score's.
+        logit: with respect to the discriminator's logit there `[M]`.
     """
 
     x0: Tensor
     teacher_x0: Tensor | None = None
     fake_x0: Tensor | None = None
+    logit: Tensor | None = None
 
     def __truediv__(self, n: Tensor) -> Pull:
         """Each sample's pull over its n `[M]`."""
@@ -34,7 +36,8 @@ class Pull:
         def divided(part: Tensor | None) -> Tensor | None:
             return None if part is None else part / expand(n, part)
 
-        return Pull(self.x0 / expand(n, self.x0), divided(self.teacher_x0), divided(self.fake_x0))
+        x0 = self.x0 / expand(n, self.x0)
+        return Pull(x0, *(divided(part) for part in (self.teacher_x0, self.fake_x0, self.logit)))
 
 
 class Matching(Protocol):
@@ -72,14 +75,17 @@ def ascent(
         micro_batch_size: how many samples go through a network at once; all by default.
     """
     found, x_tau, time = pull.x0, estimate.x_tau, estimate.time
-    for role, cotangent in ((networks.real_score, pull.teacher_x0), (FAKE_SCORE, pull.fake_x0)):
-        if cotangent is None or x_tau is None or time is None:
+    pulls = ((networks.real_score, pull.teacher_x0, None), (FAKE_SCORE, pull.fake_x0, pull.logit))
+    for role, cotangent, logit in pulls:
+        if (cotangent is None and logit is None) or x_tau is None or time is None:
             continue
         parts = [
             networks.pull_back(
-                role, x_tau[part], time[part], samples.conditioning[part], cotangent[part], samples.step[part]
+                role, x_tau[part], time[part], samples.conditioning[part],
+                None if cotangent is None else cotangent[part], samples.step[part],
+                None if logit is None else logit[part],
             )
             for part in samples.micro_batches(micro_batch_size or len(samples))
-        ]
+        ]  # fmt: skip
         found = found + expand(estimate.alpha, found) * torch.cat(parts)
     return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..prediction import expand
 from .advantages import fake_score_bias, normalizer, variance_within_groups
+from .adversarial import density_ratio, student_pull
 from .distribution_matching import RewardEstimate
 from .matching import Matching, Pull, ReverseKL
 from .statistics import RunningMeans
@@ -50,6 +51,7 @@ class GNDM:
         advantage_normalization: one of `advantages.NORMALIZATIONS`.
         bias_estimator: one of `advantages.BIAS_ESTIMATORS`.
         steps_per_rollout: how many states of each rollout are trained on, in groups that follow each other.
+        gen_cls_loss_weight: how much the discriminator's verdict counts beside the member's pull (`adversarial.py`).
         pool_steps: the share of b that is measured over all those states, 0 to 1; the rest is measured at the sample's
             own step. The fake score learns from all states, so both average to zero once it is perfect. All states
             together have less noise; the sample's own step is closer to its bias.
@@ -62,13 +64,20 @@ class GNDM:
     bias_estimator: str = "shift"
     steps_per_rollout: int = 1
     pool_steps: float = 0.5
+    gen_cls_loss_weight: float = 0.0
 
     def advantage(self, estimate: RewardEstimate, statistics: RunningMeans) -> Advantage:
         """The member's pull over n, and its parts. Updates `statistics`."""
         correction = self._correction(estimate, statistics)
         n = normalizer(estimate, self.advantage_normalization, self.group_size).clamp(min=EPS)
         corrected = replace(estimate, fake_x0=estimate.fake_x0 - correction)
-        return Advantage(self.matching.pull(corrected) / n, estimate.reward, correction, n)
+        if estimate.logit is not None:
+            corrected = replace(corrected, ratio=density_ratio(estimate.logit, estimate.tau, statistics))
+        pull = self.matching.pull(corrected) / n
+        if estimate.logit is not None and self.gen_cls_loss_weight:
+            verdict = student_pull(estimate.logit, self.gen_cls_loss_weight, estimate.x0[0].numel())
+            pull = replace(pull, logit=verdict)
+        return Advantage(pull, estimate.reward, correction, n)
 
     def direction(self, estimate: RewardEstimate, statistics: RunningMeans | None = None) -> Tensor:
         """The loss's gradient with respect to x̂ `[M, C, H, W]`, detached, with the mean over all elements inside.

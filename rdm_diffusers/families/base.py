@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sizes import Resolution, height_and_width, in_words, nearest
 from .conditioning import Conditioning, PromptOptions
@@ -21,6 +21,7 @@ STUDENT_CONFIG = "rdm_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX = "model_index.json"
 CARD = "README.md"
+BLOCKS = ("transformer_blocks", "single_transformer_blocks", "layers")  # diffusers' names of what transformers repeat
 
 
 def on_white(images: Tensor) -> Tensor:
@@ -102,6 +103,13 @@ class Family(ABC):
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The network that is distilled."""
         return getattr(pipeline, self.denoiser_name)
+
+    def middle_block(self, denoiser: ModelMixin) -> nn.Module:
+        """The denoiser's block whose features a discriminator reads: a U-Net's bottleneck, a transformer's middle."""
+        if hasattr(denoiser, "mid_block"):
+            return denoiser.get_submodule("mid_block")
+        blocks = [block for name in BLOCKS for block in getattr(denoiser, name, ())]
+        return blocks[(len(blocks) - 1) // 2]
 
     def checkpoint(self, denoiser: ModelMixin, run: Callable[..., Any] | None = None) -> None:
         """Turns the denoiser's gradient checkpointing on.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..families import Conditioning, Family
 from ..prediction import NoiseSchedule, expand, to_x0
+from .discriminator import Discriminator, Features
 
 STUDENT, FAKE_SCORE, TEACHER = ROLES = ("student", "fake_score", "teacher")
 TARGET = "target"  # the teacher with a LoRA that learns from images
@@ -39,6 +40,7 @@ class Networks(ABC):
     Attributes:
         calls: samples that went through each role, as `{"student forward": ..., ...}`; a guided one counts twice.
         step_embedding: the fake score's vector of each student step `[K, D]`, if it has them.
+        discriminator: on the fake score's features, if there is one; its parameters are the fake score's.
     """
 
     family: Family
@@ -51,6 +53,7 @@ class Networks(ABC):
     target_config: LoraConfig | None = None
     calls: Counter[str] = field(default_factory=Counter, init=False)
     step_embedding: nn.Parameter | None = field(default=None, init=False)
+    discriminator: Discriminator | None = field(default=None, init=False)
     autocast_roles: ClassVar[tuple[str, ...]] = ()
     _step: Tensor | None = field(default=None, init=False)  # of the samples in the fake score's forward
 
@@ -71,6 +74,19 @@ class Networks(ABC):
             return torch.cat([output[: len(rows)] + rows, output[len(rows) :]])  # there may be one more, of time 0
 
         time_embedding.register_forward_hook(add_step)
+
+    def add_discriminator(self, block: nn.Module, x_t: Tensor, t: Tensor) -> None:
+        """Lets a new discriminator read what a block of the fake score's network puts out; one forward finds its width.
+
+        Args:
+            block: inside that network.
+            x_t, t: of that forward, `[1, C, H, W]` and `[1]`, on the networks' device; its result is not used.
+        """
+        features, calls = Features(block), self.calls.copy()
+        with torch.no_grad(), features.collected() as found:
+            self.predict(FAKE_SCORE, x_t, t, self.null_conditioning)
+        self.calls = calls
+        self.discriminator = Discriminator(features, found[0].shape[-1]).to(x_t.device)
 
     @property
     def real_score(self) -> str:
@@ -96,37 +112,56 @@ class Networks(ABC):
         output = self._guided(x_t, t, conditioning)[0] if guided else self._output(role, x_t, t, conditioning)
         return to_x0(self.prediction_type, output, x_t, *self.schedule.scales(t, x_t))
 
+    def fake_score(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The fake score's x0 as of `predict`, and the discriminator's logits `[B]` of the same forward, if it has one.
+
+        Gradients flow from both to the fake score's parameters and to x_t, by `backward` only.
+        """
+        if self.discriminator is None:
+            return self.predict(FAKE_SCORE, x_t, t, conditioning, step), None
+        with self.discriminator.features.collected() as features:
+            x0 = self.predict(FAKE_SCORE, x_t, t, conditioning, step)
+        return x0, torch.cat([self.discriminator(each) for each in features])
+
     def guidance(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """What guidance adds to the teacher's x0 `[B, C, H, W]`, float32: (w - 1) (c - u) in x0. As `predict` else."""
         outputs, scales = self._guided(x_t, t, conditioning), self.schedule.scales(t, x_t)
         return torch.sub(*(to_x0(self.prediction_type, output, x_t, *scales) for output in outputs))
 
-    def backward(self, role: str, x0: Tensor, direction: Tensor) -> None:
+    def backward(self, role: str, x0: Tensor, direction: Tensor, *more: tuple[Tensor, Tensor]) -> None:
         """Adds the gradient of `(x0 * direction).sum()` to the role's parameters, with the role restored.
 
         Args:
-            role, x0: whose `predict` gave x0 `[B, C, H, W]`, with its graph.
+            role, x0: whose `predict` gave x0 `[B, C, H, W]`, with its graph; or logits `[B]` of `fake_score`.
             direction: the loss's gradient with respect to x0, same shape, detached.
+            more: other outputs of the same forward, with their directions.
         """
         self.calls[f"{role} backward"] += len(x0)
+        outputs, directions = zip((x0, direction), *more, strict=True)
         with self.acting_as(role):
-            x0.backward(direction)
+            torch.autograd.backward(outputs, directions)
 
     def pull_back(
-        self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, cotangent: Tensor,
-        step: Tensor | None = None,
+        self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, cotangent: Tensor | None,
+        step: Tensor | None = None, logit: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The gradient of `(x0 * cotangent).sum()` with respect to x_t `[B, C, H, W]`, float32, detached.
 
-        x0 is what `predict` gives for the same arguments; it is computed anew. No parameter's gradient changes.
+        x0 is what `predict` gives for the same arguments; it is computed anew. No parameter's gradient changes. With
+        `logit [B]` the gradient of `(logits * logit).sum()` is added, of the discriminator's logits there
+        (`fake_score`); then the cotangent may be None.
         """
         inputs = x_t.detach().requires_grad_()
+        given = (inputs, t, conditioning, step)
         with torch.enable_grad():
-            x0 = self.predict(role, inputs, t, conditioning, step)
+            outputs = (self.predict(role, *given), None) if logit is None else self.fake_score(*given)
+        pairs = [pair for pair in zip(outputs, (cotangent, logit), strict=True) if pair[1] is not None]
         guided = role == TEACHER and self.guidance_scale != 1
         self.calls[f"{role} backward"] += len(x_t) * (1 + guided)
         with self.acting_as(role):
-            (gradient,) = torch.autograd.grad(x0, inputs, cotangent)
+            (gradient,) = torch.autograd.grad([each for each, _ in pairs], inputs, [each for _, each in pairs])
         return gradient.float()
 
     @contextmanager
@@ -149,7 +184,8 @@ class Networks(ABC):
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The role's trainable parameters, in a fixed order."""
         embedding = [self.step_embedding] if self.step_embedding is not None and role == FAKE_SCORE else []
-        return self._own_parameters(role) + embedding
+        discriminator = [] if self.discriminator is None else list(self.discriminator.parameters())
+        return self._own_parameters(role) + embedding + (discriminator if role == FAKE_SCORE else [])
 
     @abstractmethod
     def student_weights(self, keep: bool = True) -> dict[str, Tensor]:

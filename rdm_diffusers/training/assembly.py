@@ -37,6 +37,7 @@ from .checkpoints import TrainState
 from .devices import compile_blocks, place, prepare_denoiser, prepare_vae, use_channels_last
 from .epochs import rate_factor
 from .external_rewards import join_rewards
+from .fake_score import add_to_fake_score
 from .finite import OF_FP16, OF_RATES, FiniteChecks
 from .optimizers import make_optimizer
 from .prompts import PromptGroups, Texts
@@ -200,11 +201,8 @@ def networks_of_run(config: RunConfig, teacher: Teacher, nothing: Conditioning, 
         if config.memory.channels_last:
             use_channels_last(denoiser)
         compile_blocks(denoiser, config.memory)
-    if config.method.fake_score_steps:
-        fake_score = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else teacher.denoiser
-        networks.add_step_embedding(
-            fake_score.get_submodule(teacher.family.time_embedding_name), config.method.num_student_steps
-        )
+    latents = teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution)
+    add_to_fake_score(networks, teacher.family, config, latents)
     return networks
 
 
@@ -242,6 +240,7 @@ def make_distillation(
         fake_distribution=distribution(times.fake_time_distribution),
         decoupled_guidance=times.decoupled_guidance,
         importance_weighting=method.importance_weighting,
+        guidance_cls_loss_weight=method.guidance_cls_loss_weight,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         is_sharded=is_sharded(accelerator),
@@ -262,6 +261,7 @@ def make_objective(config: RunConfig) -> GNDM:
         bias_estimator=method.bias_estimator,
         steps_per_rollout=method.steps_per_rollout,
         pool_steps=method.pool_steps,
+        gen_cls_loss_weight=method.gen_cls_loss_weight,
     )
 
 

@@ -37,6 +37,7 @@ from ..networks import FAKE_SCORE, STUDENT, Networks
 from ..prediction import NoiseSchedule, denoising_weight, expand
 from ..schedulers import RdmScheduler
 from ..sharding import average_in_backward
+from .discriminating import discriminator_health, judge_pictures, judge_samples
 from .external_rewards import ExternalRewards
 from .finite import FiniteChecks
 from .loss_scaling import LossScaler, scaled
@@ -66,6 +67,7 @@ class Distillation:
     renoising_distribution: TimeDistribution = UNIFORM  # of their times
     fake_distribution: TimeDistribution = UNIFORM  # of the times of the fake score's loss
     decoupled_guidance: bool = False  # whether the guidance's part of R_dm is estimated at times of its own
+    guidance_cls_loss_weight: float = 0.0  # of the discriminator's loss, beside the fake score's
     importance_weighting: str = "none"  # of `IMPORTANCE_WEIGHTINGS`, for rollouts that serve several updates
     process_index: int = 0
     num_processes: int = 1  # a group stays whole on one process
@@ -110,11 +112,15 @@ class Distillation:
         """Which of a group's states are trained on, ascending."""
         return self.draws.subset("executed_steps", group, self.steps_per_rollout, self.num_steps)
 
-    def backward(self, role: str, x0: Tensor, direction: Tensor, part: slice, count: int) -> None:
+    def backward(
+        self, role: str, x0: Tensor, direction: Tensor, part: slice, count: int, *more: tuple[Tensor, Tensor]
+    ) -> None:
         """`Networks.backward` of a part of an update's `count` samples; the last part averages sharded gradients."""
         for network in self.networks.modules:
             average_in_backward(network, self.sync_each_batch or part.stop >= count)
-        self.networks.backward(role, x0, scaled(direction, self.scalers.get(role)))
+        scaler = self.scalers.get(role)
+        others = ((output, scaled(each, scaler)) for output, each in more)
+        self.networks.backward(role, x0, scaled(direction, scaler), *others)
 
 
 @dataclass(frozen=True)
@@ -247,8 +253,8 @@ def _draw(run: Distillation, batch: Batch, purpose: str, numbers: list[int]) -> 
 def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str, Tensor]:
     """Accumulates the fake score's gradients: its denoising loss on the same samples, at fresh times and noises.
 
-    `repeat` says which of the rollout's fake-score updates this is. That the losses must be finite is noted in
-    `run.checks`, which the optimiser's step requires.
+    Those of its discriminator, if it has one, are among them. `repeat` says which of the rollout's fake-score updates
+    this is. That the losses must be finite is noted in `run.checks`, which the optimiser's step requires.
     """
     samples, schedule = batch.samples, run.networks.schedule
     t = denoising_times(run.draws.uniform(f"fake_time/{repeat}", batch.keys), schedule, run.fake_distribution)
@@ -257,15 +263,22 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     weight = denoising_weight(schedule.sigma(t))
     if samples.weight is not None:
         weight = weight * samples.weight
-    losses = []
+    losses, verdicts = [], []
     for part in samples.micro_batches(run.micro_batch_size):
-        chunk = samples[part]
-        x0 = run.networks.predict(FAKE_SCORE, x_t[part], t[part], chunk.conditioning, chunk.step)
+        chunk, more = samples[part], []
+        x0, logit = run.networks.fake_score(x_t[part], t[part], chunk.conditioning, chunk.step)
+        if logit is not None:
+            move, verdict = judge_samples(run, batch, logit, part)
+            more.append(move)
+            verdicts.append(verdict)
         direction, loss = fake_score_direction(x0, chunk.x0, weight[part], len(samples))
-        run.backward(FAKE_SCORE, x0, direction, part, len(samples))
+        run.backward(FAKE_SCORE, x0, direction, part, len(samples), *more)
         losses.append(loss)
     run.checks.note("fake score loss", torch.cat(losses), batch.name_of)
-    return fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
+    health = fake_loss_health(torch.cat(losses), t / schedule.num_train_timesteps)
+    if verdicts:
+        health |= discriminator_health(verdicts, judge_pictures(run, batch, t, repeat))
+    return health
 
 
 def denoising_times(uniform: Tensor, schedule: NoiseSchedule, distribution: TimeDistribution = UNIFORM) -> Tensor:
