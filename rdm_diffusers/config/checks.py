@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
+from ..distillation import MATCHINGS, settings_of
 from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
 from .optimizers import USUAL, asked_for, kind_of, kinds_of
 from .students import LoraStudentConfig
-from .subjects import ETA, SHARE
+from .subjects import ETA, SHARE, MethodConfig
 from .validation import check_validation
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ IMAGES = ("train_data_dir", "image_column")  # name the user's images
 OF_IMAGES = ("target_weight", "center_crop", "random_flip")
 OF_DRAWING = ("num_target_images", "target_inference_steps", "target_images_dir")
 FEWEST_OF_A_SIZE = 20  # images, of which one is held out
+WITHOUT_REWARDS = ("dmd", "gndm")  # names without them; `gndmr` is for both
+DEFAULTS = {field.name: field.default for field in fields(MethodConfig)}
 LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
 
 
@@ -55,21 +58,28 @@ def check_rewards(config: RunConfig) -> None:
 def _check_algorithm(config: RunConfig) -> None:
     method, rewards = config.method, config.rewards
     algorithm = method.algorithm
-    if algorithm != "gndmr" and rewards.reward:
+    if algorithm in WITHOUT_REWARDS and rewards.reward:
         raise ValueError(f"--algorithm {algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
-    if rewards.reward_vae and algorithm != "gndmr":
+    if rewards.reward_vae and not _takes_rewards(config):
         raise ValueError("--reward_vae decodes pictures for rewards alone; add --reward name, or leave it out.")
-    if algorithm != "gndmr" and (rewards.reward_scheduler != "constant" or rewards.reward_warmup_steps):
+    if not _takes_rewards(config) and (rewards.reward_scheduler != "constant" or rewards.reward_warmup_steps):
         name = "reward_warmup_steps" if rewards.reward_warmup_steps else "reward_scheduler"
         raise ValueError(f"--{name} would have no effect without rewards; leave it out, or use --algorithm gndmr.")
     if algorithm == "dmd" and method.preset not in (None, "dmd2"):
         raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {method.preset} out or use gndm.")
     if algorithm == "dmd" and method.gndm_lambda != 0:
         raise ValueError(f"--algorithm dmd corrects nothing; leave --gndm_lambda {method.gndm_lambda} out or use gndm.")
+    for name in sorted({name for other in MATCHINGS for name in settings_of(other)} - {*settings_of(algorithm)}):
+        if getattr(method, name) != DEFAULTS[name]:
+            raise ValueError(f"--{name} would have no effect with --algorithm {algorithm}; leave it out.")
     if rewards.reward_share == 1 and not rewards.projection_guard:
         raise ValueError(f"--reward_share is {rewards.reward_share}; it must {SHARE.wants}.")
     if method.eta not in (0, 1):
         raise ValueError(f"--eta is {method.eta}; it must {ETA.wants}.")
+
+
+def _takes_rewards(config: RunConfig) -> bool:
+    return config.method.algorithm == "gndmr" or bool(config.rewards.reward)
 
 
 def _check_target(config: RunConfig) -> None:
