@@ -11,6 +11,8 @@ from .objectives import DMD, GNDM, Advantage, fake_score_direction
 from .posterior import posterior_mean
 from .reward_gradients import Decode, RewardGradient, differentiable_gradients, reward_values
 from .rollout import Place, Samples, Step, collect_samples, draw_samples, rollout, trained_places
+from .sid import ScoreIdentity
+from .sim import ScoreImplicit
 from .statistics import RunningMeans
 from .tilting import standardised_advantage, tilted_weight
 from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, guidance_times, renoising_times
@@ -18,7 +20,7 @@ from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, guidance_times
 __all__ = [
     "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "MATCHINGS", "NORMALIZATIONS",
     "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "Matching", "Place", "Pull", "ReverseKL",
-    "RewardEstimate", "RewardGradient", "RunningMeans", "Samples", "Step", "TimeDistribution", "ascent",
+    "RewardEstimate", "RewardGradient", "RunningMeans", "Samples", "ScoreIdentity", "ScoreImplicit", "Step", "TimeDistribution", "ascent",
     "collect_samples", "differentiable_gradients", "draw_samples", "estimate_reward", "fake_score_bias",
     "fake_score_direction", "grouped", "guidance_times", "importance_health", "importance_weights",
     "leave_one_out_mean", "log_ratios", "normalizer", "posterior_mean", "renoising_times", "revisit", "reward_values",

@@ -7,11 +7,15 @@ from dataclasses import fields
 from typing import Any
 
 from .matching import Matching, ReverseKL
+from .sid import ScoreIdentity
+from .sim import ScoreImplicit
 
 MATCHINGS: dict[str, Callable[..., Matching]] = {
     "dmd": ReverseKL,
     "gndm": ReverseKL,
     "gndmr": ReverseKL,
+    "sid": ScoreIdentity,
+    "sim": ScoreImplicit,
 }
 
 

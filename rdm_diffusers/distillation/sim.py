@@ -1,4 +1,4 @@
-"""SIM: Score Implicit Matching (Luo et al., arXiv 2410.16794) with the pseudo-Huber distance."""
+"""SIM: Score Implicit Matching (arXiv 2410.16794) with the pseudo-Huber distance."""
 
 from __future__ import annotations
 
@@ -11,29 +11,27 @@ from .matching import Pull
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreImplicit:
-    """SIM's loss of one sample, with the teacher's x0 f and the fake score's g, both at the re-noised x̂:
+    """SIM's loss of a sample, with the teacher's x0 f and the fake score's x0 g at the re-noised x̂:
 
         L = (f - g) . (g - x̂) / h,    h = sqrt(mean (f - g)^2 + c^2)
 
-    The paper writes it for scores: -[y / sqrt(|y|^2 + c^2)] . (s_fake - grad log q(x_tau | x̂)) with
-    y = s_fake - s_teacher, of which the expectation has the gradient of the distance d(y) = sqrt(|y|^2 + c^2) - c. A
-    score is a / s^2 times the x0 that it stands for, but for terms that cancel; the weight w(t) = s^2 / a takes that
-    factor out. Gradients also flow through x_tau in both networks, and through h.
+    Gradients flow to x̂, and through x_tau in both networks, in h, too. On average they are the gradient of h with
+    respect to the student's distribution, if the fake score is perfect. The paper has the scores y = s_fake - s_teacher:
+    -w(t) y / sqrt(|y|^2 + c_t^2) . (s_fake - grad log q(x_tau | x̂)). A difference of scores is a / s^2 times that of
+    the x0, so that this is the paper's loss with w(t) = sqrt(D) s^2 / a and c_t = sqrt(D) c a / s^2 for D elements.
+    That w and one c for the x0 of all times are ours.
 
     Args:
-        c: where the distance turns from a square into a norm, as a root mean square of x0; above 0. Ours: one c for
-            x0 at all times, which for scores is c a / s^2, times the root of the number of elements. A large c makes
-            this SiD with alpha 1, times 1 / c.
+        sim_c: c > 0, the root mean square of f - g above which h grows like a norm, not like a square.
     """
 
-    c: float = 0.01
+    sim_c: float = 0.1
 
     def pull(self, estimate: RewardEstimate) -> Pull:
-        """-dL/dx̂, -dL/df and -dL/dg, each `[M, C, H, W]`, detached."""
+        """-dL/dx̂, -dL/df and -dL/dg."""
         difference, residual = estimate.reward, estimate.fake_x0 - estimate.x0
-        height = (difference.square().flatten(1).mean(1) + self.c**2).sqrt()
-        likeness = (difference * residual).flatten(1).mean(1)
-        height, likeness = expand(height, difference), expand(likeness, difference)
-        x0 = difference / height
-        through_difference = residual / height - likeness / height**2 * x0
-        return Pull(x0=x0, teacher_x0=-through_difference, fake_x0=through_difference - x0)
+        h_squared = expand(difference.square().flatten(1).mean(1) + self.sim_c**2, difference)
+        product = expand((difference * residual).flatten(1).mean(1), difference)
+        h = h_squared.sqrt()
+        along = (residual - product / h_squared * difference) / h  # dL/d(f - g) where g - x̂ stays
+        return Pull(x0=difference / h, teacher_x0=-along, fake_x0=along - difference / h)
