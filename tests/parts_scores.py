@@ -100,16 +100,18 @@ class Gaussian:
         return self.mean + self.slope(a, s) * (x_t - a * self.mean)
 
 
-def quadrature(nodes: int = 80) -> tuple[Tensor, Tensor, Tensor]:
+def quadrature(nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of standard normal numbers `[N]`, `[N]` and their weights `[N]`, which replace an expectation."""
     points, weights = (torch.from_numpy(each) for each in np.polynomial.hermite_e.hermegauss(nodes))
     z, eps = torch.meshgrid(points, points, indexing="ij")
     return z.flatten(), eps.flatten(), torch.outer(weights, weights).flatten() / weights.sum() ** 2
 
 
-def mean_move(matching: Matching, student: Gaussian, teacher: Gaussian, a: float, s: float) -> tuple[Tensor, Tensor]:
+def mean_move(
+    matching: Matching, student: Gaussian, teacher: Gaussian, a: float, s: float, nodes: int = 40
+) -> tuple[Tensor, Tensor]:
     """How the pull moves a Gaussian student's mean and standard deviation, on average, if the fake score is perfect."""
-    z, eps, weight = quadrature()
+    z, eps, weight = quadrature(nodes)
     a, s = torch.tensor(a), torch.tensor(s)
     x0 = student.mean + student.std * z
     x_t = a * x0 + s * eps
@@ -122,10 +124,10 @@ def mean_move(matching: Matching, student: Gaussian, teacher: Gaussian, a: float
 
 
 def distance_descent(
-    distance: Callable[[Tensor], Tensor], student: Gaussian, teacher: Gaussian, a: float, s: float
+    distance: Callable[[Tensor], Tensor], student: Gaussian, teacher: Gaussian, a: float, s: float, nodes: int = 40
 ) -> tuple[Tensor, Tensor]:
     """Minus the gradient of E[distance(f - g)] in the student's mean and deviation, over points that are held still."""
-    z, eps, weight = quadrature()
+    z, eps, weight = quadrature(nodes)
     a, s = torch.tensor(a), torch.tensor(s)
     x_t = a * (student.mean + student.std * z) + s * eps
     moving = Gaussian(student.mean.clone().requires_grad_(), student.std.clone().requires_grad_())

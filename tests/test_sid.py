@@ -76,6 +76,6 @@ def test_it_leads_a_gaussian_to_the_teachers(alpha: float) -> None:
     mean, std, teacher = torch.tensor(1.0), torch.tensor(0.4), Gaussian(torch.tensor(-0.5), torch.tensor(0.9))
     for update in range(300):
         a, s = ((0.95, 0.3), (0.8, 0.6), (0.4, 0.9))[update % 3]
-        move, wider = mean_move(ScoreIdentity(sid_alpha=alpha), Gaussian(mean, std), teacher, a, s)
+        move, wider = mean_move(ScoreIdentity(sid_alpha=alpha), Gaussian(mean, std), teacher, a, s, nodes=12)
         mean, std = mean + move, std + wider
     assert (mean - teacher.mean).abs() < 1e-2 and (std - teacher.std).abs() < 1e-2

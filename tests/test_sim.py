@@ -48,18 +48,18 @@ def test_with_a_large_c_it_is_sid_at_alpha_1() -> None:
     assert relative_error(c * case.road(ScoreImplicit(sim_c=c)), case.road(ScoreIdentity())) < 1e-9
 
 
-@every_c
+@pytest.mark.parametrize("c", [0.3, 3.0])
 def test_the_average_move_is_the_descent_of_the_pseudo_huber_distance_of_the_scores(c: float) -> None:
     student, teacher = (Gaussian(torch.tensor(m), torch.tensor(s)) for m, s in ((0.4, 0.7), (-0.9, 0.8)))
     found = torch.stack(mean_move(ScoreImplicit(sim_c=c), student, teacher, 0.8, 0.6))
     expected = torch.stack(distance_descent(lambda gap: (gap**2 + c**2).sqrt() - c, student, teacher, 0.8, 0.6))
-    assert relative_error(found, expected) < (0.02 if c < 0.1 else 1e-6)  # a kink needs more nodes
+    assert relative_error(found, expected) < 1e-6
 
 
 def test_it_leads_a_gaussian_to_the_teachers() -> None:
     mean, std, teacher = torch.tensor(1.0), torch.tensor(0.4), Gaussian(torch.tensor(-0.5), torch.tensor(0.9))
     for update in range(600):
         a, s = ((0.95, 0.3), (0.8, 0.6), (0.4, 0.9))[update % 3]
-        move, wider = mean_move(ScoreImplicit(sim_c=0.3), Gaussian(mean, std), teacher, a, s)
+        move, wider = mean_move(ScoreImplicit(sim_c=0.3), Gaussian(mean, std), teacher, a, s, nodes=12)
         mean, std = mean + 0.1 * move, std + 0.1 * wider
     assert (mean - teacher.mean).abs() < 1e-2 and (std - teacher.std).abs() < 1e-2

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
-from ..distillation import MATCHINGS, settings_of
+from ..distillation import MATCHINGS, THROUGH_NETWORKS, settings_of
 from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
@@ -262,6 +262,12 @@ def _check_guidance(config: RunConfig) -> None:
             )
         if getattr(config.times, name) and config.method.guidance_scale == 1:
             raise ValueError(f"--{name} would have no effect with --guidance_scale 1, which is no guidance.")
+    algorithm = config.method.algorithm
+    if config.times.decoupled_guidance and algorithm in THROUGH_NETWORKS:
+        raise ValueError(
+            f"--algorithm {algorithm} has gradients through the teacher at one time, and --decoupled_guidance has two; "
+            "leave that out."
+        )
 
 
 def _check_distributions(config: RunConfig) -> None:

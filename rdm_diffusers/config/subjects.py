@@ -108,11 +108,11 @@ class MethodConfig:
     advantage_normalization: str = flag(
         None, "what R_dm is divided by; the preset's by default", OneOf(NORMALIZATIONS))
     sid_alpha: float = flag(
-        1.0, "of --algorithm sid: alpha, how much of the squared difference of the scores its loss takes off",
+        1.0, "alpha of --algorithm sid: how much of the squared difference of the scores its loss takes off",
         real("[-10, 10]"))
     sim_c: float = flag(
-        0.1, "of --algorithm sim: c, the difference of the scores' x0, as a root mean square, from which on its distance "
-        "is a norm and no longer a square", RATE)
+        0.1, "c of --algorithm sim: the root mean square of the difference of the scores' x0 above which its distance "
+        "grows like a norm, not like a square", RATE)
     num_renoisings: int = flag(1, "re-noised copies of each sample that estimate R_dm", FACTOR)
     fake_updates_per_step: int = flag(
         None, "fake-score updates per student update; the preset's by default", whole("[0, 1000]"))

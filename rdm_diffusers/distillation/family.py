@@ -17,6 +17,7 @@ MATCHINGS: dict[str, Callable[..., Matching]] = {
     "sid": ScoreIdentity,
     "sim": ScoreImplicit,
 }
+THROUGH_NETWORKS = ("sid", "sim")  # those with gradients through the teacher and the fake score
 
 
 def settings_of(algorithm: str) -> list[str]:
