@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from parts import relative_error
+from parts import make_conditioning, make_shared, relative_error, run_arguments
 from parts_float64 import ROUNDING, in_float64
 from parts_scores import Gaussian, distance_descent, make_case, mean_move
 from torch import Tensor
 
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import ReverseKL, ScoreIdentity
+from rdm_diffusers.networks import FAKE_SCORE, TEACHER
 
 both_schedules = pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
 every_alpha = pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
@@ -79,3 +82,18 @@ def test_it_leads_a_gaussian_to_the_teachers(alpha: float) -> None:
         move, wider = mean_move(ScoreIdentity(sid_alpha=alpha), Gaussian(mean, std), teacher, a, s, nodes=12)
         mean, std = mean + move, std + wider
     assert (mean - teacher.mean).abs() < 1e-2 and (std - teacher.std).abs() < 1e-2
+
+
+def test_an_unconditional_fake_score_gets_the_empty_prompt_and_the_others_their_own() -> None:
+    networks, t, prompts = make_shared(), torch.tensor([100, 900]), make_conditioning(2)
+    x_t, empty = torch.randn(2, 4, 8, 8), networks.null_conditioning.expand(2)
+    expected = networks.predict(FAKE_SCORE, x_t, t, empty), networks.predict(TEACHER, x_t, t, prompts)
+    networks.fake_score_unconditional = True
+    assert torch.equal(networks.predict(FAKE_SCORE, x_t, t, prompts), expected[0])
+    assert torch.equal(networks.predict(TEACHER, x_t, t, prompts), expected[1])
+
+
+def test_zero_cfg_is_two_flags(tmp_path: Path) -> None:
+    changes = dict(algorithm="sid", guidance_scale=1, fake_score_unconditional=True)
+    config = parse_args(run_arguments("tiny", tmp_path / "prompts.txt", tmp_path, **changes))
+    assert config.method.gndm_lambda == 0 and config.method.advantage_normalization == "sample"

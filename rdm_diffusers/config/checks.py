@@ -223,6 +223,11 @@ def _check_groups(config: RunConfig) -> None:
     method, samples = config.method, config.optimisation.samples_per_update
     if method.gndm_lambda != 0 and method.group_size == 1:
         raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
+    if method.gndm_lambda != 0 and method.fake_score_unconditional:
+        raise ValueError(
+            "GNDM corrects a fake score that knows its group's prompt: --fake_score_unconditional needs "
+            "--gndm_lambda 0."
+        )
     if method.steps_per_rollout > method.num_student_steps:
         raise ValueError(
             f"--steps_per_rollout {method.steps_per_rollout} is more than the {method.num_student_steps} steps of a "

@@ -116,6 +116,8 @@ class MethodConfig:
     num_renoisings: int = flag(1, "re-noised copies of each sample that estimate R_dm", FACTOR)
     fake_updates_per_step: int = flag(
         None, "fake-score updates per student update; the preset's by default", whole("[0, 1000]"))
+    fake_score_unconditional: bool = flag(
+        False, "give the fake score the empty prompt; with --guidance_scale 1 this is few-step SiD's Zero-CFG")
     fake_score_steps: bool = flag(False, "tell the fake score which student step a sample comes from")
     steps_per_rollout: int = flag(1, "how many states of each rollout are trained on, chosen at random", STEPS)
     reuse_rollouts: int = flag(None, "updates that one rollout serves; the preset's by default", FACTOR)
