@@ -172,6 +172,27 @@ def test_a_preset_that_contradicts_the_algorithm(complaint) -> None:
     assert said.endswith("--algorithm dmd is the preset dmd2; leave --preset gndm-fast out or use gndm.")
 
 
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"sid_alpha": 1.2}, "--sid_alpha would have no effect with --algorithm gndm; leave it out."),
+        ({"algorithm": "sid", "sim_c": 1}, "--sim_c would have no effect with --algorithm sid; leave it out."),
+        (
+            {"algorithm": "sim", "decoupled_guidance": True},
+            "--algorithm sim has gradients through the teacher at one time, and --decoupled_guidance has two; leave "
+            "that out.",
+        ),
+        (
+            {"fake_score_unconditional": True},
+            "GNDM corrects a fake score that knows its group's prompt: --fake_score_unconditional needs "
+            "--gndm_lambda 0.",
+        ),
+    ],
+)
+def test_settings_of_the_family_that_do_not_go_together(complaint, changes: dict, sentence: str) -> None:
+    assert complaint(**changes).endswith(sentence)
+
+
 def test_a_black_box_in_groups_of_one(complaint) -> None:
     said = complaint(algorithm="gndmr", reward="tiny_prompt_black_box", group_size=1, gndm_lambda=0)
     assert said == (

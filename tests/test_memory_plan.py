@@ -211,6 +211,8 @@ def test_the_plan_is_what_training_takes(
         {"base_quantization": "fp8", "gradient_checkpointing": True},
         {"fold_adapters": True},
         {"student": "full", "mixed_precision": "bf16"},
+        {"algorithm": "sid"},
+        {"algorithm": "sid", "student": "full", "gradient_checkpointing": True},
     ],
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
 )

@@ -16,7 +16,11 @@ from rdm_diffusers.distillation import (
     DMD,
     GNDM,
     Draws,
+    RunningMeans,
     Samples,
+    ScoreIdentity,
+    ScoreImplicit,
+    ascent,
     collect_samples,
     draw_samples,
     estimate_reward,
@@ -146,7 +150,7 @@ def distil(networks: SeparateNetworks, scheduler: RdmScheduler, objective: GNDM,
     draws = Draws(seed=0, group_size=GROUP)
     conditioning = make_conditioning(1).expand(GROUPS * GROUP)
     optimizers = {role: torch.optim.Adam(networks.parameters(role), 1e-3) for role in (STUDENT, FAKE_SCORE)}
-    average = EMAModel(networks.parameters(STUDENT), decay=0.99)
+    average, statistics = EMAModel(networks.parameters(STUDENT), decay=0.99), RunningMeans()
 
     def step(role: str, x0: Tensor, direction: Tensor) -> None:
         networks.backward(role, x0, direction)
@@ -162,7 +166,8 @@ def distil(networks: SeparateNetworks, scheduler: RdmScheduler, objective: GNDM,
         tau = renoising_times(draws.uniform("tau", groups), SCHEDULE)
         estimate = estimate_reward(networks, samples, tau, draws.normal("tau_noise", groups, SHAPE))
         x0 = networks.predict(STUDENT, samples.x_t, samples.t, samples.conditioning)
-        step(STUDENT, x0, objective.direction(estimate))
+        move = ascent(networks, samples, estimate, objective.advantage(estimate, statistics).pull)
+        step(STUDENT, x0, -move / move.numel())
         average.step(networks.parameters(STUDENT))
         for repeat in range(fake_updates):
             t = (draws.uniform(f"fake_time/{repeat}", groups) * 1000).long()
@@ -221,8 +226,14 @@ def test_the_log_ratio_is_higher_for_samples_nearer_to_the_teacher() -> None:
     assert ratios[0].mean() > 0 > ratios[1].mean()
 
 
+SID = GNDM(matching=ScoreIdentity(), group_size=GROUP, gndm_lambda=0.0, advantage_normalization="sample")
+SIM = GNDM(matching=ScoreImplicit(), group_size=GROUP, gndm_lambda=0.0, advantage_normalization="none")
+
+
 @pytest.mark.parametrize(
-    ("objective", "fake_updates"), [(DMD(group_size=GROUP), 5), (GNDM(group_size=GROUP), 2)], ids=["dmd", "gndm"]
+    ("objective", "fake_updates"),
+    [(DMD(group_size=GROUP), 5), (GNDM(group_size=GROUP), 2), (SID, 2), (SIM, 2)],
+    ids=["dmd", "gndm", "sid", "sim"],
 )
 def test_a_short_distillation_at_least_halves_the_distance_to_the_target(objective: GNDM, fake_updates: int) -> None:
     target = Mixture(radius=1.5, width=0.3, modes=3)

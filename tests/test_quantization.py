@@ -47,6 +47,17 @@ def test_a_quantised_network_is_close_to_what_it_was(kind: str, teacher_folder: 
 
 
 @every
+def test_gradients_flow_through_a_quantised_base_to_what_it_denoises(kind: str, argv) -> None:
+    it = make_run(argv(base_quantization=kind, algorithm="sid"))
+    x_t = torch.randn(2, *it.distillation.latent_shape)
+    given = (x_t, torch.tensor([300, 800]), it.distillation.prompts.once([0, 1]), torch.ones_like(x_t))
+    for role in (TEACHER, FAKE_SCORE):
+        gradient = it.networks.pull_back(role, *given)
+        assert gradient.isfinite().all() and gradient.abs().flatten(1).mean(1).min() > 1e-3
+    assert train_run(it) == 0
+
+
+@every
 def test_loras_on_a_quantised_base_are_float32_and_move_and_the_base_stays(kind: str, argv) -> None:
     it = make_run(argv(base_quantization=kind))
     layers = [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.distributed_c10d import _get_default_group
 
 from rdm_diffusers.families import Conditioning, load_denoiser
-from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT
+from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER
 from rdm_diffusers.sharding import gather
 from rdm_diffusers.training import checkpoints
 from rdm_diffusers.training.checkpoint_files import damage, files_of, read_part
@@ -95,6 +95,31 @@ def test_sharded_gradients_are_averaged_once_an_update_or_after_every_micro_batc
         groups = _get_default_group(), next(iter(it.networks.parameters(STUDENT))).device_mesh.get_group()
         waits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
         assert waits == [77, 77]
+
+    in_two_processes(work, **SHARDED)
+
+
+@pytest.mark.parametrize("student", ["lora", "full"])
+def test_shards_pull_back_as_whole_networks_do_and_are_trained_on(argv, student: str) -> None:
+    options = dict(
+        algorithm="sid", train_batch_size=4, rank=2 if student == "lora" else None, gradient_checkpointing=True
+    )
+
+    def pulled(it: Trainer) -> list[torch.Tensor]:
+        x_t, t, conditioning = inputs(it)
+        cotangent = torch.ones_like(x_t) * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+        return [it.networks.pull_back(role, x_t, t, conditioning, cotangent) for role in (TEACHER, FAKE_SCORE)]
+
+    whole = pulled(make_run(argv(**options), student))
+
+    def work() -> None:
+        it = make_run(argv(**options), student)
+        for found, expected in zip(pulled(it), whole, strict=True):
+            assert relative_error(found, expected) < 1e-5
+        before = [gather(parameter.detach()).clone() for parameter in it.networks.parameters(STUDENT)]
+        assert train_run(it) == 0
+        after = [gather(parameter.detach()) for parameter in it.networks.parameters(STUDENT)]
+        assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
     in_two_processes(work, **SHARDED)
 

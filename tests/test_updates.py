@@ -49,8 +49,10 @@ GNDMR = {"algorithm": "gndmr", "reward": ["tiny_bold", "tiny_prompt_black_box:2"
         {"steps_per_rollout": 2, "gndm_lambda": 0.5, "num_renoisings": 2},
         GNDMR,
         {**GNDMR, "reward_combination": "sum", "projection_guard": True},
+        {"algorithm": "sid", "num_renoisings": 2},
+        {"algorithm": "sim", "gndm_lambda": 1.0, "advantage_normalization": "group", "reward": ["tiny_bold"]},
     ],
-    ids=["gndm", "dmd", "two_steps_twice_renoised", "gndmr", "gndmr_sum_guard"],
+    ids=["gndm", "dmd", "two_steps_twice_renoised", "gndmr", "gndmr_sum_guard", "sid", "sim_corrected_rewarded"],
 )
 @pytest.mark.usefixtures("float64")
 def test_eight_samples_at_once_are_one_sample_eight_times(argv, options: dict) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
-from ..distillation import MATCHINGS, settings_of
+from ..distillation import MATCHINGS, THROUGH_NETWORKS, settings_of
 from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
@@ -230,6 +230,11 @@ def _check_groups(config: RunConfig) -> None:
     method, samples = config.method, config.optimisation.samples_per_update
     if method.gndm_lambda != 0 and method.group_size == 1:
         raise ValueError("GNDM corrects with the other members of a group: --group_size 1 needs --gndm_lambda 0.")
+    if method.gndm_lambda != 0 and method.fake_score_unconditional:
+        raise ValueError(
+            "GNDM corrects a fake score that knows its group's prompt: --fake_score_unconditional needs "
+            "--gndm_lambda 0."
+        )
     if method.steps_per_rollout > method.num_student_steps:
         raise ValueError(
             f"--steps_per_rollout {method.steps_per_rollout} is more than the {method.num_student_steps} steps of a "
@@ -269,6 +274,12 @@ def _check_guidance(config: RunConfig) -> None:
             )
         if getattr(config.times, name) and config.method.guidance_scale == 1:
             raise ValueError(f"--{name} would have no effect with --guidance_scale 1, which is no guidance.")
+    algorithm = config.method.algorithm
+    if config.times.decoupled_guidance and algorithm in THROUGH_NETWORKS:
+        raise ValueError(
+            f"--algorithm {algorithm} has gradients through the teacher at one time, and --decoupled_guidance has two; "
+            "leave that out."
+        )
 
 
 def _check_distributions(config: RunConfig) -> None:

@@ -17,10 +17,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dmd2":         dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=5, reuse_rollouts=1),
     "gndm":         dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=1),
     "gndm-literal": dict(gndm_lambda=0.0, advantage_normalization="std",    fake_updates_per_step=5, reuse_rollouts=1),
+    "sid":          dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=1, reuse_rollouts=1),
+    "sim":          dict(gndm_lambda=0.0, advantage_normalization="none",   fake_updates_per_step=1, reuse_rollouts=1),
     "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=2),
 }
 ALGORITHM_PRESETS = {
     "dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm", "dmd2": "dmd2", "f_distill": "dmd2", "uni_instruct": "dmd2",
+    "sid": "sid", "sim": "sim",
 }
 # fmt: on
 

@@ -115,9 +115,17 @@ class MethodConfig:
         "for dmd2 and f_distill", real("[0, inf)"))
     guidance_cls_loss_weight: float = flag(
         USUAL_WEIGHT, "weight of the discriminator's own loss, beside the fake score's", real("(0, inf)"))
+    sid_alpha: float = flag(
+        1.0, "alpha of --algorithm sid: how much of the squared difference of the scores its loss takes off",
+        real("[-10, 10]"))
+    sim_c: float = flag(
+        0.1, "c of --algorithm sim: the root mean square of the difference of the scores' x0 above which its distance "
+        "grows like a norm, not like a square", RATE)
     num_renoisings: int = flag(1, "re-noised copies of each sample that estimate R_dm", FACTOR)
     fake_updates_per_step: int = flag(
         None, "fake-score updates per student update; the preset's by default", whole("[0, 1000]"))
+    fake_score_unconditional: bool = flag(
+        False, "give the fake score the empty prompt; with --guidance_scale 1 this is few-step SiD's Zero-CFG")
     fake_score_steps: bool = flag(False, "tell the fake score which student step a sample comes from")
     steps_per_rollout: int = flag(1, "how many states of each rollout are trained on, chosen at random", STEPS)
     reuse_rollouts: int = flag(None, "updates that one rollout serves; the preset's by default", FACTOR)

@@ -8,6 +8,8 @@ from typing import Any
 
 from .f_distill import FDistill
 from .matching import Matching, ReverseKL
+from .sid import ScoreIdentity
+from .sim import ScoreImplicit
 from .uni_instruct import UniInstruct
 
 MATCHINGS: dict[str, Callable[..., Matching]] = {
@@ -17,7 +19,10 @@ MATCHINGS: dict[str, Callable[..., Matching]] = {
     "dmd2": ReverseKL,  # and its adversarial branch
     "f_distill": FDistill,
     "uni_instruct": UniInstruct,
+    "sid": ScoreIdentity,
+    "sim": ScoreImplicit,
 }
+THROUGH_NETWORKS = ("sid", "sim")  # those with gradients through the teacher and the fake score
 
 
 def settings_of(algorithm: str) -> list[str]:

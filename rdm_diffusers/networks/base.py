@@ -36,6 +36,7 @@ class Networks(ABC):
         guidance_interval: the times, as shares of the timesteps, between which the teacher is guided; () for all.
         compute_dtype: what trained full networks are cast to (`acting_as`); by default they are not, or not here.
         target_config: the shape of the target's LoRA, which is added to the teacher's network; None for no target.
+        fake_score_unconditional: whether the fake score is given the empty prompt, whatever the samples' own.
 
     Attributes:
         calls: samples that went through each role, as `{"student forward": ..., ...}`; a guided one counts twice.
@@ -51,6 +52,7 @@ class Networks(ABC):
     guidance_interval: tuple[float, ...] = ()
     compute_dtype: torch.dtype | None = None
     target_config: LoraConfig | None = None
+    fake_score_unconditional: bool = False
     calls: Counter[str] = field(default_factory=Counter, init=False)
     step_embedding: nn.Parameter | None = field(default=None, init=False)
     discriminator: Discriminator | None = field(default=None, init=False)
@@ -108,6 +110,8 @@ class Networks(ABC):
             x0 `[B, C, H, W]`, float32. Gradients flow to the role's parameters and to x_t, by `backward` only.
         """
         self._step = step if role == FAKE_SCORE else None
+        if role == FAKE_SCORE and self.fake_score_unconditional:
+            conditioning = self.family.unconditional(self.null_conditioning, conditioning)
         guided = guided and role == TEACHER and self.guidance_scale != 1
         output = self._guided(x_t, t, conditioning)[0] if guided else self._output(role, x_t, t, conditioning)
         return to_x0(self.prediction_type, output, x_t, *self.schedule.scales(t, x_t))

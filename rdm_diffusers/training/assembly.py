@@ -163,6 +163,7 @@ def make_networks(
         ValueError: if the teacher's stock pipeline could not load a LoRA student.
     """
     common["target_config"] = target_config(family, config)
+    common["fake_score_unconditional"] = config.method.fake_score_unconditional
     if isinstance(config.student, LoraStudentConfig):
         check_lora(family)
         prepare_denoiser(teacher, config.memory, family)

@@ -40,6 +40,7 @@ from .assembly import CONTRAST_STEPS, DTYPES, guidance_outside, make_networks, p
 from .devices import prepare_vae
 from .finish import PICTURES_AT_ONCE
 from .memory_table import MemoryPlan
+from .pull_back_memory import peaks
 from .reward_memory import measure_rewards
 
 FLOAT = 4  # bytes of a float32
@@ -124,7 +125,8 @@ class _Planner:
             alone = model.meta_models(self.teacher, {name: self.config[name]}, self.run.teacher.revision)
             trained = alone[name].requires_grad_(True)
         if self.run.memory.gradient_checkpointing:
-            model.checkpoint_blocks(trained, self.family, self.autocast, self.device_type)
+            for network, dtype in {self.denoiser: None, trained: self.autocast}.items():
+                model.checkpoint_blocks(network, self.family, dtype, self.device_type)
         with torch.device("meta"), no_init_weights():
             networks = make_networks(
                 config,
@@ -145,7 +147,8 @@ class _Planner:
         run, shards, shown, trained_size = self.run, self.shards, self.shown, self.trained_size
         samples, whole = run.optimisation.train_batch_size, not self.is_lora and run.student.quantization
         inputs = self._inputs(samples)
-        saved, update = model.update_peak(self.networks, inputs, self.has_gradients, self.autocast, self.device_type)
+        learning = self.has_gradients, self.autocast, self.device_type
+        saved, update = peaks(self.networks, inputs, run.method.algorithm, *learning)
         role = trained_size if self.is_lora else model.nbytes(self.networks.modules[0])  # with a full network's buffers
         return {
             f"{self.family.denoiser_name}, frozen": self.frozen_size // (1 if whole else shards),
