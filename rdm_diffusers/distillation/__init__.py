@@ -5,6 +5,7 @@ from .combination import COMBINATIONS, GNDMR
 from .distribution_matching import RewardEstimate, estimate_reward
 from .draws import Draws
 from .importance import IMPORTANCE_WEIGHTINGS, importance_health, importance_weights, log_ratios, revisit
+from .lcm import LCM
 from .objectives import DMD, GNDM, Advantage, fake_score_direction
 from .posterior import posterior_mean
 from .reward_gradients import Decode, RewardGradient, differentiable_gradients, reward_values
@@ -14,7 +15,7 @@ from .tilting import standardised_advantage, tilted_weight
 from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, guidance_times, renoising_times
 
 __all__ = [
-    "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "NORMALIZATIONS",
+    "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "LCM", "NORMALIZATIONS",
     "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "Place", "RewardEstimate", "RewardGradient",
     "RunningMeans", "Samples", "Step", "TimeDistribution", "collect_samples", "differentiable_gradients",
     "draw_samples", "estimate_reward", "fake_score_bias", "fake_score_direction", "grouped", "guidance_times",
