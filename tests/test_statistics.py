@@ -192,7 +192,7 @@ def test_every_normaliser_is_what_it_says(normalization: str) -> None:
     advantage = GNDM(group_size=GROUP, gndm_lambda=0.0, advantage_normalization=normalization).advantage(
         e, RunningMeans()
     )
-    assert torch.allclose(advantage.value, reward / expand(torch.stack(expected), reward), rtol=1e-4)
+    assert torch.allclose(advantage.pull.x0, reward / expand(torch.stack(expected), reward), rtol=1e-4)
     assert torch.allclose(advantage.normalizer, torch.stack(expected))
 
 

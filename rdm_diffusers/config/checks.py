@@ -10,21 +10,26 @@ from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
+from ..distillation import MATCHINGS, settings_of
 from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
 from .optimizers import USUAL, asked_for, kind_of, kinds_of
+from .pictures import needs_pictures
 from .students import LoraStudentConfig
-from .subjects import ETA, SHARE
+from .subjects import ETA, SHARE, MethodConfig
 from .validation import check_validation
 
 if TYPE_CHECKING:
     from .run_config import RunConfig
 
 IMAGES = ("train_data_dir", "image_column")  # name the user's images
+OF_LEARNING = ("target_train_steps", "target_batch_size", "target_learning_rate", "target_rank")
 OF_IMAGES = ("target_weight", "center_crop", "random_flip")
 OF_DRAWING = ("num_target_images", "target_inference_steps", "target_images_dir")
 FEWEST_OF_A_SIZE = 20  # images, of which one is held out
+WITHOUT_REWARDS = ("dmd", "gndm")  # names without them; `gndmr` is for both
+DEFAULTS = {field.name: field.default for field in fields(MethodConfig)}
 LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
 
 
@@ -55,21 +60,28 @@ def check_rewards(config: RunConfig) -> None:
 def _check_algorithm(config: RunConfig) -> None:
     method, rewards = config.method, config.rewards
     algorithm = method.algorithm
-    if algorithm != "gndmr" and rewards.reward:
+    if algorithm in WITHOUT_REWARDS and rewards.reward:
         raise ValueError(f"--algorithm {algorithm} takes no rewards; use --algorithm gndmr or leave --reward out.")
-    if rewards.reward_vae and algorithm != "gndmr":
+    if rewards.reward_vae and not _takes_rewards(config):
         raise ValueError("--reward_vae decodes pictures for rewards alone; add --reward name, or leave it out.")
-    if algorithm != "gndmr" and (rewards.reward_scheduler != "constant" or rewards.reward_warmup_steps):
+    if not _takes_rewards(config) and (rewards.reward_scheduler != "constant" or rewards.reward_warmup_steps):
         name = "reward_warmup_steps" if rewards.reward_warmup_steps else "reward_scheduler"
         raise ValueError(f"--{name} would have no effect without rewards; leave it out, or use --algorithm gndmr.")
     if algorithm == "dmd" and method.preset not in (None, "dmd2"):
         raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {method.preset} out or use gndm.")
     if algorithm == "dmd" and method.gndm_lambda != 0:
         raise ValueError(f"--algorithm dmd corrects nothing; leave --gndm_lambda {method.gndm_lambda} out or use gndm.")
+    for name in sorted({name for other in MATCHINGS for name in settings_of(other)} - {*settings_of(algorithm)}):
+        if getattr(method, name) != DEFAULTS[name]:
+            raise ValueError(f"--{name} would have no effect with --algorithm {algorithm}; leave it out.")
     if rewards.reward_share == 1 and not rewards.projection_guard:
         raise ValueError(f"--reward_share is {rewards.reward_share}; it must {SHARE.wants}.")
     if method.eta not in (0, 1):
         raise ValueError(f"--eta is {method.eta}; it must {ETA.wants}.")
+
+
+def _takes_rewards(config: RunConfig) -> bool:
+    return config.method.algorithm == "gndmr" or bool(config.rewards.reward)
 
 
 def _check_target(config: RunConfig) -> None:
@@ -79,14 +91,17 @@ def _check_target(config: RunConfig) -> None:
     changed = [name for name, value in usual.items() if getattr(target, name) != value]
     changed += ["target_images_dir"] if config.output.target_images_dir is not None else []
     images = [name for name in IMAGES if getattr(config.prompts, name) is not None]
-    idle, remedy = [*changed, *images], "add --teacher_target samples"
-    if target.teacher_target == "samples" and not images:
-        idle, remedy = [name for name in changed if name in OF_IMAGES], "add --train_data_dir with images"
-    elif target.teacher_target == "samples":
-        idle = [name for name in changed if name in OF_DRAWING and target.target_weight == 1]
-        remedy = "have the teacher draw images, too, with a --target_weight below 1"
-    if idle:
-        raise ValueError(f"--{idle[0]} would have no effect; leave it out, or {remedy}.")
+    of_target = OF_LEARNING if needs_pictures(config) else (*usual, "target_images_dir", *IMAGES)
+    rules: list[tuple[object, tuple[str, ...], str]] = [
+        (target.teacher_target == "score", of_target, "add --teacher_target samples"),
+        (not images, OF_IMAGES, "add --train_data_dir with images"),
+        (images and target.target_weight == 1, OF_DRAWING,
+         "have the teacher draw images, too, with a --target_weight below 1"),
+    ]  # fmt: skip
+    for holds, names, remedy in rules:
+        idle = [name for name in (*changed, *images) if holds and name in names]
+        if idle:
+            raise ValueError(f"--{idle[0]} would have no effect; leave it out, or {remedy}.")
 
 
 def _check_sizes(config: RunConfig) -> None:
@@ -98,7 +113,7 @@ def _check_sizes(config: RunConfig) -> None:
         )
     if len(teacher.sizes) > 1 and config.output.target_images_dir:
         raise ValueError("--target_images_dir is for images of one size; leave it out, or --aspect_ratio_buckets.")
-    target, draws = config.target, config.target.teacher_target == "samples" and _teacher_draws(config)
+    target, draws = config.target, needs_pictures(config) and _teacher_draws(config)
     if draws and target.num_target_images < FEWEST_OF_A_SIZE * len(teacher.sizes):
         raise ValueError(
             f"--num_target_images is {target.num_target_images}; it must be at least {FEWEST_OF_A_SIZE} for each "

@@ -32,9 +32,8 @@ from ..bounds import (
 from ..distillation import BIAS_ESTIMATORS, COMBINATIONS, IMPORTANCE_WEIGHTINGS, NORMALIZATIONS
 from .fields import flag
 from .optimizers import OPTIMIZERS, USUAL
-from .presets import PRESETS
+from .presets import ALGORITHM_PRESETS, PRESETS
 
-ALGORITHMS = ("dmd", "gndm", "gndmr")
 BATCH = whole("[1, 65536]")
 ETA = real("[0, 1]", says="be 1 or 0, because no stock scheduler samples in between")
 FACTOR = whole("[1, 1000]")
@@ -86,8 +85,8 @@ class MethodConfig:
     """The objective, the student's sampler, the fake score, and the rollouts."""
 
     algorithm: str = flag(
-        "gndm", "dmd: DMD2's objective; gndm: group-normalised R_dm; gndmr: gndm and external rewards",
-        OneOf(ALGORITHMS))
+        "gndm", "dmd: DMD2's objective; gndm: group-normalised R_dm; gndmr: gndm and external rewards; the others: see "
+        "The family in docs/method.md", OneOf(tuple(ALGORITHM_PRESETS)))
     preset: str | None = flag(
         None, "a variant by name, see the table of presets in docs/method.md; the algorithm's by default",
         OneOf(tuple(PRESETS)))

@@ -23,6 +23,8 @@ class RewardEstimate:
         tau: the re-noising times as shares of the training timesteps `[M]`, in [0, 1).
         step: which of the student's steps each sample is `[M]`.
         weight: the samples' weights for the fake score `[M]`, if any.
+        x_tau: the re-noised x̂ `[M, C, H, W]`.
+        time: its times in the units of the timesteps `[M]`.
     """
 
     x0: Tensor
@@ -33,6 +35,8 @@ class RewardEstimate:
     tau: Tensor
     step: Tensor
     weight: Tensor | None = None
+    x_tau: Tensor | None = None
+    time: Tensor | None = None
 
     @property
     def reward(self) -> Tensor:
@@ -90,4 +94,4 @@ def estimate_reward(
     teacher_x0, fake_x0 = torch.cat(real), torch.cat(fake)
     schedule, share = networks.schedule, tau / networks.schedule.num_train_timesteps
     scales = schedule.alpha(tau), schedule.sigma(tau)
-    return RewardEstimate(samples.x0, teacher_x0, fake_x0, *scales, share, samples.step, samples.weight)
+    return RewardEstimate(samples.x0, teacher_x0, fake_x0, *scales, share, samples.step, samples.weight, x_tau, tau)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..prediction import expand
 from .advantages import fake_score_bias, normalizer, variance_within_groups
 from .distribution_matching import RewardEstimate
+from .matching import Matching, Pull, ReverseKL
 from .statistics import RunningMeans
 
 EPS = 1e-8
@@ -21,13 +22,13 @@ class Advantage:
     """A normalised R_dm; everything float32 and detached.
 
     Args:
-        value: R' / n `[M, C, H, W]`.
+        pull: the member's, over n; for DMD's it is R' / n alone.
         reward: R as it was estimated, same shape.
         correction: lambda b, same shape; R' = R + lambda b.
         normalizer: n `[M]`.
     """
 
-    value: Tensor
+    pull: Pull
     reward: Tensor
     correction: Tensor
     normalizer: Tensor
@@ -39,9 +40,11 @@ class GNDM:
 
         R' = R + gndm_lambda * b,    loss = 1/2 MSE(x̂, stopgrad(x̂ + R' / n))
 
-    with b the fake score's bias over the group and n the normaliser (`advantages.py`).
+    with b the fake score's bias over the group and n the normaliser (`advantages.py`). Taking gndm_lambda * b from the
+    fake score's x0 is the same for R_dm, and corrects every other member of the family, too.
 
     Args:
+        matching: the member of the family; R_dm as DMD has it by default.
         group_size: G; 1 leaves nothing to correct with.
         gndm_lambda: the strength of the correction, 0 to 1.
         advantage_normalization: one of `advantages.NORMALIZATIONS`.
@@ -52,6 +55,7 @@ class GNDM:
             together have less noise; the sample's own step is closer to its bias.
     """
 
+    matching: Matching = field(default_factory=ReverseKL)
     group_size: int = 4
     gndm_lambda: float = 1.0
     advantage_normalization: str = "group"
@@ -60,14 +64,18 @@ class GNDM:
     pool_steps: float = 0.5
 
     def advantage(self, estimate: RewardEstimate, statistics: RunningMeans) -> Advantage:
-        """R' / n and its parts. Updates `statistics`."""
+        """The member's pull over n, and its parts. Updates `statistics`."""
         correction = self._correction(estimate, statistics)
         n = normalizer(estimate, self.advantage_normalization, self.group_size).clamp(min=EPS)
-        return Advantage((estimate.reward + correction) / expand(n, correction), estimate.reward, correction, n)
+        corrected = replace(estimate, fake_x0=estimate.fake_x0 - correction)
+        return Advantage(self.matching.pull(corrected) / n, estimate.reward, correction, n)
 
     def direction(self, estimate: RewardEstimate, statistics: RunningMeans | None = None) -> Tensor:
-        """The loss's gradient with respect to x̂ `[M, C, H, W]`, detached, with the mean over all elements inside."""
-        value = self.advantage(estimate, RunningMeans() if statistics is None else statistics).value
+        """The loss's gradient with respect to x̂ `[M, C, H, W]`, detached, with the mean over all elements inside.
+
+        Without what a member pulls through the networks (`matching.ascent`); R_dm pulls nothing through them.
+        """
+        value = self.advantage(estimate, RunningMeans() if statistics is None else statistics).pull.x0
         return -value / value.numel()
 
     def _correction(self, estimate: RewardEstimate, statistics: RunningMeans) -> Tensor:

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from ..adapters import fill_adapter
 from ..config import LoraStudentConfig, RunConfig
-from ..distillation import GNDM, Draws, RunningMeans, TimeDistribution, draw_samples
+from ..distillation import GNDM, MATCHINGS, Draws, RunningMeans, TimeDistribution, draw_samples, settings_of
 from ..families import (
     Conditioning,
     Family,
@@ -253,7 +253,9 @@ def make_distillation(
 def make_objective(config: RunConfig) -> GNDM:
     """A run's objective, without the rewards."""
     method = config.method
+    settings = {name: getattr(method, name) for name in settings_of(method.algorithm)}
     return GNDM(
+        matching=MATCHINGS[method.algorithm](**settings),
         group_size=method.group_size,
         gndm_lambda=method.gndm_lambda,
         advantage_normalization=method.advantage_normalization,

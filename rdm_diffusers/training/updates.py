@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..distillation import (
     Samples,
     Step,
     TimeDistribution,
+    ascent,
     collect_samples,
     estimate_reward,
     fake_score_direction,
@@ -41,6 +43,9 @@ from .loss_scaling import LossScaler, scaled
 from .monitor import batch_health, contrast, fake_loss_health
 from .prompts import PromptGroups
 
+if TYPE_CHECKING:
+    from .pictures import Pictures
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
@@ -56,6 +61,7 @@ class Distillation:
     steps_per_rollout: int  # how many of a rollout's states are trained on
     micro_batch_size: int  # samples in one forward or backward
     rewards: ExternalRewards | None = None  # join R_dm
+    pictures: Pictures | None = None  # of what the student is to learn, where updates read them
     num_renoisings: int = 1  # how many re-noised copies of each x̂ estimate R_dm
     renoising_distribution: TimeDistribution = UNIFORM  # of their times
     fake_distribution: TimeDistribution = UNIFORM  # of the times of the fake score's loss
@@ -211,18 +217,19 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
         guidance = guidance_times(uniform, all_samples.t, schedule), guidance_noise
     estimate = estimate_reward(run.networks, all_samples, tau, noise, run.micro_batch_size, guidance)
     advantage = run.objective.advantage(estimate, statistics)
-    run.checks.note("R_dm", advantage.value, batch.name_of)
-    ascent = advantage.value.unflatten(0, (copies, len(samples))).mean(0)
+    move = ascent(run.networks, all_samples, estimate, advantage.pull, run.micro_batch_size)
+    run.checks.note("R_dm", move, batch.name_of)
+    move = move.unflatten(0, (copies, len(samples))).mean(0)
     health = batch_health(estimate, advantage, run.draws.group_size) | {"contrast": contrast(samples, run.num_steps)}
     if run.rewards is not None:
         given = (batch.sample_prompts, statistics, batch.reward_strength)
-        ascent, reward_health = run.rewards.join(ascent, samples, *given)
+        move, reward_health = run.rewards.join(move, samples, *given)
         health |= reward_health
     if batch.log_ratio is not None:
-        weights = importance_weights(batch.log_ratio, run.importance_weighting).to(ascent.device)
-        ascent = expand(weights, ascent) * ascent
+        weights = importance_weights(batch.log_ratio, run.importance_weighting).to(move.device)
+        move = expand(weights, move) * move
         health |= importance_health(batch.log_ratio)
-    direction = -ascent / ascent.numel()
+    direction = -move / move.numel()
     run.checks.note("student direction", direction, batch.name_of)
     for part in samples.micro_batches(run.micro_batch_size):
         chunk = samples[part]

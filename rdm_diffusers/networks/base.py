@@ -1,31 +1,21 @@
-"""The roles of a distillation, *student*, *fake score*, *teacher* and *target*, behind one call that returns x0.
-
-`SharedBase` keeps one frozen base and two LoRAs, so that a student costs little more memory than its teacher. It has a
-trap: with another adapter in the backward than in the forward, gradients are missing or wrong, without an error.
-`Networks.backward` restores the role first.
-"""
+"""What all networks of a distillation have in common: roles, one call that returns x0, and its two backwards."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ModelMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .adapters import AdapterSwitch, adapter_parameters, add_adapters, folded_weights
-from .families import Conditioning, Family
-from .prediction import NoiseSchedule, expand, to_x0
-from .sharding import whole_copies
+from ..families import Conditioning, Family
+from ..prediction import NoiseSchedule, expand, to_x0
 
 STUDENT, FAKE_SCORE, TEACHER = ROLES = ("student", "fake_score", "teacher")
 TARGET = "target"  # the teacher with a LoRA that learns from images
@@ -122,6 +112,23 @@ class Networks(ABC):
         with self.acting_as(role):
             x0.backward(direction)
 
+    def pull_back(
+        self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, cotangent: Tensor,
+        step: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The gradient of `(x0 * cotangent).sum()` with respect to x_t `[B, C, H, W]`, float32, detached.
+
+        x0 is what `predict` gives for the same arguments; it is computed anew. No parameter's gradient changes.
+        """
+        inputs = x_t.detach().requires_grad_()
+        with torch.enable_grad():
+            x0 = self.predict(role, inputs, t, conditioning, step)
+        guided = role == TEACHER and self.guidance_scale != 1
+        self.calls[f"{role} backward"] += len(x_t) * (1 + guided)
+        with self.acting_as(role):
+            (gradient,) = torch.autograd.grad(x0, inputs, cotangent)
+        return gradient.float()
+
     @contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
         """A context in which the role's network is called, forward and backward: its adapter and its precision are on.
@@ -189,110 +196,3 @@ class Networks(ABC):
         if self.guidance_interval:
             scale = expand(torch.where(self.schedule.lie_between(t, *self.guidance_interval), scale, 1.0), x_t)
         return self.family.guide(unconditional, conditional, scale), conditional
-
-
-@dataclass(eq=False, repr=False)
-class SeparateNetworks(Networks):
-    """One full network a role.
-
-    Args:
-        denoisers: a module for each role; the teacher's is frozen here.
-    """
-
-    denoisers: Mapping[str, nn.Module]
-    autocast_roles = (STUDENT, FAKE_SCORE)
-
-    def __post_init__(self) -> None:
-        teacher: Any = self.denoisers[TEACHER].requires_grad_(False)
-        if self.target_config is not None:
-            add_adapters(teacher, {ADAPTERS[TARGET]: self.target_config})
-        self._switch = AdapterSwitch(teacher)
-
-    def _own_parameters(self, role: str) -> list[nn.Parameter]:
-        if role in (TEACHER, TARGET):
-            return adapter_parameters(self.denoisers[TEACHER], ADAPTERS[TARGET]) if role == TARGET else []
-        return [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
-
-    def _switched_to(self, role: str) -> AbstractContextManager[None]:
-        return self._switch.on(ADAPTERS[TARGET] if role == TARGET else None)
-
-    def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
-        return whole_copies(self.denoisers[STUDENT].state_dict(), keep)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [self.denoisers[role] for role in ROLES]
-
-    def _network(self, role: str) -> nn.Module:
-        return self.denoisers[TEACHER if role == TARGET else role]
-
-
-@dataclass(eq=False, repr=False)
-class SharedBase(Networks):
-    """One frozen base with two LoRAs: adapter `default` is the student, `fake_score` the fake score, none the teacher.
-
-    Args:
-        denoiser: the teacher's network; it is frozen, and both adapters are added to it. The meta device will do.
-        lora_config: the shape of both adapters.
-        fold_adapters: compute `W + scale B A` once per update and run the base with that, instead of the adapters' own
-            small layers: the same to rounding, in fewer operations, for one more copy of the adapted weights per role.
-
-    Raises:
-        ValueError: if adapters are to be folded under gradient checkpointing, whose recomputation would not see them,
-            or into a base that is not float32, which would round them away.
-    """
-
-    denoiser: ModelMixin
-    lora_config: LoraConfig
-    fold_adapters: bool = field(default=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.fold_adapters and getattr(self.denoiser, "is_gradient_checkpointing", False):
-            raise ValueError("--fold_adapters and --gradient_checkpointing exclude each other; drop one of them.")
-        if self.fold_adapters and torch.finfo(self.denoiser.dtype).bits < 32:
-            raise ValueError("--fold_adapters needs a float32 base: a coarser one rounds the adapters away.")
-        shapes = {STUDENT: self.lora_config, FAKE_SCORE: self.lora_config, TARGET: self.target_config}
-        self.adapters = {role: ADAPTERS[role] for role, shape in shapes.items() if shape is not None}
-        add_adapters(self.denoiser.requires_grad_(False), {ADAPTERS[r]: s for r, s in shapes.items() if s is not None})
-        self._switch = AdapterSwitch(self.denoiser, stays_off=self.fold_adapters)
-        self.layers = self._switch.layers
-        self._find_trainable()
-        self._folded: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
-
-    def _own_parameters(self, role: str) -> list[nn.Parameter]:
-        return self._trainable.get(role, [])
-
-    def student_weights(self, keep: bool = True) -> dict[str, Tensor]:
-        return whole_copies(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTERS[STUDENT]), keep)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [self.denoiser]
-
-    def place(self, move: Callable[[nn.Module], None]) -> None:
-        super().place(move)
-        self._find_trainable()
-
-    def _find_trainable(self) -> None:
-        self._trainable = {role: adapter_parameters(self.denoiser, adapter) for role, adapter in self.adapters.items()}
-
-    def _switched_to(self, role: str) -> AbstractContextManager[None]:
-        return self._switch.on(self.adapters.get(role))
-
-    def _network(self, role: str) -> Any:
-        if not self.fold_adapters or role == TEACHER:
-            return self.denoiser
-        weights = self._weights(role)
-        return lambda *args, **kwargs: functional_call(self.denoiser, weights, args, kwargs, tie_weights=False)
-
-    def _weights(self, role: str) -> dict[str, Tensor]:
-        """The base's weights with the role's adapter folded in; without a graph they are kept until it changes.
-
-        The adapter's numbers are compared, not their version counters, which moving averages and checkpoints bypass.
-        """
-        if torch.is_grad_enabled():
-            return folded_weights(self.layers, self.adapters[role])
-        adapter = torch.cat([parameter.detach().flatten() for parameter in self._trainable[role]])
-        if role not in self._folded or not torch.equal(self._folded[role][0], adapter):
-            self._folded[role] = adapter, folded_weights(self.layers, self.adapters[role])
-        return self._folded[role][1]
