@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .run_config import RunConfig
 
-OF_PICTURES: tuple[str, ...] = ()  # the algorithms whose updates read pictures
+OF_PICTURES: tuple[str, ...] = ("lcm",)  # the algorithms whose updates read pictures
 
 
 def reads_pictures(config: RunConfig) -> bool:

@@ -1,4 +1,4 @@
-"""The members of the family by the name of `--algorithm`."""
+"""The members of the family by the name of `--algorithm`, and the outsider beside them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from .lcm import LCM
 from .matching import Matching, ReverseKL
 
 MATCHINGS: dict[str, Callable[..., Matching]] = {
@@ -15,7 +16,11 @@ MATCHINGS: dict[str, Callable[..., Matching]] = {
 }
 
 
+# All algorithms; those that are no matchings need no fake score.
+ALGORITHMS: dict[str, Callable[..., Any]] = {**MATCHINGS, "lcm": LCM}
+
+
 def settings_of(algorithm: str) -> list[str]:
-    """The settings of a member, by the names of their flags."""
-    member: Any = MATCHINGS[algorithm]
+    """The settings of an algorithm, by the names of their flags."""
+    member: Any = ALGORITHMS[algorithm]
     return [field.name for field in fields(member)]

@@ -33,24 +33,26 @@ class LCM:
     Args:
         num_ddim_timesteps: N, the solver's steps from noise to an image.
         huber_c: below this difference an element's loss is a square, and far above it the difference; as x0.
-        shift: of a flow teacher's noise levels, which are evenly spaced before it, as its own sampler's are.
     """
 
     num_ddim_timesteps: int = 50
     huber_c: float = 0.001
-    shift: float = 1.0
 
-    def times(self, uniform: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-        """t and the earlier u `[B]`, from uniform numbers in [0, 1); u is `NO_NOISE` where the solver arrives.
+    def times(self, uniform: Tensor, schedule: NoiseSchedule, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+        """t and the earlier u `[B]`; u is `NO_NOISE` where the solver arrives.
 
-        They are whole numbers unless the schedule is flow.
+        Args:
+            uniform: numbers in [0, 1) `[B]`.
+            schedule: the teacher's. Times are whole numbers unless it is flow.
+            shift: of a flow teacher's noise levels, which are evenly spaced before it, as its own sampler's are
+                (PCM, arXiv 2405.18407, steps so through Stable Diffusion 3).
         """
         count = schedule.num_train_timesteps
         if not schedule.is_flow:
             t = (uniform * count).long()
             return t, (t - count // self.num_ddim_timesteps).clamp(min=NO_NOISE)
         level = 1 - uniform
-        t, u = (count * shifted(each, self.shift) for each in (level, level - 1 / self.num_ddim_timesteps))
+        t, u = (count * shifted(each, shift) for each in (level, level - 1 / self.num_ddim_timesteps))
         return t, torch.where(level > 1 / self.num_ddim_timesteps, u, NO_NOISE)
 
     def losses(self, x0: Tensor, target: Tensor) -> Tensor:
