@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
-from ..distillation import MATCHINGS, THROUGH_NETWORKS, settings_of
+from ..distillation import ALGORITHMS, THROUGH_NETWORKS, settings_of
 from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
+from .consistency import check_consistency
 from .discriminator import check_discriminator
 from .optimizers import USUAL, asked_for, kind_of, kinds_of
 from .pictures import needs_pictures
@@ -36,6 +37,7 @@ LAST_RATE: float = inspect.signature(get_polynomial_decay_schedule_with_warmup).
 
 def check(config: RunConfig) -> None:
     """Checks what needs neither teacher nor files; ValueError or ImportError, one sentence on what to do."""
+    check_consistency(config)
     _check_algorithm(config)
     check_discriminator(config)
     _check_target(config)
@@ -73,7 +75,7 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ValueError(f"--algorithm dmd is the preset dmd2; leave --preset {method.preset} out or use gndm.")
     if algorithm == "dmd" and method.gndm_lambda != 0:
         raise ValueError(f"--algorithm dmd corrects nothing; leave --gndm_lambda {method.gndm_lambda} out or use gndm.")
-    for name in sorted({name for other in MATCHINGS for name in settings_of(other)} - {*settings_of(algorithm)}):
+    for name in sorted({name for other in ALGORITHMS for name in settings_of(other)} - {*settings_of(algorithm)}):
         if getattr(method, name) != DEFAULTS[name]:
             raise ValueError(f"--{name} would have no effect with --algorithm {algorithm}; leave it out.")
     if rewards.reward_share == 1 and not rewards.projection_guard:

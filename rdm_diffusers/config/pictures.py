@@ -9,7 +9,7 @@ from .discriminator import has_discriminator
 if TYPE_CHECKING:
     from .run_config import RunConfig
 
-OF_PICTURES: tuple[str, ...] = ()  # the algorithms without a discriminator whose updates read pictures
+OF_PICTURES: tuple[str, ...] = ("lcm",)  # the algorithms without a discriminator whose updates read pictures
 
 
 def reads_pictures(config: RunConfig) -> bool:

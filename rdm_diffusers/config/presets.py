@@ -17,13 +17,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dmd2":         dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=5, reuse_rollouts=1),
     "gndm":         dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=1),
     "gndm-literal": dict(gndm_lambda=0.0, advantage_normalization="std",    fake_updates_per_step=5, reuse_rollouts=1),
+    "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=2),
     "sid":          dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=1, reuse_rollouts=1),
     "sim":          dict(gndm_lambda=0.0, advantage_normalization="none",   fake_updates_per_step=1, reuse_rollouts=1),
-    "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=2),
+    "lcm":          dict(gndm_lambda=0.0, advantage_normalization="none",   fake_updates_per_step=0, reuse_rollouts=1),
 }
 ALGORITHM_PRESETS = {
     "dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm", "dmd2": "dmd2", "f_distill": "dmd2", "uni_instruct": "dmd2",
-    "sid": "sid", "sim": "sim",
+    "sid": "sid", "sim": "sim", "lcm": "lcm",
+}
+# What an algorithm has instead of the defaults.
+ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lcm": dict(group_size=1, steps_per_rollout=1, fake_score_steps=False),  # each sample is alone
 }
 # fmt: on
 
@@ -58,7 +63,8 @@ DERIVED = (
 
 def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
-    values = {**defaults, **_tiny_defaults(student, defaults, given), **given}
+    own = ALGORITHM_DEFAULTS.get(given.get("algorithm", defaults["algorithm"]), {})
+    values = {**defaults, **_tiny_defaults(student, defaults, given), **own, **given}
     values |= _loras(values, rank_is_given="rank" in given)
     if UPDATES in given:
         values[EPOCHS] = None
@@ -68,7 +74,7 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
     if "steps_per_rollout" not in given:
         values["steps_per_rollout"] = _steps_per_rollout(values)
     preset = values["preset"] or ALGORITHM_PRESETS.get(values["algorithm"], "gndm")
-    at_target = is_tiny(values[TEACHER]) and values["teacher_target"] == "samples"
+    at_target = is_tiny(values[TEACHER]) and values["teacher_target"] == "samples" and values["algorithm"] != "lcm"
     follows = {
         **PRESETS[preset],
         "decode_batch_size": values["train_batch_size"],

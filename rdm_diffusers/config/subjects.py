@@ -131,6 +131,9 @@ class MethodConfig:
     reuse_rollouts: int = flag(None, "updates that one rollout serves; the preset's by default", FACTOR)
     importance_weighting: str = flag(
         "none", "how reused rollouts are weighed by their likelihood now", OneOf(IMPORTANCE_WEIGHTINGS))
+    num_ddim_timesteps: int = flag(
+        50, "of lcm: steps of the teacher's solver from noise to an image, of which each update takes one", STEPS)
+    huber_c: float = flag(0.001, "of lcm: differences of x0 well below it count as their squares", RATE)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from .distribution_matching import RewardEstimate, estimate_reward
 from .divergences import F_DIVERGENCES
 from .draws import Draws
 from .f_distill import FDistill
-from .family import MATCHINGS, THROUGH_NETWORKS, settings_of
+from .family import ALGORITHMS, MATCHINGS, THROUGH_NETWORKS, settings_of
 from .importance import IMPORTANCE_WEIGHTINGS, importance_health, importance_weights, log_ratios, revisit
+from .lcm import LCM
 from .matching import Matching, Pull, ReverseKL, ascent
 from .objectives import DMD, GNDM, Advantage, fake_score_direction
 from .posterior import posterior_mean
@@ -22,10 +23,10 @@ from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, guidance_times
 from .uni_instruct import UniInstruct
 
 __all__ = [
-    "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "F_DIVERGENCES", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "MATCHINGS",
-    "NORMALIZATIONS", "THROUGH_NETWORKS", "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "FDistill",
-    "Matching", "Place", "Pull", "ReverseKL", "RewardEstimate", "RewardGradient", "RunningMeans", "Samples",
-    "ScoreIdentity", "ScoreImplicit", "Step", "TimeDistribution", "UniInstruct", "ascent", "collect_samples",
+    "ALGORITHMS", "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "F_DIVERGENCES", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS",
+    "LCM", "MATCHINGS", "NORMALIZATIONS", "THROUGH_NETWORKS", "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode",
+    "Draws", "FDistill", "Matching", "Place", "Pull", "ReverseKL", "RewardEstimate", "RewardGradient", "RunningMeans",
+    "Samples", "ScoreIdentity", "ScoreImplicit", "Step", "TimeDistribution", "UniInstruct", "ascent", "collect_samples",
     "density_ratio", "differentiable_gradients", "discriminator_direction", "draw_samples", "estimate_reward",
     "fake_score_bias", "fake_score_direction", "grouped", "guidance_times", "importance_health", "importance_weights",
     "leave_one_out_mean", "log_ratios", "normalizer", "posterior_mean", "renoising_times", "revisit", "reward_values",

@@ -1,4 +1,4 @@
-"""The members of the family by the name of `--algorithm`."""
+"""The members of the family by the name of `--algorithm`, and the outsider beside them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from .f_distill import FDistill
+from .lcm import LCM
 from .matching import Matching, ReverseKL
 from .sid import ScoreIdentity
 from .sim import ScoreImplicit
@@ -22,10 +23,12 @@ MATCHINGS: dict[str, Callable[..., Matching]] = {
     "sid": ScoreIdentity,
     "sim": ScoreImplicit,
 }
-THROUGH_NETWORKS = ("sid", "sim")  # those with gradients through the teacher and the fake score
+THROUGH_NETWORKS = ("sid", "sim", "uni_instruct")  # those with gradients through the teacher and the fake score
+# All algorithms; those that are no matchings need no fake score.
+ALGORITHMS: dict[str, Callable[..., Any]] = {**MATCHINGS, "lcm": LCM}
 
 
 def settings_of(algorithm: str) -> list[str]:
-    """The settings of a member, by the names of their flags."""
-    member: Any = MATCHINGS[algorithm]
+    """The settings of an algorithm, by the names of their flags."""
+    member: Any = ALGORITHMS[algorithm]
     return [field.name for field in fields(member)]

@@ -66,6 +66,7 @@ ROWS = {
     "started from": "{init_lora}",
     "teacher's LoRAs": "{teacher_loras}",
     "R_dm": "{algorithm}, groups of {group_size}, lambda {gndm_lambda}, teacher's guidance {guidance_scale}",
+    "consistency": "{num_solver_steps} steps of the teacher's solver, huber_c {huber_c}, guidance {guidance_scale}",
     "target": "learnt from {target}",
     "rewards": "{rewards}; share {reward_share}",
     "updates": "{updates}, of {batch} samples",
@@ -102,6 +103,11 @@ class CardFacts:
     def teacher(self) -> str:
         """The base model's name, never its local path."""
         return base_name(self.student)
+
+    @property
+    def is_lcm(self) -> bool:
+        """Whether it was trained by consistency distillation, without R_dm."""
+        return self.student.arguments.get("algorithm") == "lcm"
 
     @property
     def is_embedded(self) -> bool:
@@ -249,7 +255,10 @@ def _derived(facts: CardFacts) -> dict[str, Any]:
     sizes = [own.get(name) for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes")]
     lora = f"LoRA, rank {own.get('rank')}, alpha {own.get('lora_alpha')}{'' if facts.student.is_lora else ', fused'}"
     precision = own.get("mixed_precision")
+    idle = dict.fromkeys(("group_size", "fake_updates_per_step")) if facts.is_lcm else {}
     return {
+        **idle,
+        "num_solver_steps": own.get("num_ddim_timesteps") if facts.is_lcm else None,
         "size": {"lora": lora, "full": "full weights"}.get(own.get("student", "")),
         "rewards": ", ".join(own.get("reward") or []) or None,
         "teacher_loras": ", ".join(own.get("teacher_lora") or []) or None,

@@ -95,6 +95,11 @@ class Networks(ABC):
         """The role towards whose distribution R_dm moves the student: the target if there is one, else the teacher."""
         return TEACHER if self.target_config is None else TARGET
 
+    @property
+    def trained_roles(self) -> list[str]:
+        """The student, and the fake score if there is one."""
+        return [role for role in (STUDENT, FAKE_SCORE) if self._own_parameters(role)]
+
     def predict(
         self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None = None,
         guided: bool = True,

@@ -19,7 +19,7 @@ class SeparateNetworks(Networks):
     """One full network for each role; the target is a LoRA on the teacher's.
 
     Args:
-        denoisers: a module for each role; the teacher's is frozen here.
+        denoisers: a module for each role, perhaps without a fake score; the teacher's is frozen here.
     """
 
     denoisers: Mapping[str, nn.Module]
@@ -34,7 +34,8 @@ class SeparateNetworks(Networks):
     def _own_parameters(self, role: str) -> list[nn.Parameter]:
         if role in (TEACHER, TARGET):
             return adapter_parameters(self.denoisers[TEACHER], ADAPTERS[TARGET]) if role == TARGET else []
-        return [parameter for parameter in self.denoisers[role].parameters() if parameter.requires_grad]
+        own = self.denoisers[role].parameters() if role in self.denoisers else ()
+        return [parameter for parameter in own if parameter.requires_grad]
 
     def _switched_to(self, role: str) -> AbstractContextManager[None]:
         return self._switch.on(ADAPTERS[TARGET] if role == TARGET else None)
@@ -44,7 +45,7 @@ class SeparateNetworks(Networks):
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [self.denoisers[role] for role in ROLES]
+        return [self.denoisers[role] for role in ROLES if role in self.denoisers]
 
     def _network(self, role: str) -> nn.Module:
         return self.denoisers[TEACHER if role == TARGET else role]

@@ -32,6 +32,7 @@ class SharedBase(Networks):
         lora_config: the shape of both adapters.
         fold_adapters: compute `W + scale B A` once per update and run the base with that, instead of the adapters' own
             small layers: the same to rounding, in fewer operations, for one more copy of the adapted weights per role.
+        has_fake_score: whether there is a fake score.
 
     Raises:
         ValueError: if adapters are to be folded under gradient checkpointing, whose recomputation would not see them,
@@ -41,13 +42,15 @@ class SharedBase(Networks):
     denoiser: ModelMixin
     lora_config: LoraConfig
     fold_adapters: bool = field(default=False, kw_only=True)
+    has_fake_score: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.fold_adapters and getattr(self.denoiser, "is_gradient_checkpointing", False):
             raise ValueError("--fold_adapters and --gradient_checkpointing exclude each other; drop one of them.")
         if self.fold_adapters and torch.finfo(self.denoiser.dtype).bits < 32:
             raise ValueError("--fold_adapters needs a float32 base: a coarser one rounds the adapters away.")
-        shapes = {STUDENT: self.lora_config, FAKE_SCORE: self.lora_config, TARGET: self.target_config}
+        fake_score = self.lora_config if self.has_fake_score else None
+        shapes = {STUDENT: self.lora_config, FAKE_SCORE: fake_score, TARGET: self.target_config}
         self.adapters = {role: ADAPTERS[role] for role, shape in shapes.items() if shape is not None}
         add_adapters(self.denoiser.requires_grad_(False), {ADAPTERS[r]: s for r, s in shapes.items() if s is not None})
         self._switch = AdapterSwitch(self.denoiser, stays_off=self.fold_adapters)

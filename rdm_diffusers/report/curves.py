@@ -16,6 +16,8 @@ QUALITY, TRAINING, REWARDS, COURSE = "Validation", "Training", "Rewards", "Learn
 # fmt: off
 CHARTS: tuple[tuple[str, str, str, str], ...] = (
     (r"distance", "Distance to the teacher", "mean |student - teacher| at re-noised samples, as x0", TRAINING),
+    (r"consistency_loss(?:/.+)?", "Consistency loss", "how far x0 is from the target, also by the student's steps",
+     TRAINING),
     (r"fake_loss", "The fake score's loss", "denoising loss on the student's own samples", TRAINING),
     (r"bias_share(?:/.+)?", "The fake score's bias", "share of its squared error; an alarm above 0.5", TRAINING),
     (r"contrast", "Contrast", "standard deviation of the last step's x0", TRAINING),

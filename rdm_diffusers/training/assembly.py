@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from ..adapters import fill_adapter
 from ..config import LoraStudentConfig, RunConfig
-from ..distillation import GNDM, MATCHINGS, Draws, RunningMeans, TimeDistribution, draw_samples, settings_of
+from ..distillation import GNDM, LCM, MATCHINGS, Draws, RunningMeans, TimeDistribution, settings_of
 from ..families import (
     Conditioning,
     Family,
@@ -44,7 +44,6 @@ from .prompts import PromptGroups, Texts
 from .updates import Distillation
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CONTRAST_STEPS = 20  # of the teacher, where its contrast is measured
 
 
 def prompt_options(config: RunConfig) -> PromptOptions:
@@ -156,7 +155,7 @@ def make_networks(
         config: of the run.
         family: the teacher's.
         teacher: its denoiser; a LoRA student's base, to which the adapters are added, drawn from the run's seed.
-        trained: makes the network that a full student begins with; called for each of the two trained roles.
+        trained: makes the network that a full student begins with; called for each trained role.
         common: as `Networks` takes it.
 
     Raises:
@@ -164,14 +163,18 @@ def make_networks(
     """
     common["target_config"] = target_config(family, config)
     common["fake_score_unconditional"] = config.method.fake_score_unconditional
+    has_fake_score = config.method.algorithm in MATCHINGS
     if isinstance(config.student, LoraStudentConfig):
         check_lora(family)
         prepare_denoiser(teacher, config.memory, family)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.optimisation.seed)
             adapters = lora_config(family, config.student)
-            return SharedBase(teacher, adapters, fold_adapters=config.fold_adapters, family=family, **common)
-    denoisers = {STUDENT: trained(), FAKE_SCORE: trained(), TEACHER: teacher}
+            return SharedBase(
+                teacher, adapters, fold_adapters=config.fold_adapters, has_fake_score=has_fake_score, family=family,
+                **common,
+            )  # fmt: skip
+    denoisers = {STUDENT: trained(), **({FAKE_SCORE: trained()} if has_fake_score else {}), TEACHER: teacher}
     for denoiser in denoisers.values():
         prepare_denoiser(denoiser, config.memory, family)
     return SeparateNetworks(denoisers, family=family, **common)
@@ -229,7 +232,9 @@ def make_distillation(
         networks=networks,
         scheduler=student_scheduler(teacher, config),
         objective=make_objective(config),
-        prompts=PromptGroups(texts.prompts, texts.embeddings, draws, DTYPES[config.memory.mixed_precision]),
+        prompts=PromptGroups(
+            texts.prompts, texts.embeddings, draws, DTYPES[config.memory.mixed_precision], captions=texts.captions
+        ),
         draws=draws,
         latent_shape=teacher.family.latent_shape(teacher.pipeline, config.teacher.resolution),
         groups_per_update=optimisation.samples_per_update // (method.group_size * method.steps_per_rollout),
@@ -250,10 +255,12 @@ def make_distillation(
     )
 
 
-def make_objective(config: RunConfig) -> GNDM:
+def make_objective(config: RunConfig) -> GNDM | LCM:
     """A run's objective, without the rewards."""
     method = config.method
     settings = {name: getattr(method, name) for name in settings_of(method.algorithm)}
+    if method.algorithm == "lcm":
+        return LCM(**settings)
     return GNDM(
         matching=MATCHINGS[method.algorithm](**settings),
         group_size=method.group_size,
@@ -266,32 +273,14 @@ def make_objective(config: RunConfig) -> GNDM:
     )
 
 
-@torch.no_grad()
-def teacher_contrast(run: Distillation, teacher: Teacher, count: int) -> float | None:
-    """The standard deviation of the teacher's latents, over `count` pictures of 20 steps; None if none are wanted."""
-    if count == 0:
-        return None
-    prompts = run.prompts.prompts
-    conditioning = run.prompts.once([i * len(prompts) // count for i in range(count)])
-    generators = [run.draws.generator("contrast", i) for i in range(count)]
-    noise = torch.stack([torch.randn(run.latent_shape, generator=generator) for generator in generators])
-    latents = draw_samples(
-        partial(run.networks.predict, TEACHER),
-        make_scheduler(teacher, CONTRAST_STEPS, eta=0.0),
-        [noise.to(run.draws.device)],
-        conditioning,
-        micro_batch_size=run.micro_batch_size,
-    )
-    run.networks.calls.clear()
-    return latents.std().item()
-
-
 def make_state(networks: Networks, accelerator: Accelerator, config: RunConfig) -> TrainState:
     """Optimisers for student and fake score, the student's moving average, and the running means."""
     optimisation = config.optimisation
     rates = {STUDENT: optimisation.learning_rate, FAKE_SCORE: optimisation.fake_learning_rate}
     factor = rate_factor(config, accelerator.num_processes)
-    optimizers = {r: make_optimizer(networks.parameters(r), factor * rate, config) for r, rate in rates.items()}
+    optimizers = {
+        role: make_optimizer(networks.parameters(role), factor * rates[role], config) for role in networks.trained_roles
+    }
     ema = EMAModel(networks.parameters(STUDENT), decay=optimisation.ema_decay) if optimisation.use_ema else None
     if ema is not None and config.memory.offload and not is_sharded_launch():
         ema.to("cpu")

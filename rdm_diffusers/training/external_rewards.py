@@ -17,6 +17,7 @@ from ..config import RunConfig
 from ..config.checks import check_rewards
 from ..distillation import (
     GNDMR,
+    MATCHINGS,
     Decode,
     RunningMeans,
     Samples,
@@ -143,12 +144,17 @@ def load_rewards(
 ) -> list[WeightedReward]:
     """The run's rewards, with `--offload` on the CPU; `functions` are those that Python gives.
 
-    Raises ValueError as `load_distinct_rewards`, and for a black box without groups.
+    Raises ValueError as `load_distinct_rewards`, and for a black box without groups or without a fake score.
     """
     rewards, home = config.rewards, torch.device("cpu") if config.memory.offload else device
     dtype = getattr(torch, rewards.reward_dtype)
     loaded = list(load_distinct_rewards(rewards.reward, home, dtype, functions).values())
     boxes = [weighted.reward.name for weighted in loaded if not weighted.reward.differentiable]
+    if boxes and config.method.algorithm not in MATCHINGS:
+        raise ValueError(
+            f"The reward {boxes[0]} gives no gradients and acts through the fake score alone, which --algorithm "
+            f"{config.method.algorithm} has not; leave it out, or use --algorithm gndmr."
+        )
     if boxes and config.method.group_size == 1:
         raise ValueError(
             f"The reward {boxes[0]} gives no gradients, so its scores are compared within groups: raise --group_size "

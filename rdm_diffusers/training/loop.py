@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from ..distillation import LCM
 from ..networks import FAKE_SCORE, STUDENT
 from .checkpoint_files import PREFIX
 from .checkpoints import TrainState, is_saved, save_checkpoint
+from .consistency import collect_noised
 from .finite import FiniteChecks
 from .interrupts import interruptible, largest_over_processes
 from .optimizers import update_average
@@ -45,7 +47,7 @@ def train(trainer: Trainer) -> int:
             seed_all(run, state.update)
             number = state.update // method.reuse_rollouts
             run = trainer.distillation.of_rollout(number)
-            batch = collect(run, number)
+            batch = collect_noised(run, number) if isinstance(run.objective, LCM) else collect(run, number)
             for visit in range(method.reuse_rollouts):
                 batch = reuse(run, batch) if visit else batch
                 batch, health = weigh_samples(run, batch, state.statistics, state.update)

@@ -36,10 +36,11 @@ from ..prediction import NoiseSchedule
 from ..rewards import Reward
 from ..sharding import is_sharded_launch
 from . import memory_model as model
-from .assembly import CONTRAST_STEPS, DTYPES, guidance_outside, make_networks, prompt_options
+from .assembly import DTYPES, guidance_outside, make_networks, prompt_options
+from .contrast import CONTRAST_STEPS
 from .devices import prepare_vae
 from .finish import PICTURES_AT_ONCE
-from .memory_table import MemoryPlan
+from .memory_table import FULL, LORAS, OPTIMISERS, MemoryPlan
 from .pull_back_memory import peaks
 from .reward_memory import measure_rewards
 
@@ -145,6 +146,7 @@ class _Planner:
     def sizes(self) -> dict[str, int]:
         """Bytes by purpose."""
         run, shards, shown, trained_size = self.run, self.shards, self.shown, self.trained_size
+        count = len(self.networks.trained_roles)
         samples, whole = run.optimisation.train_batch_size, not self.is_lora and run.student.quantization
         inputs = self._inputs(samples)
         learning = self.has_gradients, self.autocast, self.device_type
@@ -152,11 +154,11 @@ class _Planner:
         role = trained_size if self.is_lora else model.nbytes(self.networks.modules[0])  # with a full network's buffers
         return {
             f"{self.family.denoiser_name}, frozen": self.frozen_size // (1 if whole else shards),
-            "two LoRAs" if self.is_lora else "student and fake score": 2 * role // shards,
-            "two optimisers": 2 * sum(self._states(parameter.numel()) for parameter in self.trained) // shards,
+            (LORAS if self.is_lora else FULL)[count]: count * role // shards,
+            OPTIMISERS[count]: count * sum(self._states(parameter.numel()) for parameter in self.trained) // shards,
             "the target's LoRA": sum(p.nbytes for p in self.networks.parameters(TARGET)) // shards,
             "the student's moving average": trained_size // shards if run.optimisation.use_ema else 0,
-            "folded copies of adapted weights": (2 if self.networks.target_config is None else 3) * self._folded(),
+            "folded copies of adapted weights": (count + bool(self.networks.target_config)) * self._folded(),
             "blocks gathered from all processes": self._gathered() if shards > 1 else 0,
             "a group's rollouts": self._rollouts(),
             "gradients of one role": self._gradients() if self.has_gradients else 0,
@@ -270,7 +272,7 @@ class _Planner:
         on_the_fly = stays + rollouts + prompts + (encoders if run.memory.offload else 0)
         # The optimisers have no states yet; the pictures' whole trajectory is kept.
         trajectory = self._trajectory(run.output.monitor_images, CONTRAST_STEPS)
-        contrast = stays - sizes["two optimisers"] + trajectory + sizes["teacher, at most"]
+        contrast = stays - sizes[OPTIMISERS[len(self.networks.trained_roles)]] + trajectory + sizes["teacher, at most"]
         # The autoencoder, unless rewards hold it already; one picture's decoding; and all pictures, twice.
         count, area = run.output.num_validation_images, math.prod(self.latents[1:]) * self.pipeline.vae_scale_factor**2
         pictures = int(sizes["decoding a picture, at most"] + 2 * FLOAT * count * 3 * area)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
+# What a plan calls the networks that are trained, and their optimisers, by how many there are.
+LORAS, FULL = {1: "one LoRA", 2: "two LoRAs"}, {1: "student", 2: "student and fake score"}
+OPTIMISERS = {1: "one optimiser", 2: "two optimisers"}
 NOT_COUNTED = "the CUDA context (0.3 to 0.5 GiB), the allocator's fragmentation, kernels' workspaces"
 
 

@@ -40,6 +40,13 @@ def batch_health(estimate: RewardEstimate, advantage: Advantage, group_size: int
     return health | bias_shares(estimate, group_size)
 
 
+def consistency_health(losses: Tensor, samples: Samples) -> dict[str, Tensor]:
+    """The mean of the consistency losses `[M]`, also by the student's step from which each sample's noise is left."""
+    steps = samples.step.unique().tolist()
+    by_step = {f"consistency_loss/step_{k + 1}": rows(losses, samples.step == k).mean() for k in steps}
+    return {"consistency_loss": losses.mean()} | by_step
+
+
 def contrast(samples: Samples, num_steps: int) -> Tensor:
     """The standard deviation of the last step's x̂, a scalar; NaN where none of the samples is of that step."""
     last = samples.step == num_steps - 1

@@ -43,6 +43,11 @@ class Pictures:
         latents = sent(self.images.latents[chosen], self.draws.device)
         return latents.to(torch.float32), self.images.conditioning(chosen)
 
+    def prompts(self, purpose: str, keys: Sequence[int]) -> list[str]:
+        """The prompt of each picture of `batch`."""
+        chosen = self.images.chosen(self.draws.uniform(purpose, keys).cpu())
+        return [self.images.prompts.text(number) for number in self.images.prompt_of[chosen].tolist()]
+
 
 def images_of_run(
     images: UserImages | None, run: Distillation, teacher: Teacher, config: RunConfig, accelerator: Accelerator

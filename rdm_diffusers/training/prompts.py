@@ -82,6 +82,7 @@ class Texts:
     nothing: Conditioning  # what the teacher guides away from, of length 1
     shown: list[str]  # the prompts of the pictures that are drawn on the way
     shown_conditioning: Conditioning
+    captions: tuple[str, ...] = ()  # the other captions
 
 
 def read_texts(
@@ -105,7 +106,7 @@ def read_texts(
             embeddings = embed_prompts(teacher, texts, source.cache_dir, fingerprint, source.encode_batch_size)
     with on_device(teacher.text_encoders, device):
         nothing, shown_conditioning = teacher.encode_nothing(), teacher.encode_prompts(shown)
-    return Texts(prompts, embeddings, nothing, shown, shown_conditioning)
+    return Texts(prompts, embeddings, nothing, shown, shown_conditioning, tuple(captions))
 
 
 @dataclass
@@ -117,6 +118,7 @@ class PromptGroups:
     draws: Draws
     dtype: torch.dtype  # that the denoiser reads
     at_size: Callable[[Conditioning], Conditioning] | None = None  # names another size of pictures than they do
+    captions: Sequence[str] = ()  # the other captions
 
     def __post_init__(self) -> None:
         self._order = lru_cache(maxsize=2)(
@@ -130,6 +132,10 @@ class PromptGroups:
     def prompt(self, group: int) -> str:
         """The prompt of a group."""
         return self.prompts[self.index(group)]
+
+    def text(self, index: int) -> str:
+        """A prompt, or a caption behind them."""
+        return self.prompts[index] if index < len(self.prompts) else self.captions[index - len(self.prompts)]
 
     def conditioning(self, groups: Sequence[int]) -> Conditioning:
         """The embeddings of the groups' prompts, each G times: length `len(groups) * G`."""

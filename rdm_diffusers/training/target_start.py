@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import lora_layers
-from ..networks import ADAPTERS, FAKE_SCORE, STUDENT, TARGET, TEACHER, Networks, SeparateNetworks
+from ..networks import ADAPTERS, TARGET, TEACHER, Networks, SeparateNetworks
 from ..sharding import gather
 from .checkpoints import copy_into
 
@@ -27,7 +27,7 @@ def start_at_target(networks: Networks) -> None:
             continue
         down, up = (gather(side[ADAPTERS[TARGET]].weight) for side in (layer.lora_A, layer.lora_B))
         up = up * layer.scaling[ADAPTERS[TARGET]]
-        for role in (STUDENT, FAKE_SCORE):
+        for role in networks.trained_roles:
             if full is not None:
                 weight = full[role].get_submodule(name).get_parameter("weight")
                 copy_into(weight, gather(weight) + (up.flatten(1) @ down.flatten(1)).view_as(weight))

@@ -24,7 +24,7 @@ from .monitor import CollapseError
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-SHOWN = ("reward_over_distance", "fake_loss", "log_ratio", "overflows")
+SHOWN = ("reward_over_distance", "consistency_loss", "fake_loss", "log_ratio", "overflows")
 
 
 def announcement(config: RunConfig, num_processes: int) -> str:

@@ -20,12 +20,13 @@ from ..networks import STUDENT, Networks, SeparateNetworks
 from ..report import Report
 from ..rewards import Function, WeightedReward, functions_by_name
 from . import quality
-from .assembly import load, make_distillation, make_state, networks_of_run, teacher_contrast
+from .assembly import load, make_distillation, make_state, networks_of_run
 from .best import load_best
 from .buckets import with_buckets
 from .callbacks import Callback
 from .checkpoint_files import read_record
 from .checkpoints import TrainState
+from .contrast import teacher_contrast
 from .epochs import with_updates
 from .external_rewards import load_rewards, with_reward_funcs
 from .finish import draw_and_measure

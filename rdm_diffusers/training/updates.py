@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..distillation import (
     GNDM,
+    LCM,
     UNIFORM,
     Draws,
     Place,
@@ -41,7 +42,7 @@ from .discriminating import discriminator_health, judge_pictures, judge_samples
 from .external_rewards import ExternalRewards
 from .finite import FiniteChecks
 from .loss_scaling import LossScaler, scaled
-from .monitor import batch_health, contrast, fake_loss_health
+from .monitor import batch_health, consistency_health, contrast, fake_loss_health
 from .prompts import PromptGroups
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Distillation:
 
     networks: Networks
     scheduler: RdmScheduler  # the student's sampler on its trained grid
-    objective: GNDM  # turns R_dm into a direction
+    objective: GNDM | LCM  # turns R_dm, or a consistency target, into a direction
     prompts: PromptGroups
     draws: Draws
     latent_shape: tuple[int, int, int]  # (C, H, W)
@@ -143,6 +144,7 @@ class Batch:
     rollout: WholeRollout | None = None  # the whole of it, only where importance weights are asked for
     log_ratio: Tensor | None = None  # log p_now - log p_then of reaching each state [M], in nats; where weighed
     reward_strength: float = 1.0  # what the rewards' schedule gives at the update
+    target: Tensor | None = None  # what x̂ should be [M, C, H, W]; of consistency distillation alone
 
     @property
     def sample_prompts(self) -> list[str]:
@@ -206,13 +208,13 @@ def weigh_samples(
     return replace(batch, samples=samples, reward_strength=strength), health
 
 
-def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) -> dict[str, Tensor]:
-    """Accumulates the student's gradients: a direction for all samples first, then one backward per micro-batch.
-
-    The method's running means (`statistics`) are updated. Returns the health numbers, scalars. What must be finite is
-    noted in `run.checks`, which the optimiser's step requires.
-    """
+def _ascent(run: Distillation, batch: Batch, statistics: RunningMeans) -> tuple[Tensor, dict[str, Tensor]]:
+    """Where the objective moves each x̂ `[M, C, H, W]`, and health numbers. Updates `statistics`."""
     samples, copies = batch.samples, run.num_renoisings
+    if isinstance(run.objective, LCM):
+        assert batch.target is not None
+        losses = run.objective.losses(samples.x0, batch.target)
+        return run.objective.pull(samples.x0, batch.target), consistency_health(losses, samples)
     draws = [batch.visit * copies + copy for copy in range(copies)]
     schedule = run.networks.schedule
     uniform, noise = _draw(run, batch, "tau", draws)
@@ -226,7 +228,18 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
     move = ascent(run.networks, all_samples, estimate, advantage.pull, run.micro_batch_size)
     run.checks.note("R_dm", move, batch.name_of)
     move = move.unflatten(0, (copies, len(samples))).mean(0)
-    health = batch_health(estimate, advantage, run.draws.group_size) | {"contrast": contrast(samples, run.num_steps)}
+    return move, batch_health(estimate, advantage, run.draws.group_size)
+
+
+def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) -> dict[str, Tensor]:
+    """Accumulates the student's gradients: a direction for all samples first, then one backward per micro-batch.
+
+    The method's running means (`statistics`) are updated. Returns the health numbers, scalars. What must be finite is
+    noted in `run.checks`, which the optimiser's step requires.
+    """
+    samples = batch.samples
+    move, health = _ascent(run, batch, statistics)
+    health["contrast"] = contrast(samples, run.num_steps)
     if run.rewards is not None:
         given = (batch.sample_prompts, statistics, batch.reward_strength)
         move, reward_health = run.rewards.join(move, samples, *given)
