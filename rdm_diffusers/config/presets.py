@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..distillation.snoopi import range_around
 from ..families import Lora, full_name, rank_of
 from ..sizes import read_buckets
 from ..tiny import is_tiny
@@ -18,8 +19,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gndm":         dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=1),
     "gndm-literal": dict(gndm_lambda=0.0, advantage_normalization="std",    fake_updates_per_step=5, reuse_rollouts=1),
     "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=2),
+    "snoopi":       dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=1, reuse_rollouts=1),
+    "tdm":          dict(gndm_lambda=0.0, advantage_normalization="none",   fake_updates_per_step=1, reuse_rollouts=1),
 }
-ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm"}
+ALGORITHM_PRESETS = {"dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm", "snoopi": "snoopi", "tdm": "tdm"}
 # fmt: on
 
 TINY_DEFAULTS: dict[str, Any] = dict(steps_per_rollout=4, num_eval_images=5000)
@@ -51,6 +54,7 @@ DERIVED = (
 def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
     values = {**defaults, **_tiny_defaults(student, defaults, given), **given}
+    values |= {name: value for name, value in _algorithm_defaults(values).items() if name not in given}
     values |= _loras(values, rank_is_given="rank" in given)
     if UPDATES in given:
         values[EPOCHS] = None
@@ -82,6 +86,15 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
 def below(settings: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
     """A file's settings without its number of updates, where a number of epochs is `given` on top of the file."""
     return {name: value for name, value in settings.items() if name != UPDATES or EPOCHS not in given}
+
+
+def _algorithm_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an algorithm has where it is not given, whatever the preset."""
+    if values["algorithm"] == "tdm":
+        return {"eta": 0.0, "renoising": "interval"}
+    if values["algorithm"] == "snoopi" and values["guidance_scale"] > 1:
+        return {"guidance_range": range_around(values["guidance_scale"])}
+    return {}
 
 
 def _steps_per_rollout(values: Mapping[str, Any]) -> int:

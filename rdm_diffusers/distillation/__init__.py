@@ -9,18 +9,22 @@ from .importance import IMPORTANCE_WEIGHTINGS, importance_health, importance_wei
 from .matching import Matching, Pull, ReverseKL, ascent
 from .objectives import DMD, GNDM, Advantage, fake_score_direction
 from .posterior import posterior_mean
+from .renoising import FreshNoise, Renoised, Renoising
 from .reward_gradients import Decode, RewardGradient, differentiable_gradients, reward_values
 from .rollout import Place, Samples, Step, collect_samples, draw_samples, rollout, trained_places
+from .snoopi import guidance_scales
 from .statistics import RunningMeans
+from .tdm import RENOISINGS, NextState, TrajectoryKL
 from .tilting import standardised_advantage, tilted_weight
-from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, guidance_times, renoising_times
+from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, denoising_times, guidance_times, renoising_times
 
 __all__ = [
     "BIAS_ESTIMATORS", "COMBINATIONS", "DMD", "GNDM", "GNDMR", "IMPORTANCE_WEIGHTINGS", "MATCHINGS", "NORMALIZATIONS",
-    "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "Matching", "Place", "Pull", "ReverseKL",
-    "RewardEstimate", "RewardGradient", "RunningMeans", "Samples", "Step", "TimeDistribution", "ascent",
-    "collect_samples", "differentiable_gradients", "draw_samples", "estimate_reward", "fake_score_bias",
-    "fake_score_direction", "grouped", "guidance_times", "importance_health", "importance_weights",
+    "RENOISINGS", "TIME_DISTRIBUTIONS", "UNIFORM", "Advantage", "Decode", "Draws", "FreshNoise", "Matching",
+    "NextState", "Place", "Pull", "Renoised", "Renoising", "ReverseKL", "RewardEstimate", "RewardGradient",
+    "RunningMeans", "Samples", "Step", "TimeDistribution", "TrajectoryKL", "ascent", "collect_samples",
+    "denoising_times", "differentiable_gradients", "draw_samples", "estimate_reward", "fake_score_bias",
+    "fake_score_direction", "grouped", "guidance_scales", "guidance_times", "importance_health", "importance_weights",
     "leave_one_out_mean", "log_ratios", "normalizer", "posterior_mean", "renoising_times", "revisit", "reward_values",
     "rollout", "settings_of", "standardised_advantage", "tilted_weight", "trained_places",
 ]  # fmt: skip

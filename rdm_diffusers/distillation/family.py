@@ -7,11 +7,14 @@ from dataclasses import fields
 from typing import Any
 
 from .matching import Matching, ReverseKL
+from .tdm import TrajectoryKL
 
 MATCHINGS: dict[str, Callable[..., Matching]] = {
     "dmd": ReverseKL,
     "gndm": ReverseKL,
     "gndmr": ReverseKL,
+    "snoopi": ReverseKL,
+    "tdm": TrajectoryKL,
 }
 
 

@@ -61,8 +61,8 @@ def ascent(
 ) -> Tensor:
     """Where x̂ should go `[M, C, H, W]`: its own pull, and those on the networks' outputs, pulled back to it.
 
-    With x_tau = a x̂ + s eps a pull v on an output f(x_tau) moves x̂ by a J^T v, J the network's Jacobian. Each of the
-    two costs a forward and a backward of every sample. Detached.
+    A pull v on an output f(x_tau) moves x̂ by dx_tau/dx̂ J^T v, J the network's Jacobian; with x_tau = a x̂ + s eps by
+    a J^T v. Each of the two costs a forward and a backward of every sample. Detached.
 
     Args:
         networks: the roles.
@@ -75,11 +75,9 @@ def ascent(
     for role, cotangent in ((networks.real_score, pull.teacher_x0), (FAKE_SCORE, pull.fake_x0)):
         if cotangent is None or x_tau is None or time is None:
             continue
-        parts = [
-            networks.pull_back(
-                role, x_tau[part], time[part], samples.conditioning[part], cotangent[part], samples.step[part]
-            )
-            for part in samples.micro_batches(micro_batch_size or len(samples))
-        ]
-        found = found + expand(estimate.alpha, found) * torch.cat(parts)
+        scale, parts = estimate.guidance_scale, list[Tensor]()
+        for part in samples.micro_batches(micro_batch_size or len(samples)):
+            inputs = x_tau[part], time[part], samples.conditioning[part], cotangent[part], samples.step[part]
+            parts.append(networks.pull_back(role, *inputs, None if scale is None else scale[part]))
+        found = found + expand(estimate.slope, found) * torch.cat(parts)
     return found
