@@ -25,10 +25,12 @@ SCRIPTS = {"lora": train_rdm_lora, "full": train_rdm_full}
 ROOT = str(Path(train_rdm_lora.__file__).parent)
 ENGINES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"])
+TDM = dict(algorithm="tdm", gndm_lambda=0.5, guidance_range=[1.5, 3.0])
 ACCUMULATED = dict(gradient_accumulation_steps=2, fake_score_steps=True, gradient_checkpointing=True)
 CASES = {
     "lora": ("lora", "ddp", {}),
     "lora_gndmr": ("lora", "ddp", GNDMR),
+    "lora_tdm": ("lora", "ddp", TDM),
     "full_accumulated": ("full", "ddp", ACCUMULATED),
     "lora_sharded_accumulated": ("lora", "fsdp2", ACCUMULATED),
     "full_sharded_gndmr": ("full", "fsdp2", GNDMR),

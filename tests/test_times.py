@@ -13,10 +13,10 @@ from parts_sd3 import TOKENS, make_sd3_pipeline
 from test_updates import gradients
 
 from rdm_diffusers.config.command_line import parse_args
-from rdm_diffusers.distillation import TimeDistribution, guidance_times, renoising_times
+from rdm_diffusers.distillation import TimeDistribution, denoising_times, guidance_times, renoising_times
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER
 from rdm_diffusers.prediction import NoiseSchedule, expand, to_x0
-from rdm_diffusers.training.updates import collect, denoising_times, student_update
+from rdm_diffusers.training.updates import collect, student_update
 
 FLOW, VP = NoiseSchedule(None), NoiseSchedule(torch.linspace(0.999, 0.005, 1000))
 EVEN = (torch.arange(100_000) + 0.5) / 100_000

@@ -215,8 +215,8 @@ def poison(networks, role: str, sample: int) -> None:
     """Makes one sample of a role's next predictions infinite."""
     healthy = networks.predict
 
-    def predict(asked: str, *inputs) -> Tensor:
-        x0 = healthy(asked, *inputs)
+    def predict(asked: str, *inputs, **options) -> Tensor:
+        x0 = healthy(asked, *inputs, **options)
         if asked == role:
             x0 = x0 + torch.zeros_like(x0).index_fill(0, torch.tensor([sample]), torch.inf)
         return x0

@@ -266,10 +266,18 @@ def _check_grid(config: RunConfig) -> None:
 
 
 def _check_guidance(config: RunConfig) -> None:
-    interval = config.times.guidance_interval
-    if interval and not (len(interval) == 2 and interval[0] < interval[1]):
-        raise ValueError(f"--guidance_interval is {' '.join(map(str, interval))}; give two numbers, the lower first.")
-    for name in ("guidance_interval", "decoupled_guidance"):
+    if config.method.algorithm == "snoopi" and (
+        config.target.teacher_target == "samples" or config.method.guidance_scale <= 1
+    ):
+        raise ValueError(
+            "--algorithm snoopi varies the guidance of the teacher's score: it needs --teacher_target score and a "
+            "--guidance_scale above 1."
+        )
+    for name in ("guidance_interval", "guidance_range"):
+        ends = getattr(config.times, name)
+        if ends and not (len(ends) == 2 and ends[0] < ends[1]):
+            raise ValueError(f"--{name} is {' '.join(map(str, ends))}; give two numbers, the lower first.")
+    for name in ("guidance_interval", "guidance_range", "decoupled_guidance"):
         if getattr(config.times, name) and config.target.teacher_target == "samples":
             raise ValueError(
                 f"--{name} is for --teacher_target score, because a target is not guided; add that, or leave it out."

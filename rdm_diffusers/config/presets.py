@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..distillation.snoopi import range_around
 from ..families import Lora, full_name, rank_of
 from ..sizes import read_buckets
 from ..tiny import is_tiny
@@ -20,14 +21,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gndm-fast":    dict(gndm_lambda=1.0, advantage_normalization="group",  fake_updates_per_step=1, reuse_rollouts=2),
     "sid":          dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=1, reuse_rollouts=1),
     "sim":          dict(gndm_lambda=0.0, advantage_normalization="none",   fake_updates_per_step=1, reuse_rollouts=1),
+    "tdm":          dict(gndm_lambda=0.0, advantage_normalization="none",   fake_updates_per_step=1, reuse_rollouts=1),
+    "snoopi":       dict(gndm_lambda=0.0, advantage_normalization="sample", fake_updates_per_step=1, reuse_rollouts=1),
     "lcm":          dict(gndm_lambda=0.0, advantage_normalization="none",   fake_updates_per_step=0, reuse_rollouts=1),
 }
 ALGORITHM_PRESETS = {
     "dmd": "dmd2", "gndm": "gndm", "gndmr": "gndm", "dmd2": "dmd2", "f_distill": "dmd2", "uni_instruct": "dmd2",
-    "sid": "sid", "sim": "sim", "lcm": "lcm",
+    "sid": "sid", "sim": "sim", "tdm": "tdm", "snoopi": "snoopi", "lcm": "lcm",
 }
-# What an algorithm has instead of the defaults.
+# What an algorithm has instead of the defaults, whatever the preset.
 ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tdm": dict(eta=0.0, renoising="interval"),
     "lcm": dict(group_size=1, steps_per_rollout=1, fake_score_steps=False),  # each sample is alone
 }
 # fmt: on
@@ -63,8 +67,8 @@ DERIVED = (
 
 def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All values of a run of a `lora` or `full` student: those given, else the defaults, None where they follow."""
-    own = ALGORITHM_DEFAULTS.get(given.get("algorithm", defaults["algorithm"]), {})
-    values = {**defaults, **_tiny_defaults(student, defaults, given), **own, **given}
+    values = {**defaults, **_tiny_defaults(student, defaults, given), **given}
+    values |= {name: value for name, value in _algorithm_defaults(values).items() if name not in given}
     values |= _loras(values, rank_is_given="rank" in given)
     if UPDATES in given:
         values[EPOCHS] = None
@@ -98,6 +102,13 @@ def filled(student: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) 
 def below(settings: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
     """A file's settings without its number of updates, where a number of epochs is `given` on top of the file."""
     return {name: value for name, value in settings.items() if name != UPDATES or EPOCHS not in given}
+
+
+def _algorithm_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an algorithm has where it is not given, whatever the preset."""
+    if values["algorithm"] == "snoopi" and values["guidance_scale"] > 1:
+        return {"guidance_range": range_around(values["guidance_scale"])}
+    return ALGORITHM_DEFAULTS.get(values["algorithm"], {})
 
 
 def _steps_per_rollout(values: Mapping[str, Any]) -> int:

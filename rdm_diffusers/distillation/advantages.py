@@ -55,10 +55,13 @@ def bias_unit(estimate: RewardEstimate, estimator: str, variance: float | Tensor
 
     `shift` takes the bias for a shift of the student's mean that the fake score has not learned yet. Of such a shift a
     denoiser of data of variance v misses the share s^2 / (a^2 v + s^2), which x_tau does not show (a, s: the scales at
-    tau). `noise` takes it for an error in noise units, s.
+    tau). Where x_tau moves by less than a times the shift (`reach` below 1), it misses what does not arrive, too.
+    `noise` takes it for an error in noise units, s.
     """
     if estimator == "shift":
-        return estimate.sigma**2 / (estimate.alpha**2 * variance + estimate.sigma**2)
+        signal, noise = estimate.alpha**2 * variance, estimate.sigma**2
+        missed = noise if estimate.reach is None else noise + (1 - estimate.reach) * signal
+        return missed / (signal + noise)
     if estimator == "noise":
         return estimate.sigma
     raise ValueError(f"Unknown bias estimator {estimator!r}; use one of {', '.join(BIAS_ESTIMATORS)}.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..networks import TEACHER, Networks
+from .renoising import FreshNoise, Renoising
 from .rollout import Samples
 
 
@@ -27,6 +28,8 @@ class RewardEstimate:
         time: its times in the units of the timesteps `[M]`.
         logit: the discriminator's at x_tau `[M]`; None without one.
         ratio: the teacher's density over the student's at x_tau `[M]`, which `logit` gives (`adversarial.py`).
+        reach: dx_tau/dx̂ over a `[M]`; None where it is 1.
+        guidance_scale: the teacher's w for each sample `[M]`; None where all have the networks'.
     """
 
     x0: Tensor
@@ -41,6 +44,13 @@ class RewardEstimate:
     time: Tensor | None = None
     logit: Tensor | None = None
     ratio: Tensor | None = None
+    reach: Tensor | None = None
+    guidance_scale: Tensor | None = None
+
+    @property
+    def slope(self) -> Tensor:
+        """dx_tau/dx̂ `[M]`."""
+        return self.alpha if self.reach is None else self.alpha * self.reach
 
     @property
     def reward(self) -> Tensor:
@@ -77,8 +87,10 @@ def estimate_reward(
     noise: Tensor,
     micro_batch_size: int | None = None,
     guidance: tuple[Tensor, Tensor] | None = None,
+    renoising: Renoising | None = None,
+    guidance_scale: Tensor | None = None,
 ) -> RewardEstimate:
-    """Evaluates the real score (the teacher, or its target) and the fake score at x_tau = alpha x̂ + sigma noise.
+    """Evaluates the real score (the teacher, or its target) and the fake score at the re-noised x̂.
 
     No gradients.
 
@@ -89,25 +101,30 @@ def estimate_reward(
         noise: `[M, C, H, W]`.
         micro_batch_size: how many samples go through a network at once; all by default.
         guidance: times `[M]` and noises `[M, C, H, W]` of its own for what guidance adds to the teacher's x0
-            (Decoupled DMD); by default it is estimated at tau, too.
+            (Decoupled DMD); by default it is estimated at tau, too. x̂ has fresh noise there.
+        renoising: how x̂ is re-noised; `FreshNoise` by default.
+        guidance_scale: the teacher's w for each sample `[M]`; the networks' by default.
     """
-    x_tau = networks.schedule.add_noise(samples.x0, noise, tau)
+    renoised = (renoising or FreshNoise(networks.schedule)).renoise(samples, tau, noise)
+    x_tau = renoised.x_tau
     real, fake, logits = [], [], list[Tensor]()
     for part in samples.micro_batches(micro_batch_size or len(samples)):
-        chunk, inputs = samples[part], (x_tau[part], tau[part])
+        chunk, scale = samples[part], None if guidance_scale is None else guidance_scale[part]
+        inputs = x_tau[part], tau[part], chunk.conditioning, chunk.step
         if guidance is None:
-            real.append(networks.predict(networks.real_score, *inputs, chunk.conditioning, chunk.step))
+            real.append(networks.predict(networks.real_score, *inputs, guidance_scale=scale))
         else:
             t, other_noise = (each[part] for each in guidance)
-            added = networks.guidance(networks.schedule.add_noise(chunk.x0, other_noise, t), t, chunk.conditioning)
-            real.append(networks.predict(TEACHER, *inputs, chunk.conditioning, guided=False) + added)
-        x0, logit = networks.fake_score(*inputs, chunk.conditioning, chunk.step)
+            other = networks.schedule.add_noise(chunk.x0, other_noise, t)
+            added = networks.guidance(other, t, chunk.conditioning, scale)
+            real.append(networks.predict(TEACHER, *inputs, guided=False) + added)
+        x0, logit = networks.fake_score(*inputs)
         fake.append(x0)
         logits += [] if logit is None else [logit]
     teacher_x0, fake_x0 = torch.cat(real), torch.cat(fake)
     schedule, share = networks.schedule, tau / networks.schedule.num_train_timesteps
-    scales = schedule.alpha(tau), schedule.sigma(tau)
-    logit = torch.cat(logits) if logits else None
     return RewardEstimate(
-        samples.x0, teacher_x0, fake_x0, *scales, share, samples.step, samples.weight, x_tau, tau, logit
-    )
+        samples.x0, teacher_x0, fake_x0, schedule.alpha(tau), schedule.sigma(tau), share, samples.step,
+        weight=renoised.with_weight(samples.weight), x_tau=x_tau, time=tau, reach=renoised.reach,
+        guidance_scale=guidance_scale, logit=torch.cat(logits) if logits else None,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from .lcm import LCM
 from .matching import Matching, ReverseKL
 from .sid import ScoreIdentity
 from .sim import ScoreImplicit
+from .tdm import TrajectoryKL
 from .uni_instruct import UniInstruct
 
 MATCHINGS: dict[str, Callable[..., Matching]] = {
@@ -22,6 +23,8 @@ MATCHINGS: dict[str, Callable[..., Matching]] = {
     "uni_instruct": UniInstruct,
     "sid": ScoreIdentity,
     "sim": ScoreImplicit,
+    "snoopi": ReverseKL,
+    "tdm": TrajectoryKL,
 }
 THROUGH_NETWORKS = ("sid", "sim", "uni_instruct")  # those with gradients through the teacher and the fake score
 # All algorithms; those that are no matchings need no fake score.

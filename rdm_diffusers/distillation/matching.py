@@ -64,8 +64,8 @@ def ascent(
 ) -> Tensor:
     """Where x̂ should go `[M, C, H, W]`: its own pull, and those on the networks' outputs, pulled back to it.
 
-    With x_tau = a x̂ + s eps a pull v on an output f(x_tau) moves x̂ by a J^T v, J the network's Jacobian. Each of the
-    two costs a forward and a backward of every sample. Detached.
+    A pull v on an output f(x_tau) moves x̂ by dx_tau/dx̂ J^T v, J the network's Jacobian; with x_tau = a x̂ + s eps by
+    a J^T v. Each of the two costs a forward and a backward of every sample. Detached.
 
     Args:
         networks: the roles.
@@ -79,13 +79,10 @@ def ascent(
     for role, cotangent, logit in pulls:
         if (cotangent is None and logit is None) or x_tau is None or time is None:
             continue
-        parts = [
-            networks.pull_back(
-                role, x_tau[part], time[part], samples.conditioning[part],
-                None if cotangent is None else cotangent[part], samples.step[part],
-                None if logit is None else logit[part],
-            )
-            for part in samples.micro_batches(micro_batch_size or len(samples))
-        ]  # fmt: skip
-        found = found + expand(estimate.alpha, found) * torch.cat(parts)
+        scale, parts = estimate.guidance_scale, list[Tensor]()
+        for part in samples.micro_batches(micro_batch_size or len(samples)):
+            inputs = x_tau[part], time[part], samples.conditioning[part]
+            given = (None if each is None else each[part] for each in (cotangent, samples.step, logit, scale))
+            parts.append(networks.pull_back(role, *inputs, *given))
+        found = found + expand(estimate.slope, found) * torch.cat(parts)
     return found

@@ -43,6 +43,14 @@ class TimeDistribution:
             raise ValueError(f"Unknown distribution {self.name!r}; use one of {', '.join(TIME_DISTRIBUTIONS)}.")
         return shares.clamp(max=BELOW_ONE)
 
+    def below(self, shares: Tensor) -> Tensor:
+        """How much of this distribution is below each of `shares`, in [0, 1]: the inverse of `shares`."""
+        if self.name == "uniform":
+            return shares
+        if self.name == "logit_normal":
+            return torch.special.ndtr((shares.logit() - self.mean) / self.std)
+        return shifted(shares, 1 / self.shift)
+
 
 UNIFORM = TimeDistribution()
 
@@ -52,6 +60,34 @@ def renoising_times(uniform: Tensor, schedule: NoiseSchedule, distribution: Time
     low, high = (bound * schedule.num_train_timesteps for bound in TAU_RANGE)
     tau = low + distribution.shares(uniform) * (high - low)
     return tau if schedule.is_flow else tau.long()
+
+
+def denoising_times(uniform: Tensor, schedule: NoiseSchedule, distribution: TimeDistribution = UNIFORM) -> Tensor:
+    """Times of a denoising loss `[B]`, from uniform numbers in [0, 1): distributed over all training timesteps.
+
+    For flow matching they are never quite 0, where the output is undefined.
+    """
+    t = distribution.shares(uniform) * schedule.num_train_timesteps
+    return t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
+
+
+def times_between(
+    uniform: Tensor, low: Tensor, high: Tensor, schedule: NoiseSchedule, distribution: TimeDistribution = UNIFORM
+) -> Tensor:
+    """Times in [low, high) `[M]`, from uniform numbers in [0, 1): of the distribution over all times, cut off there.
+
+    Args:
+        uniform: `[M]`.
+        low, high: times `[M]`; where they are equal, that is the time. They are whole numbers unless the schedule is
+            flow, or what is below the first whole number in between is cut off, too.
+        schedule: the teacher's.
+        distribution: of the noise levels over all training timesteps.
+    """
+    first, last = (distribution.below(bound / schedule.num_train_timesteps) for bound in (low, high))
+    times = distribution.shares(first + uniform * (last - first)) * schedule.num_train_timesteps
+    if schedule.is_flow:
+        return torch.minimum(torch.maximum(times, low), high)
+    return torch.minimum(torch.maximum(times.floor(), low.ceil()), (high.ceil() - 1).clamp(min=low.ceil())).long()
 
 
 def guidance_times(uniform: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -102,7 +102,7 @@ class Networks(ABC):
 
     def predict(
         self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, step: Tensor | None = None,
-        guided: bool = True,
+        guided: bool = True, guidance_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The role's x0 for noisy samples.
 
@@ -110,6 +110,7 @@ class Networks(ABC):
             role: `student`, `fake_score`, `teacher` or `target`; only the teacher is guided, unless `guided` is false.
             x_t, t, conditioning: `[B, C, H, W]`, times `[B]`, and of length B.
             step: the student's step of each sample `[B]`; read by a fake score with a step embedding only.
+            guidance_scale: the teacher's w for each sample `[B]`; for all the networks' own by default.
 
         Returns:
             x0 `[B, C, H, W]`, float32. Gradients flow to the role's parameters and to x_t, by `backward` only.
@@ -117,8 +118,10 @@ class Networks(ABC):
         self._step = step if role == FAKE_SCORE else None
         if role == FAKE_SCORE and self.fake_score_unconditional:
             conditioning = self.family.unconditional(self.null_conditioning, conditioning)
-        guided = guided and role == TEACHER and self.guidance_scale != 1
-        output = self._guided(x_t, t, conditioning)[0] if guided else self._output(role, x_t, t, conditioning)
+        if guided and self._is_guided(role, guidance_scale):
+            output = self._guided(x_t, t, conditioning, guidance_scale)[0]
+        else:
+            output = self._output(role, x_t, t, conditioning)
         return to_x0(self.prediction_type, output, x_t, *self.schedule.scales(t, x_t))
 
     def fake_score(
@@ -134,9 +137,11 @@ class Networks(ABC):
             x0 = self.predict(FAKE_SCORE, x_t, t, conditioning, step)
         return x0, torch.cat([self.discriminator(each) for each in features])
 
-    def guidance(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def guidance(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor | None = None
+    ) -> Tensor:
         """What guidance adds to the teacher's x0 `[B, C, H, W]`, float32: (w - 1) (c - u) in x0. As `predict` else."""
-        outputs, scales = self._guided(x_t, t, conditioning), self.schedule.scales(t, x_t)
+        outputs, scales = self._guided(x_t, t, conditioning, guidance_scale), self.schedule.scales(t, x_t)
         return torch.sub(*(to_x0(self.prediction_type, output, x_t, *scales) for output in outputs))
 
     def backward(self, role: str, x0: Tensor, direction: Tensor, *more: tuple[Tensor, Tensor]) -> None:
@@ -154,7 +159,7 @@ class Networks(ABC):
 
     def pull_back(
         self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning, cotangent: Tensor | None,
-        step: Tensor | None = None, logit: Tensor | None = None,
+        step: Tensor | None = None, logit: Tensor | None = None, guidance_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The gradient of `(x0 * cotangent).sum()` with respect to x_t `[B, C, H, W]`, float32, detached.
 
@@ -165,9 +170,12 @@ class Networks(ABC):
         inputs = x_t.detach().requires_grad_()
         given = (inputs, t, conditioning, step)
         with torch.enable_grad():
-            outputs = (self.predict(role, *given), None) if logit is None else self.fake_score(*given)
+            if logit is None:
+                outputs = self.predict(role, *given, guidance_scale=guidance_scale), None
+            else:
+                outputs = self.fake_score(*given)
         pairs = [pair for pair in zip(outputs, (cotangent, logit), strict=True) if pair[1] is not None]
-        guided = role == TEACHER and self.guidance_scale != 1
+        guided = self._is_guided(role, guidance_scale)
         self.calls[f"{role} backward"] += len(x_t) * (1 + guided)
         with self.acting_as(role):
             (gradient,) = torch.autograd.grad([each for each, _ in pairs], inputs, [each for _, each in pairs])
@@ -233,11 +241,17 @@ class Networks(ABC):
                 outputs.append(self.family.denoise(self._network(role), *inputs).float())
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _guided(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+    def _is_guided(self, role: str, guidance_scale: Tensor | None) -> bool:
+        return role == TEACHER and (guidance_scale is not None or self.guidance_scale != 1)
+
+    def _guided(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The teacher's outputs with guidance and without."""
         both = Conditioning.cat([self.family.unconditional(self.null_conditioning, conditioning), conditioning])
         unconditional, conditional = self._output(TEACHER, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        scale: float | Tensor = self.guidance_scale
+        scale: float | Tensor = self.guidance_scale if guidance_scale is None else guidance_scale
         if self.guidance_interval:
-            scale = expand(torch.where(self.schedule.lie_between(t, *self.guidance_interval), scale, 1.0), x_t)
+            scale = torch.where(self.schedule.lie_between(t, *self.guidance_interval), scale, 1.0)
+        scale = expand(scale, x_t) if isinstance(scale, Tensor) else scale
         return self.family.guide(unconditional, conditional, scale), conditional

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from ..adapters import fill_adapter
 from ..config import LoraStudentConfig, RunConfig
 from ..distillation import GNDM, LCM, MATCHINGS, Draws, RunningMeans, TimeDistribution, settings_of
+from ..distillation.tdm import make_renoising
 from ..families import (
     Conditioning,
     Family,
@@ -226,11 +227,12 @@ def make_distillation(
     """Gathers what stays the same through a run."""
     method, optimisation = config.method, config.optimisation
     draws = Draws(optimisation.seed, method.group_size, accelerator.device)
-    times, shift = config.times, teacher_shift(teacher, config)
+    times, shift, scheduler = config.times, teacher_shift(teacher, config), student_scheduler(teacher, config)
     distribution = partial(TimeDistribution, mean=times.logit_mean, std=times.logit_std, shift=shift)
     return Distillation(
         networks=networks,
-        scheduler=student_scheduler(teacher, config),
+        scheduler=scheduler,
+        renoising=make_renoising(times.renoising, networks.schedule, scheduler),
         objective=make_objective(config),
         prompts=PromptGroups(
             texts.prompts, texts.embeddings, draws, DTYPES[config.memory.mixed_precision], captions=texts.captions
@@ -244,6 +246,7 @@ def make_distillation(
         num_renoisings=method.num_renoisings,
         renoising_distribution=distribution(times.renoising_time_distribution),
         fake_distribution=distribution(times.fake_time_distribution),
+        guidance_range=times.guidance_range,
         decoupled_guidance=times.decoupled_guidance,
         importance_weighting=method.importance_weighting,
         guidance_cls_loss_weight=method.guidance_cls_loss_weight,

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..config.optimizers import USUAL
-from ..distillation import fake_score_direction, posterior_mean
+from ..distillation import denoising_times, fake_score_direction, posterior_mean
 from ..folders import write_whole
 from ..networks import TARGET, TEACHER
 from ..prediction import denoising_weight
@@ -34,7 +34,7 @@ from .finite import NonFiniteError
 from .loss_scaling import scalers_of
 from .optimizers import averaged, make_optimizer, update_average
 from .target_images import TargetImages
-from .updates import Distillation, denoising_times
+from .updates import Distillation
 
 DAMAGED = "The target in {path} is damaged; it is trained again."
 RECORD = "target.json"  # in the run's folder

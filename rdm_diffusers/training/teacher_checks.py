@@ -129,7 +129,7 @@ def _check_times(config: RunConfig, teacher: Teacher) -> None:
     for name in ("student_grid", "renoising_time_distribution", "fake_time_distribution"):
         if getattr(own, name) == "shifted" and teacher_shift(teacher, config) == 1:
             raise ValueError(f"--{name} shifted would have no effect, as this teacher has no shift; leave it out.")
-    for name in ("guidance_interval", "decoupled_guidance"):
+    for name in ("guidance_interval", "guidance_range", "decoupled_guidance"):
         if getattr(own, name) and teacher.family.embeds_guidance(teacher.pipeline):
             raise ValueError(f"--{name} would have no effect: this teacher is guided inside its network; leave it out.")
 

@@ -16,6 +16,7 @@ from ..distillation import (
     UNIFORM,
     Draws,
     Place,
+    Renoising,
     RunningMeans,
     Samples,
     Step,
@@ -24,18 +25,18 @@ from ..distillation import (
     collect_samples,
     estimate_reward,
     fake_score_direction,
+    guidance_scales,
     guidance_times,
     importance_health,
     importance_weights,
     log_ratios,
-    renoising_times,
     revisit,
     rollout,
     trained_places,
 )
 from ..families import Conditioning
 from ..networks import FAKE_SCORE, STUDENT, Networks
-from ..prediction import NoiseSchedule, denoising_weight, expand
+from ..prediction import denoising_weight, expand
 from ..schedulers import RdmScheduler
 from ..sharding import average_in_backward
 from .discriminating import discriminator_health, judge_pictures, judge_samples
@@ -55,6 +56,7 @@ class Distillation:
 
     networks: Networks
     scheduler: RdmScheduler  # the student's sampler on its trained grid
+    renoising: Renoising  # where R_dm is estimated, and where the fake score learns
     objective: GNDM | LCM  # turns R_dm, or a consistency target, into a direction
     prompts: PromptGroups
     draws: Draws
@@ -67,6 +69,7 @@ class Distillation:
     num_renoisings: int = 1  # how many re-noised copies of each x̂ estimate R_dm
     renoising_distribution: TimeDistribution = UNIFORM  # of their times
     fake_distribution: TimeDistribution = UNIFORM  # of the times of the fake score's loss
+    guidance_range: tuple[float, ...] = ()  # between which the teacher's scale is drawn; () for the networks' own
     decoupled_guidance: bool = False  # whether the guidance's part of R_dm is estimated at times of its own
     guidance_cls_loss_weight: float = 0.0  # of the discriminator's loss, beside the fake score's
     importance_weighting: str = "none"  # of `IMPORTANCE_WEIGHTINGS`, for rollouts that serve several updates
@@ -218,12 +221,17 @@ def _ascent(run: Distillation, batch: Batch, statistics: RunningMeans) -> tuple[
     draws = [batch.visit * copies + copy for copy in range(copies)]
     schedule = run.networks.schedule
     uniform, noise = _draw(run, batch, "tau", draws)
-    tau, all_samples = renoising_times(uniform, schedule, run.renoising_distribution), samples.repeat(copies)
-    guidance = None
+    all_samples = samples.repeat(copies)
+    tau = run.renoising.times(uniform, all_samples, run.renoising_distribution)
+    guidance = guidance_scale = None
     if run.decoupled_guidance:
         uniform, guidance_noise = _draw(run, batch, "guidance", draws)
         guidance = guidance_times(uniform, all_samples.t, schedule), guidance_noise
-    estimate = estimate_reward(run.networks, all_samples, tau, noise, run.micro_batch_size, guidance)
+    if run.guidance_range:
+        guidance_scale = guidance_scales(_uniform(run, batch, "guidance_scale", draws), *run.guidance_range)
+    estimate = estimate_reward(
+        run.networks, all_samples, tau, noise, run.micro_batch_size, guidance, run.renoising, guidance_scale
+    )
     advantage = run.objective.advantage(estimate, statistics)
     move = ascent(run.networks, all_samples, estimate, advantage.pull, run.micro_batch_size)
     run.checks.note("R_dm", move, batch.name_of)
@@ -259,8 +267,13 @@ def student_update(run: Distillation, batch: Batch, statistics: RunningMeans) ->
 
 def _draw(run: Distillation, batch: Batch, purpose: str, numbers: list[int]) -> tuple[Tensor, Tensor]:
     """Uniform numbers `[N * M]` and noises `[N * M, C, H, W]` for N copies of a batch, by their numbers."""
-    uniform = torch.cat([run.draws.uniform(f"{purpose}/{n}", batch.keys) for n in numbers])
-    return uniform, torch.cat([run.draws.normal(f"{purpose}_noise/{n}", batch.keys, run.latent_shape) for n in numbers])
+    noises = [run.draws.normal(f"{purpose}_noise/{n}", batch.keys, run.latent_shape) for n in numbers]
+    return _uniform(run, batch, purpose, numbers), torch.cat(noises)
+
+
+def _uniform(run: Distillation, batch: Batch, purpose: str, numbers: list[int]) -> Tensor:
+    """The uniform numbers of `_draw` alone."""
+    return torch.cat([run.draws.uniform(f"{purpose}/{n}", batch.keys) for n in numbers])
 
 
 def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str, Tensor]:
@@ -270,12 +283,12 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     this is. That the losses must be finite is noted in `run.checks`, which the optimiser's step requires.
     """
     samples, schedule = batch.samples, run.networks.schedule
-    t = denoising_times(run.draws.uniform(f"fake_time/{repeat}", batch.keys), schedule, run.fake_distribution)
-    noise = run.draws.normal(f"fake_noise/{repeat}", batch.keys, run.latent_shape)
-    x_t = schedule.add_noise(samples.x0, noise, t)
-    weight = denoising_weight(schedule.sigma(t))
-    if samples.weight is not None:
-        weight = weight * samples.weight
+    uniform = run.draws.uniform(f"fake_time/{repeat}", batch.keys)
+    t = run.renoising.learning_times(uniform, samples, run.fake_distribution)
+    renoised = run.renoising.renoise(samples, t, run.draws.normal(f"fake_noise/{repeat}", batch.keys, run.latent_shape))
+    x_t, weight, own = renoised.x_tau, denoising_weight(schedule.sigma(t)), renoised.with_weight(samples.weight)
+    if own is not None:
+        weight = weight * own
     losses, verdicts = [], []
     for part in samples.micro_batches(run.micro_batch_size):
         chunk, more = samples[part], []
@@ -292,12 +305,3 @@ def fake_score_update(run: Distillation, batch: Batch, repeat: int) -> dict[str,
     if verdicts:
         health |= discriminator_health(verdicts, judge_pictures(run, batch, t, repeat))
     return health
-
-
-def denoising_times(uniform: Tensor, schedule: NoiseSchedule, distribution: TimeDistribution = UNIFORM) -> Tensor:
-    """Times of a denoising loss `[B]`, from uniform numbers in [0, 1): distributed over all training timesteps.
-
-    For flow matching they are never quite 0, where the output is undefined.
-    """
-    t = distribution.shares(uniform) * schedule.num_train_timesteps
-    return t.clamp(min=1e-3 * schedule.num_train_timesteps) if schedule.is_flow else t.long()
