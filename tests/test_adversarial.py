@@ -157,7 +157,7 @@ def test_a_discriminators_logit_tends_to_the_log_ratio_of_the_densities() -> Non
     discriminator = Discriminator(Features(block), 64)
     optimizer = torch.optim.Adam(discriminator.parameters(), 3e-3)
     for _ in range(400):
-        fake, real = (block((mean + torch.randn(512, 1, 1))) for mean in (0.0, 1.0))
+        fake, real = (block(mean + torch.randn(512, 1, 1)) for mean in (0.0, 1.0))
         for features, pictures in ((fake, False), (real, True)):
             logit = discriminator(features)
             logit.backward(discriminator_direction(logit, 1.0, 512, pictures=pictures)[0])
@@ -286,7 +286,7 @@ def test_the_plan_counts_the_discriminator(argv, teacher_folder: Path, prompts_f
         (dict(guidance_cls_loss_weight=0.1), "--guidance_cls_loss_weight would have no effect without a discriminator"),
         (dict(algorithm="dmd2", fake_updates_per_step=0), "learns in the fake score's updates; raise --fake_updates"),
         (dict(f_divergence="jeffreys"), "--f_divergence would have no effect with --algorithm gndm; leave it out"),
-        (dict(algorithm="dmd2", target_train_steps=5), "--target_train_steps would have no effect; .* --teacher_target"),
+        (dict(algorithm="dmd2", target_train_steps=5), "--target_train_steps would have no effect; .* --teacher_t"),
         (dict(algorithm="dmd2", center_crop=True), "--center_crop would have no effect; .* add --train_data_dir"),
         (dict(num_target_images=50), "--num_target_images would have no effect; .* add --teacher_target samples"),
     ],
