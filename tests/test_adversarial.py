@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parts import (
-    PROMPTS,
     make_conditioning,
     make_estimate,
     make_run,
@@ -26,6 +25,7 @@ from test_resume import assert_resuming_changes_nothing
 from torch import Tensor, nn
 
 from rdm_diffusers.config import RunConfig
+from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import (
     GNDM,
     RunningMeans,
@@ -157,7 +157,7 @@ def test_a_discriminators_logit_tends_to_the_log_ratio_of_the_densities() -> Non
     discriminator = Discriminator(Features(block), 64)
     optimizer = torch.optim.Adam(discriminator.parameters(), 3e-3)
     for _ in range(400):
-        fake, real = (block((mean + torch.randn(512, 1, 1))) for mean in (0.0, 1.0))
+        fake, real = (block(mean + torch.randn(512, 1, 1)) for mean in (0.0, 1.0))
         for features, pictures in ((fake, False), (real, True)):
             logit = discriminator(features)
             logit.backward(discriminator_direction(logit, 1.0, 512, pictures=pictures)[0])
@@ -272,27 +272,21 @@ def test_any_member_may_have_the_adversarial_branch_and_the_correction(argv) -> 
 
 def test_the_plan_counts_the_discriminator(argv, teacher_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     plain = run_arguments(teacher_folder, prompts_file, tmp_path / "plain", algorithm="dmd")
-    found = [plan_memory(make_config(words)).sizes for words in (argv(), plain)]
+    found = [plan_memory(parse_args(words)).sizes for words in (argv(), plain)]
     name = "the discriminator"
     networks = make_run(argv()).networks
     assert found[0][name] == 12 * sum(parameter.numel() for parameter in networks.discriminator.parameters())
     assert found[1][name] == 0
 
 
-def make_config(words: list[str]) -> RunConfig:
-    from rdm_diffusers.config.command_line import parse_args
-
-    return parse_args(words)
-
-
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (dict(algorithm="dmd2", gen_cls_loss_weight=0), "--algorithm dmd2 with --gen_cls_loss_weight 0 is --algorithm dmd"),
+        (dict(algorithm="dmd2", gen_cls_loss_weight=0), "dmd2 with --gen_cls_loss_weight 0 is --algorithm dmd"),
         (dict(guidance_cls_loss_weight=0.1), "--guidance_cls_loss_weight would have no effect without a discriminator"),
         (dict(algorithm="dmd2", fake_updates_per_step=0), "learns in the fake score's updates; raise --fake_updates"),
         (dict(f_divergence="jeffreys"), "--f_divergence would have no effect with --algorithm gndm; leave it out"),
-        (dict(algorithm="dmd2", target_train_steps=5), "--target_train_steps would have no effect; .* add --teacher_ta"),
+        (dict(algorithm="dmd2", target_train_steps=5), "--target_train_steps would have no effect; .* --teacher_t"),
         (dict(algorithm="dmd2", center_crop=True), "--center_crop would have no effect; .* add --train_data_dir"),
         (dict(num_target_images=50), "--num_target_images would have no effect; .* add --teacher_target samples"),
     ],
@@ -319,7 +313,3 @@ def test_the_defaults_follow_from_the_algorithm_and_survive_a_file(tmp_path: Pat
         path.write_text(config.as_yaml())
         assert RunConfig.from_yaml(path) == config
         assert "f_divergence" not in path.read_text()
-
-
-def test_there_are_prompts_enough_for_these_tests() -> None:
-    assert len(PROMPTS) == 5

@@ -124,6 +124,26 @@ def test_gradient_checkpointing_changes_neither_predictions_nor_gradients(name: 
 
 
 @every
+def test_a_discriminator_reads_the_features_of_a_fake_score(name: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        teacher = make_teacher(name)
+        if checkpointing:
+            teacher.family.checkpoint(teacher.denoiser)
+        networks, inputs = make_networks(teacher, 1.0), noisy(teacher)
+        fake_score = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else teacher.denoiser
+        networks.add_discriminator(teacher.family.middle_block(fake_score), inputs[0][:1], inputs[1][:1])
+        with torch.no_grad():
+            networks.discriminator.whole[-1].weight += 1
+        plain = networks.predict(FAKE_SCORE, *inputs).detach()
+        x0, logit = networks.fake_score(*inputs)
+        assert torch.equal(x0, plain) and logit.shape == (3,) and len(logit.unique()) == 3
+        found.append(networks.pull_back(FAKE_SCORE, *inputs, None, logit=torch.ones(3)))
+    assert found[0].abs().flatten(1).amax(1).min() > 0
+    assert relative_error(found[1], found[0]) < 1e-4
+
+
+@every
 def test_a_step_embedding_changes_the_samples_of_its_step_alone(name: str) -> None:
     teacher = make_teacher(name)
     networks = make_networks(teacher, 1.0)

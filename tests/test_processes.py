@@ -27,11 +27,13 @@ ENGINES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "
 GNDMR = dict(algorithm="gndmr", reward=["tiny_bold", "tiny_prompt_black_box"])
 TDM = dict(algorithm="tdm", gndm_lambda=0.5, guidance_range=[1.5, 3.0])
 ACCUMULATED = dict(gradient_accumulation_steps=2, fake_score_steps=True, gradient_checkpointing=True)
+RATIO = dict(algorithm="f_distill", num_target_images=64, target_inference_steps=2, fake_updates_per_step=1)
 CASES = {
     "lora": ("lora", "ddp", {}),
     "lora_gndmr": ("lora", "ddp", GNDMR),
     "lora_tdm": ("lora", "ddp", TDM),
     "full_accumulated": ("full", "ddp", ACCUMULATED),
+    "lora_f_distill": ("lora", "ddp", RATIO),
     "lora_sharded_accumulated": ("lora", "fsdp2", ACCUMULATED),
     "full_sharded_gndmr": ("full", "fsdp2", GNDMR),
 }

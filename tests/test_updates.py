@@ -38,6 +38,7 @@ def gradients(argv: list[str], fresh: bool = False) -> dict[str, list[Tensor]]:
     return {role: [p.grad for p in it.networks.parameters(role)] for role in (STUDENT, FAKE_SCORE)}
 
 
+PICTURES = {"num_target_images": 45, "target_inference_steps": 2}
 GNDMR = {"algorithm": "gndmr", "reward": ["tiny_bold", "tiny_prompt_black_box:2"]}
 
 
@@ -51,8 +52,14 @@ GNDMR = {"algorithm": "gndmr", "reward": ["tiny_bold", "tiny_prompt_black_box:2"
         {**GNDMR, "reward_combination": "sum", "projection_guard": True},
         {"algorithm": "sid", "num_renoisings": 2},
         {"algorithm": "sim", "gndm_lambda": 1.0, "advantage_normalization": "group", "reward": ["tiny_bold"]},
+        {"algorithm": "dmd2", **PICTURES, "reward": ["tiny_bold"]},
+        {"algorithm": "f_distill", **PICTURES, "gndm_lambda": 1.0},
+        {"algorithm": "uni_instruct", **PICTURES, "gen_cls_loss_weight": 0.1},
     ],
-    ids=["gndm", "dmd", "two_steps_twice_renoised", "gndmr", "gndmr_sum_guard", "sid", "sim_corrected_rewarded"],
+    ids=[
+        "gndm", "dmd", "two_steps_twice_renoised", "gndmr", "gndmr_sum_guard", "sid", "sim_corrected_rewarded",
+        "dmd2", "f_distill", "uni_instruct",
+    ],
 )
 @pytest.mark.usefixtures("float64")
 def test_eight_samples_at_once_are_one_sample_eight_times(argv, options: dict) -> None:

@@ -174,7 +174,8 @@ class Networks(ABC):
                 outputs = self.predict(role, *given, guidance_scale=guidance_scale), None
             else:
                 outputs = self.fake_score(*given)
-        pairs = [pair for pair in zip(outputs, (cotangent, logit), strict=True) if pair[1] is not None]
+        given_back = zip(outputs, (cotangent, logit), strict=True)
+        pairs = [(output, each) for output, each in given_back if output is not None and each is not None]
         guided = self._is_guided(role, guidance_scale)
         self.calls[f"{role} backward"] += len(x_t) * (1 + guided)
         with self.acting_as(role):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import ModelMixin
 
@@ -30,3 +32,9 @@ def add_to_fake_score(networks: Networks, family: Family, config: RunConfig, lat
             torch.manual_seed(config.optimisation.seed)
             x_t, t = torch.zeros(1, *latents, device=device), torch.full((1,), 500, device=device)
             networks.add_discriminator(family.middle_block(network), x_t, t)
+
+
+def discriminator_size(networks: Networks, states: Callable[[int], int]) -> int:
+    """Bytes of the discriminator, if there is one, and of its optimiser: `states` gives those of so many weights."""
+    parameters = [] if networks.discriminator is None else list(networks.discriminator.parameters())
+    return sum(parameter.nbytes + states(parameter.numel()) for parameter in parameters)

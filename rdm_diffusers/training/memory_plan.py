@@ -21,15 +21,7 @@ from torch import nn
 from ..config import MemoryConfig, RunConfig
 from ..config.optimizers import kinds_of
 from ..config.subjects import ON_THE_FLY
-from ..families import (
-    SingleFile,
-    check_kinds_of_files,
-    check_lora,
-    family_of,
-    options_for,
-    parts_of,
-    pipeline_config,
-)
+from ..families import SingleFile, check_kinds_of_files, check_lora, family_of, options_for, parts_of, pipeline_config
 from ..families.quantization import NEEDS_GPU
 from ..networks import STUDENT, TARGET, TEACHER, Networks, SharedBase
 from ..prediction import NoiseSchedule
@@ -39,6 +31,7 @@ from . import memory_model as model
 from .assembly import DTYPES, guidance_outside, make_networks, prompt_options
 from .contrast import CONTRAST_STEPS
 from .devices import prepare_vae
+from .fake_score import add_to_fake_score, discriminator_size
 from .finish import PICTURES_AT_ONCE
 from .memory_table import FULL, LORAS, OPTIMISERS, MemoryPlan
 from .pull_back_memory import peaks
@@ -141,6 +134,7 @@ class _Planner:
             )
         if self.is_lora:
             self.parameters["lora"] = sum(parameter.numel() for parameter in networks.parameters(STUDENT))
+        model.inference_peak(lambda: add_to_fake_score(networks, self.family, config, self.latents), *networks.modules)
         return networks
 
     def sizes(self) -> dict[str, int]:
@@ -156,6 +150,7 @@ class _Planner:
             f"{self.family.denoiser_name}, frozen": self.frozen_size // (1 if whole else shards),
             (LORAS if self.is_lora else FULL)[count]: count * role // shards,
             OPTIMISERS[count]: count * sum(self._states(parameter.numel()) for parameter in self.trained) // shards,
+            "the discriminator": discriminator_size(self.networks, self._states),
             "the target's LoRA": sum(p.nbytes for p in self.networks.parameters(TARGET)) // shards,
             "the student's moving average": trained_size // shards if run.optimisation.use_ema else 0,
             "folded copies of adapted weights": (count + bool(self.networks.target_config)) * self._folded(),
