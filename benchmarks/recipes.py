@@ -9,9 +9,11 @@ Teachers are read from folders of their published configurations; nothing is dow
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from functools import cache
@@ -92,8 +94,10 @@ def recipe(row: str, setting: str) -> str:
 
 @cache
 def folder(teacher: str) -> Path:
-    """A teacher's configurations."""
-    return write_configs(teacher, Path(tempfile.mkdtemp(prefix="rdm-recipes-")) / "teacher")
+    """A teacher's configurations, in a folder that goes when the process ends."""
+    scratch = tempfile.mkdtemp(prefix="rdm-recipes-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return write_configs(teacher, Path(scratch) / "teacher")
 
 
 def arguments(command: str) -> RunConfig:
