@@ -32,6 +32,7 @@ def _pull_back(
     networks: Networks, role: str, inputs: tuple[Any, ...], dtype: torch.dtype | None, device_type: str
 ) -> int:
     autocast = meta_autocast(dtype if role == FAKE_SCORE else None, device_type)
+    x_t, t, conditioning = inputs
     with fused_attention(), LivePeak(*networks.modules) as live, autocast:
-        networks.pull_back(role, *inputs, torch.empty_like(inputs[0]))
+        networks.pull_back(role, x_t, t, conditioning, torch.empty_like(x_t))
     return int(live.peak)
