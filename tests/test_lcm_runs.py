@@ -14,6 +14,7 @@ from parts_families import make_pipeline
 from parts_float64 import ROUNDING
 from torch import Tensor
 
+import train_rdm_lora
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import LORA_FILE
@@ -181,7 +182,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(argv, tmp_path: Path, student: st
 def test_stock_diffusers_draws_the_students_images_with_its_lora_and_the_lcm_scheduler(
     argv, teacher_folder: Path, tmp_path: Path
 ) -> None:
-    train_only(argv())
+    train_rdm_lora.main(argv())
     student = RdmDistillationPipeline.from_pretrained(tmp_path / "run")
     stock = StableDiffusionPipeline.from_pretrained(teacher_folder)
     stock.load_lora_weights(tmp_path / "run")
