@@ -360,6 +360,12 @@ def test_a_flow_teachers_student_is_trained(prompts_file: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "run" / "rdm_config.json").read_text())["scheduler"]["eta"] == 0
 
 
+def test_the_next_state_of_a_student_of_one_step_is_refused_but_for_tdm() -> None:
+    with pytest.raises(ValueError, match="--renoising interval would have no effect on a student of one step"):
+        RunConfig.of(renoising="interval", num_student_steps=1)
+    assert RunConfig.of(algorithm="tdm", num_student_steps=1).times.renoising == "interval"
+
+
 def test_the_algorithm_is_deterministic_and_matches_next_states_whatever_the_preset() -> None:
     usual = RunConfig.of(algorithm="tdm")
     assert (usual.method.eta, usual.times.renoising, usual.method.gndm_lambda) == (0.0, "interval", 0.0)

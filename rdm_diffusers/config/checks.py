@@ -293,7 +293,12 @@ def _check_guidance(config: RunConfig) -> None:
 
 
 def _check_distributions(config: RunConfig) -> None:
-    times = config.times
+    times, method = config.times, config.method
+    if times.renoising != "x0" and method.num_student_steps == 1 and method.algorithm != "tdm":
+        raise ValueError(
+            f"--renoising {times.renoising} would have no effect on a student of one step, which has no next state; "
+            "leave it out."
+        )
     if "logit_normal" in (times.renoising_time_distribution, times.fake_time_distribution):
         return
     for name, usual in (("logit_mean", 0), ("logit_std", 1)):

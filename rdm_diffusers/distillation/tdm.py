@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +86,7 @@ class NextState:
         following = self._next_times(samples)
         level = self.schedule.sigma(following) / self.schedule.alpha(following)
         eta = float(self.scheduler.config.eta)
-        return (1 - eta**2) ** 0.5 * level.masked_fill(self._is_last(samples), 0)
+        return math.sqrt(1 - eta**2) * level.masked_fill(self._is_last(samples), 0)
 
     def _next_times(self, samples: Samples) -> Tensor:
         """t' `[M]` on the samples' device; 0 after the last step."""

@@ -48,7 +48,8 @@ class TimeDistribution:
         if self.name == "uniform":
             return shares
         if self.name == "logit_normal":
-            return torch.special.ndtr((shares.logit() - self.mean) / self.std)
+            below: Tensor = torch.special.ndtr((shares.logit() - self.mean) / self.std)
+            return below
         return shifted(shares, 1 / self.shift)
 
 
