@@ -115,9 +115,7 @@ def measure_teachers(results: Results, plan: Plan, teachers: Sequence[str], guid
 
 def cells(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """The teachers, guidances and steps that were chosen."""
-    return [
-        (teacher, guidance, steps) for teacher in args.teachers for guidance in args.guidance for steps in args.steps
-    ]
+    return list(product(args.teachers, args.guidance, args.steps))
 
 
 def searches(args: argparse.Namespace, plan: Plan) -> list[Job]:
@@ -164,7 +162,7 @@ def run_jobs(jobs: Sequence[Job], args: argparse.Namespace, results: Results, de
                     print(failed[-1], flush=True)
                     continue
                 results.add(job, future.result())
-                results.save(args.plan, args.command)
+                results.save(args.plan)
                 print(job.key, future.result()["curve"], f"{len(queue)} to start", flush=True)
 
 
@@ -197,7 +195,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(args.calls, args.search_calls) < LEAST_CALLS:
         parser.error(f"--calls and --search_calls must be at least {LEAST_CALLS}.")
     args.plan = Plan(args.calls, args.search_calls, args.images, args.search_steps or None)
-    args.command = "python benchmarks/few_step_benchmark.py " + " ".join(sys.argv[1:] if argv is None else argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     with locked(args.work_dir / "lock", refusal="Another benchmark ({holder}) uses this --work_dir."):
@@ -219,7 +216,7 @@ def benchmark(args: argparse.Namespace) -> list[str]:
             failed = run_jobs(jobs, args, results, deadline)
         if "final" in args.stages and not failed and time.monotonic() < deadline:
             failed = run_jobs(finals(args, args.plan, results), args, results, deadline)
-    results.save(args.plan, args.command)
+    results.save(args.plan)
     return failed
 
 

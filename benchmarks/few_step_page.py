@@ -1,7 +1,7 @@
 """The few-step benchmark's page: `python benchmarks/few_step_page.py`, in the repository's root.
 
-Writes the tables of `results/few_step_benchmark.json` into `docs/benchmark.md`, between the comments `study: <name>` and
-`end`, and draws its curves and pictures, `docs/images/benchmark_*.png`.
+Writes the tables of `results/few_step_benchmark.json` into `docs/benchmark.md`, between the comments `study: <name>`
+and `end`, and draws its curves and pictures, `docs/images/benchmark_*.png`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def changes(by_steps: dict[str, dict[str, Any]], other: Mapping[str, str]) -> st
 
 
 def settings(by_steps: dict[str, dict[str, Any]]) -> str:
-    """A row a method: the search's choice, what a run costs, and the share of right pictures, at the most steps <= 4."""
+    """A row a method: the search's choice, what a run costs, and the share of right pictures, at 4 steps or fewer."""
     steps = max((steps for steps in by_steps if int(steps) <= 4), key=int, default=next(iter(by_steps)))
     rows = []
     for method, entry in by_steps[steps].items():
@@ -132,9 +132,8 @@ def runs_table(record: dict[str, Any]) -> str:
 
 
 def machines(record: dict[str, Any]) -> str:
-    """A line for each machine, with the versions of the libraries."""
-    lines = [", ".join(f"{name} {value}" for name, value in machine.items()) for machine in record["machines"]]
-    return "\n".join(["```", f"{record['command']}", *lines, "```"])
+    """The last command, and a line for each machine with its libraries."""
+    return "\n".join(["```", record["command"], *record["machines"], "```"])
 
 
 def line_of_calls(runs: list[Mapping[str, Any]]) -> Line:

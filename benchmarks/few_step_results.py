@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,6 +29,8 @@ from study_run import COMMON
 from rdm_diffusers.evaluation.report import machine
 from rdm_diffusers.folders import write_whole
 
+COMMAND = "python benchmarks/few_step_benchmark.py --work_dir few-step"
+PACKAGES = ("rdm_diffusers", "torch", "diffusers", "peft")
 SEEDS = 100  # more than anybody runs
 METRIC = "fd_to_teacher"
 
@@ -44,19 +47,19 @@ class Results:
         found = json.loads(path.read_text()) if path.exists() else {}
         self.runs: dict[str, dict[str, Any]] = found.get("runs", {})
         self.teachers: dict[str, dict[str, Any]] = found.get("teachers", {})
-        self.machines: list[dict[str, Any]] = found.get("machines", [])
+        self.machines: list[str] = found.get("machines", [])
 
     def add(self, job: Job, record: Mapping[str, Any]) -> None:
         """Keeps a finished run, with the number of the machine that it ran on."""
-        here = machine()
+        here = ", ".join([machine(), *(f"{name} {version(name)}" for name in PACKAGES)])
         if here not in self.machines:
             self.machines.append(here)
         self.runs[job.key] = {"choice": job.choice, **record, "machine": self.machines.index(here)}
 
-    def save(self, plan: Plan, command: str) -> None:
+    def save(self, plan: Plan) -> None:
         """Writes the file, whole or not at all."""
         top = {
-            "command": command, "plan": asdict(plan), "machines": self.machines, "common": COMMON,
+            "command": COMMAND, "plan": asdict(plan), "machines": self.machines, "common": COMMON,
             "guidance": {name: each.flags for name, each in GUIDANCE.items()},
             "methods": {name: each.flags for name, each in METHODS.items()},
             "teachers": self.teachers, "summary": summary(plan, self.runs),
