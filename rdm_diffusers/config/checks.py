@@ -15,6 +15,7 @@ from ..families import Lora, is_single_file
 from ..sharding import is_sharded_launch
 from ..tiny import is_tiny
 from .optimizers import USUAL, asked_for, kind_of, kinds_of
+from .pictures import needs_pictures
 from .students import LoraStudentConfig
 from .subjects import ETA, SHARE, MethodConfig
 from .validation import check_validation
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .run_config import RunConfig
 
 IMAGES = ("train_data_dir", "image_column")  # name the user's images
+OF_LEARNING = ("target_train_steps", "target_batch_size", "target_learning_rate", "target_rank")
 OF_IMAGES = ("target_weight", "center_crop", "random_flip")
 OF_DRAWING = ("num_target_images", "target_inference_steps", "target_images_dir")
 FEWEST_OF_A_SIZE = 20  # images, of which one is held out
@@ -89,14 +91,17 @@ def _check_target(config: RunConfig) -> None:
     changed = [name for name, value in usual.items() if getattr(target, name) != value]
     changed += ["target_images_dir"] if config.output.target_images_dir is not None else []
     images = [name for name in IMAGES if getattr(config.prompts, name) is not None]
-    idle, remedy = [*changed, *images], "add --teacher_target samples"
-    if target.teacher_target == "samples" and not images:
-        idle, remedy = [name for name in changed if name in OF_IMAGES], "add --train_data_dir with images"
-    elif target.teacher_target == "samples":
-        idle = [name for name in changed if name in OF_DRAWING and target.target_weight == 1]
-        remedy = "have the teacher draw images, too, with a --target_weight below 1"
-    if idle:
-        raise ValueError(f"--{idle[0]} would have no effect; leave it out, or {remedy}.")
+    of_target = OF_LEARNING if needs_pictures(config) else (*usual, "target_images_dir", *IMAGES)
+    rules: list[tuple[object, tuple[str, ...], str]] = [
+        (target.teacher_target == "score", of_target, "add --teacher_target samples"),
+        (not images, OF_IMAGES, "add --train_data_dir with images"),
+        (images and target.target_weight == 1, OF_DRAWING,
+         "have the teacher draw images, too, with a --target_weight below 1"),
+    ]  # fmt: skip
+    for holds, names, remedy in rules:
+        idle = [name for name in (*changed, *images) if holds and name in names]
+        if idle:
+            raise ValueError(f"--{idle[0]} would have no effect; leave it out, or {remedy}.")
 
 
 def _check_sizes(config: RunConfig) -> None:
@@ -108,7 +113,7 @@ def _check_sizes(config: RunConfig) -> None:
         )
     if len(teacher.sizes) > 1 and config.output.target_images_dir:
         raise ValueError("--target_images_dir is for images of one size; leave it out, or --aspect_ratio_buckets.")
-    target, draws = config.target, config.target.teacher_target == "samples" and _teacher_draws(config)
+    target, draws = config.target, needs_pictures(config) and _teacher_draws(config)
     if draws and target.num_target_images < FEWEST_OF_A_SIZE * len(teacher.sizes):
         raise ValueError(
             f"--num_target_images is {target.num_target_images}; it must be at least {FEWEST_OF_A_SIZE} for each "

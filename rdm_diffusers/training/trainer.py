@@ -33,6 +33,7 @@ from .launch import make_accelerator
 from .loss_scaling import scalers_of
 from .memory_plan import plan_memory
 from .memory_table import MemoryPlan
+from .pictures import images_of_run, with_pictures
 from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
 from .run_folder import (
@@ -44,7 +45,7 @@ from .run_folder import (
     resume_from,
 )
 from .target import learn_target
-from .target_buckets import check_images_of_sizes, images_of_sizes
+from .target_buckets import check_images_of_sizes
 from .target_images import TargetImages
 from .target_start import start_at_target
 from .teacher_checks import check_with_teacher
@@ -190,8 +191,10 @@ class Trainer:
         )
         self.distillation = with_buckets(self.distillation, self.teacher, config)
         contrast = teacher_contrast(self.distillation, self.teacher, config.output.monitor_images)
+        images = images_of_run(self.images, self.distillation, self.teacher, config, accelerator)
+        self.distillation = with_pictures(self.distillation, images, config)
         if config.target.teacher_target == "samples":
-            images = self.learn_target()
+            self.learn_target(images)
             if self.images is not None and contrast is not None:  # the student's is to be that of the user's images
                 contrast = torch.cat([each.latents.float().flatten() for each in images]).std().item()
         self.state = make_state(self.networks, accelerator, config)
@@ -205,18 +208,14 @@ class Trainer:
         """The roles; a subclass may have others."""
         return networks_of_run(self.config, self.teacher, self.texts.nothing, self.accelerator)
 
-    def learn_target(self) -> list[TargetImages]:
-        """Draws the teacher's images, or encodes the user's, and trains the target on them.
+    def learn_target(self, images: list[TargetImages]) -> None:
+        """Trains the target on the images, or reads what an equal run trained.
 
-        What an equal run made is read from the cache. Student and fake score start at the target, but for a student
-        that starts from another LoRA.
+        Student and fake score start at the target, but for a student that starts from another LoRA.
         """
-        run = (self.distillation, self.teacher, self.config, self.accelerator)
-        images = images_of_sizes(self.images, *run)
         learn_target(self.distillation, images, self.config, self.accelerator, self.folder)
         if not (isinstance(self.config.student, LoraStudentConfig) and self.config.student.init_lora):
             start_at_target(self.networks)
-        return images
 
     def train(self) -> TrainOutput:
         """Trains to the end, or until a signal or `stop`, which leave a checkpoint. Writes `config.yaml` before."""

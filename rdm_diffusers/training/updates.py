@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ from .loss_scaling import LossScaler, scaled
 from .monitor import batch_health, contrast, fake_loss_health
 from .prompts import PromptGroups
 
+if TYPE_CHECKING:
+    from .pictures import Pictures
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
@@ -57,6 +61,7 @@ class Distillation:
     steps_per_rollout: int  # how many of a rollout's states are trained on
     micro_batch_size: int  # samples in one forward or backward
     rewards: ExternalRewards | None = None  # join R_dm
+    pictures: Pictures | None = None  # of what the student is to learn, where updates read them
     num_renoisings: int = 1  # how many re-noised copies of each x̂ estimate R_dm
     renoising_distribution: TimeDistribution = UNIFORM  # of their times
     fake_distribution: TimeDistribution = UNIFORM  # of the times of the fake score's loss
