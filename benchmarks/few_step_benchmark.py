@@ -113,16 +113,16 @@ def measure_teachers(results: Results, plan: Plan, teachers: Sequence[str], guid
                 known[str(plan.images)] = measure_teacher(teacher, plan.images, GUIDANCE[name].scale)
 
 
-def cells(args: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """The teachers, guidances and steps that were chosen."""
-    return list(product(args.teachers, args.guidance, args.steps))
+def chosen(args: argparse.Namespace) -> list[tuple[str, str, int, str]]:
+    """The teachers, guidances, steps and methods that were chosen and go together."""
+    every = product(args.teachers, args.guidance, args.steps, args.methods)
+    return [cell for cell in every if cell[1] in METHODS[cell[3]].guidance]
 
 
 def searches(args: argparse.Namespace, plan: Plan) -> list[Job]:
     """All runs of the search, a setting of every method after the other."""
-    found = [search_jobs(plan, *cell, method) for cell in cells(args) for method in args.methods]
-    by_setting = [job for jobs in zip(*found, strict=True) for job in jobs]
-    return list({job.key: job for job in by_setting}.values())
+    found = [search_jobs(plan, *cell) for cell in chosen(args)]
+    return list({job.key: job for jobs in zip(*found, strict=True) for job in jobs}.values())
 
 
 def finals(args: argparse.Namespace, plan: Plan, results: Results) -> list[Job]:
@@ -131,14 +131,12 @@ def finals(args: argparse.Namespace, plan: Plan, results: Results) -> list[Job]:
     Raises:
         SystemExit: if a search is not finished.
     """
+    choices = {cell: best_choice(search_jobs(plan, *cell), results.runs) for cell in chosen(args)}
     jobs = []
-    for seed in range(args.seeds):
-        for cell in cells(args):
-            for method in args.methods:
-                choice = best_choice(search_jobs(plan, *cell, method), results.runs)
-                if choice is None:
-                    sys.exit(f"The search for {method} on {cell[0]} is not finished; run it with --stages search.")
-                jobs.append(final_job(plan, *cell, method, seed, choice))
+    for seed, (cell, choice) in product(range(args.seeds), choices.items()):
+        if choice is None:
+            sys.exit(f"The search for {cell[3]} on {cell[0]} is not finished; run it with --stages search.")
+        jobs.append(final_job(plan, *cell, seed, choice))
     return jobs
 
 

@@ -32,26 +32,60 @@ class Method:
         flags: what makes the method.
         second: the choices beside three learning rates, two for every method.
         corrected: the method that this one is with GNDM's correction.
+        guidance: the settings of `GUIDANCE` that it exists for.
     """
 
     flags: Flags
     second: tuple[Flags, ...] = PACES
     corrected: str | None = None
+    guidance: tuple[str, ...] = ("off", "on", "score")
 
 
 # Samples of one prompt in an update. More prompts serve a method better that asks nothing of the group.
 ALONE, GROUP = dict(group_size=1), dict(group_size=4)
-
+CORRECTION = dict(gndm_lambda=1.0, advantage_normalization="group", **GROUP)
+PICTURES = dict(num_target_images=2400, target_inference_steps=25)  # of the teacher, for methods that learn from them
+BASELINE = "dmd"  # whose paired changes the tables show
 METHODS: dict[str, Method] = {
     "dmd": Method(dict(algorithm="dmd", **ALONE)),
+    "dmd2": Method(dict(algorithm="dmd2", **ALONE, **PICTURES)),
+    "f_distill": Method(dict(algorithm="f_distill", **ALONE, **PICTURES)),
+    "uni_instruct": Method(dict(algorithm="uni_instruct", **ALONE, **PICTURES)),
+    "sid": Method(dict(algorithm="sid", **ALONE)),
+    "sim": Method(dict(algorithm="sim", **ALONE)),
+    "tdm": Method(dict(algorithm="tdm", **ALONE)),
+    "snoopi": Method(dict(algorithm="snoopi", **ALONE), guidance=("score",)),
+    "lcm": Method(
+        dict(algorithm="lcm", steps_per_rollout=1, fake_score_steps=False, **ALONE, **PICTURES),
+        second=(dict(num_ddim_timesteps=50), dict(num_ddim_timesteps=20)),
+        guidance=("off", "on"),  # a constant that suits R_dm is not the guidance of a solver
+    ),
     "gndm": Method(dict(algorithm="gndm", **GROUP), corrected="dmd"),
+    "dmd2+gndm": Method(dict(algorithm="dmd2", **CORRECTION, **PICTURES), corrected="dmd2"),
+    "f_distill+gndm": Method(dict(algorithm="f_distill", **CORRECTION, **PICTURES), corrected="f_distill"),
+    "sid+gndm": Method(dict(algorithm="sid", **CORRECTION), corrected="sid"),
+    "tdm+gndm": Method(dict(algorithm="tdm", **CORRECTION), corrected="tdm"),
 }
-BASELINE = "dmd"  # whose paired changes the tables show
 
-TEACHERS: dict[str, float] = {  # the middle one of the three learning rates
-    "tiny": 1e-3,
-    "tiny-flow": 2e-3,
-    "tiny-v": 1e-3,
+
+@dataclass(frozen=True)
+class Subject:
+    """An embedded teacher.
+
+    Args:
+        learning_rate: the middle one of the three.
+        constant: the guidance in R_dm that brings students nearest to the teacher's pictures at 4
+            (`results/guidance_study.json`).
+    """
+
+    learning_rate: float
+    constant: float
+
+
+TEACHERS: dict[str, Subject] = {
+    "tiny": Subject(learning_rate=1e-3, constant=1.5),
+    "tiny-flow": Subject(learning_rate=2e-3, constant=4.0),
+    "tiny-v": Subject(learning_rate=1e-3, constant=2.0),
 }
 
 
@@ -60,8 +94,8 @@ class Guidance:
     """The teacher's guidance, and what follows from it for every method alike.
 
     Args:
-        scale: of the pictures that students are measured against.
-        flags: of the target that they are led to.
+        scale: of the teacher's pictures that students are measured against.
+        flags: of what they are led to.
         rate: a factor of the learning rates.
         ratio: a factor of the fake score's learning rate over the student's.
     """
@@ -78,12 +112,12 @@ GUIDANCE: dict[str, Guidance] = {
     "on": Guidance(
         4.0,
         dict(
-            teacher_target="samples", guidance_scale=4.0, fake_score_steps=True, num_target_images=2400,
-            target_inference_steps=25, target_train_steps=500, target_batch_size=128, target_learning_rate=2e-3,
-            target_rank=64,
+            teacher_target="samples", guidance_scale=4.0, fake_score_steps=True, target_train_steps=500,
+            target_batch_size=128, target_learning_rate=2e-3, target_rank=64, **PICTURES,
         ),
         rate=0.5, ratio=2.0,
     ),
+    "score": Guidance(4.0, dict(teacher_target="score")),  # by the teacher's constant
 }  # fmt: skip
 RATES = (0.5, 1.0, 2.0)  # times the teacher's and the guidance's
 STEPS = (1, 2, 4, 8)
@@ -126,7 +160,8 @@ class Job:
     def flags(self) -> Flags:
         """Of `train_rdm_lora.py`, beyond those that all studies have."""
         states = dict(num_student_steps=self.steps, steps_per_rollout=min(4, self.steps))
-        return GUIDANCE[self.guidance].flags | states | METHODS[self.method].flags | self.choice
+        constant = {"guidance_scale": TEACHERS[self.teacher].constant} if self.guidance == "score" else {}
+        return GUIDANCE[self.guidance].flags | constant | states | METHODS[self.method].flags | self.choice
 
     @property
     def key(self) -> str:
@@ -145,7 +180,7 @@ def grid(method: str, teacher: str, guidance: str) -> list[Flags]:
     """The choices of the search, equally many for every method."""
     chosen, found = GUIDANCE[guidance], []
     for factor, second in product(RATES, METHODS[method].second):
-        rate = factor * TEACHERS[teacher] * chosen.rate
+        rate = factor * TEACHERS[teacher].learning_rate * chosen.rate
         ratio = second.get("fake_rate_ratio")
         quicker = {} if ratio is None else {"fake_learning_rate": rate * ratio * chosen.ratio}
         rest = {name: value for name, value in second.items() if name != "fake_rate_ratio"}

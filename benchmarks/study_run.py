@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.config.pictures import needs_pictures
 from rdm_diffusers.distillation import draw_samples
 from rdm_diffusers.evaluation import evaluation_prompts, solvers_of, teacher_sampler
 from rdm_diffusers.families import Teacher, load_teacher
@@ -67,14 +68,12 @@ def calls_per_update(config: RunConfig) -> int:
 
 def calls_before(config: RunConfig) -> dict[str, int]:
     """The network calls of what a run prepares and shares with others: the teacher's images, and a learnt target."""
-    target = config.target
-    if target.teacher_target != "samples":
-        return {}
-    guided = 1 if config.method.guidance_scale == 1 else 2
-    return {
-        "images": target.num_target_images * target.target_inference_steps * guided,
-        "target": target.target_train_steps * target.target_batch_size * 2,
-    }
+    target, guided, found = config.target, 1 if config.method.guidance_scale == 1 else 2, {}
+    if needs_pictures(config):
+        found["images"] = target.num_target_images * target.target_inference_steps * guided
+    if target.teacher_target == "samples":
+        found["target"] = target.target_train_steps * target.target_batch_size * 2
+    return found
 
 
 class CallBudget(Callback):

