@@ -42,6 +42,7 @@ from few_step_methods import (
     Plan,
     best_choice,
     final_job,
+    scale_of,
     search_jobs,
 )
 from few_step_results import Results
@@ -110,7 +111,7 @@ def measure_teachers(results: Results, plan: Plan, teachers: Sequence[str], guid
         for name in guidance:
             known = results.teachers.setdefault(teacher, {}).setdefault(name, {})
             if str(plan.images) not in known:
-                known[str(plan.images)] = measure_teacher(teacher, plan.images, GUIDANCE[name].scale)
+                known[str(plan.images)] = measure_teacher(teacher, plan.images, scale_of(teacher, name))
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, str, int, str]]:

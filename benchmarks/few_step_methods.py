@@ -15,6 +15,8 @@ from typing import Any
 
 from study_run import COMMON, command_line
 
+from rdm_diffusers.tiny.reference import REFERENCES
+
 Flags = dict[str, Any]
 
 # How quickly the fake score follows: its updates for one of the student's, and its learning rate over the student's.
@@ -74,7 +76,7 @@ class Subject:
 
     Args:
         learning_rate: the middle one of the three.
-        constant: the guidance in R_dm that brings students nearest to the teacher's pictures at 4
+        constant: the guidance in R_dm that brings students nearest to the teacher's guided pictures
             (`results/guidance_study.json`).
     """
 
@@ -94,35 +96,40 @@ class Guidance:
     """The teacher's guidance, and what follows from it for every method alike.
 
     Args:
-        scale: of the teacher's pictures that students are measured against.
+        is_guided: whether students are measured against the teacher's guided pictures, those of its reference.
         flags: of what they are led to.
         rate: a factor of the learning rates.
         ratio: a factor of the fake score's learning rate over the student's.
     """
 
-    scale: float
+    is_guided: bool
     flags: Flags
     rate: float = 1.0
     ratio: float = 1.0
 
 
 GUIDANCE: dict[str, Guidance] = {
-    "off": Guidance(1.0, dict(teacher_target="score", guidance_scale=1.0)),
+    "off": Guidance(False, dict(teacher_target="score")),
     # Student and fake score start at the target, so the student has less to learn, and the fake score has to be quick.
     "on": Guidance(
-        4.0,
+        True,
         dict(
-            teacher_target="samples", guidance_scale=4.0, fake_score_steps=True, target_train_steps=500,
+            teacher_target="samples", fake_score_steps=True, target_train_steps=500,
             target_batch_size=128, target_learning_rate=2e-3, target_rank=64, **PICTURES,
         ),
         rate=0.5, ratio=2.0,
     ),
-    "score": Guidance(4.0, dict(teacher_target="score")),  # by the teacher's constant
+    "score": Guidance(True, dict(teacher_target="score")),  # guided by the teacher's constant
 }  # fmt: skip
 RATES = (0.5, 1.0, 2.0)  # times the teacher's and the guidance's
 STEPS = (1, 2, 4, 8)
 SEARCH_SEED = 1000  # is none of the seeds that are compared
 PICTURED_SEED, PICTURED_STEPS = 0, (1, 4)
+
+
+def scale_of(teacher: str, guidance: str) -> float:
+    """The guidance of the teacher's pictures that students are measured against."""
+    return REFERENCES[teacher].guidance_scale if GUIDANCE[guidance].is_guided else 1.0
 
 
 @dataclass(frozen=True)
@@ -160,8 +167,9 @@ class Job:
     def flags(self) -> Flags:
         """Of `train_rdm_lora.py`, beyond those that all studies have."""
         states = dict(num_student_steps=self.steps, steps_per_rollout=min(4, self.steps))
-        constant = {"guidance_scale": TEACHERS[self.teacher].constant} if self.guidance == "score" else {}
-        return GUIDANCE[self.guidance].flags | constant | states | METHODS[self.method].flags | self.choice
+        constant = {"score": TEACHERS[self.teacher].constant}
+        guided = dict(guidance_scale=constant.get(self.guidance, scale_of(self.teacher, self.guidance)))
+        return GUIDANCE[self.guidance].flags | guided | states | METHODS[self.method].flags | self.choice
 
     @property
     def key(self) -> str:

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from few_step_benchmark import PICTURES, RESULT
-from few_step_methods import BASELINE, GUIDANCE, METHODS, PICTURED_STEPS, STEPS, TEACHERS, Plan
+from few_step_methods import BASELINE, GUIDANCE, METHODS, PICTURED_STEPS, STEPS, TEACHERS, Plan, scale_of
 from few_step_results import METRIC, finals
 from pages import Line, draw_lines, markdown_table, plus_minus, write_between
 from runs import ROOT, standard_error
@@ -25,7 +25,7 @@ Summary = dict[str, dict[str, dict[str, dict[str, Any]]]]  # teacher, guidance, 
 
 
 def heading(teacher: str, guidance: str) -> str:
-    scale = GUIDANCE[guidance].scale
+    scale = scale_of(teacher, guidance)
     return f"### {teacher}, guidance {guidance}" + ("" if scale == 1 else f" ({scale:g})")
 
 
@@ -160,17 +160,18 @@ def draw_calls(record: dict[str, Any], steps: int = 4) -> None:
 
 def draw_steps(record: dict[str, Any]) -> None:
     """The distance over the student's steps, a panel for each teacher and guidance."""
-    panels = {}
+    panels: dict[str, dict[str, Line]] = {}
     for teacher, guidance, by_steps in sections(record["summary"]):
-        lines = {}
+        lines: dict[str, Line] = {}
         for method in METHODS:
             entries = {int(steps): cell[method] for steps, cell in by_steps.items() if "mean" in cell.get(method, {})}
             if entries:
                 values = [(each["mean"][METRIC], each["standard_error"][METRIC] or 0.0) for each in entries.values()]
                 lines[method] = (list(entries), *map(list, zip(*values, strict=True)))
         panels[f"{teacher}, guidance {guidance}"] = lines
-    labels = ("steps of the student", "Fréchet distance to the teacher")
-    draw_lines(panels, labels, IMAGES / "benchmark_steps.png", xscale="log", xticks=STEPS, xticklabels=STEPS)
+    if panels:
+        labels = ("steps of the student", "Fréchet distance to the teacher")
+        draw_lines(panels, labels, IMAGES / "benchmark_steps.png", xscale="log", xticks=STEPS, xticklabels=STEPS)
 
 
 def strip_name(teacher: str, guidance: str) -> str:

@@ -17,11 +17,11 @@ from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.config.pictures import needs_pictures
 from rdm_diffusers.distillation import draw_samples
-from rdm_diffusers.evaluation import evaluation_prompts, solvers_of, teacher_sampler
-from rdm_diffusers.families import Teacher, load_teacher
+from rdm_diffusers.evaluation import load_prompt_set, solvers_of, teacher_sampler
+from rdm_diffusers.families import Conditioning, Teacher, load_teacher
 from rdm_diffusers.frechet import GaussianStatistics, frechet_distance
 from rdm_diffusers.rewards import evaluate, load_reward
-from rdm_diffusers.tiny.captions import CAPTIONS, parse_caption
+from rdm_diffusers.tiny.captions import parse_caption
 from rdm_diffusers.tiny.classifier import load_classifier
 from rdm_diffusers.tiny.reference import load_statistics
 from rdm_diffusers.training.callbacks import Callback
@@ -221,12 +221,12 @@ def teacher_images(name: str, num_images: int, guidance_scale: float, first_seed
     teacher = load_teacher(name, torch.float32)
     solver = next(iter(solvers_of(teacher.pipeline)))
     sampler = teacher_sampler(teacher.pipeline, solver, steps, guidance_scale, 240, **teacher.call_options)
-    return sampler(evaluation_prompts(num_images), range(first_seed, first_seed + num_images))[0]
+    return sampler(captions_of(name, 0, num_images), range(first_seed, first_seed + num_images))[0]
 
 
 def measure_images(images: Tensor, teacher: str, reference: str) -> dict:
     """Distances, accuracy and rewards of pictures of all captions in turn."""
-    prompts = evaluation_prompts(len(images))
+    prompts = captions_of(teacher, 0, len(images))
     classifier, statistics = load_classifier(), load_statistics(teacher)
     found = GaussianStatistics.of(classifier.features(images))
     rewards = {name: evaluate(load_reward(name, "cpu").reward, images, prompts).mean().item() for name in REWARDS}
@@ -242,11 +242,19 @@ def draw(run: Distillation, teacher: Teacher, start: int) -> Tensor:
     """The student's images of 240 prompts, from noises that depend on `start` only."""
     generator = torch.Generator().manual_seed(1_000_000 + start)
     noise = (torch.randn(240, *run.latent_shape, generator=generator) for _ in range(run.num_steps))
-    latents = draw_samples(run.student, run.scheduler, noise, every_caption(teacher.name))
+    latents = draw_samples(
+        run.student, run.scheduler, noise, encoded(teacher.name, tuple(captions_of(teacher.name, start, 240)))
+    )
     return teacher.family.decode(teacher.pipeline, latents)
 
 
-@lru_cache(maxsize=1)
-def every_caption(name: str):
-    """The conditioning of all 240 captions, in order, by an embedded teacher; a run's own drops its text encoders."""
-    return load_teacher(name, torch.float32).encode_prompts(list(CAPTIONS))
+def captions_of(name: str, start: int, count: int) -> list[str]:
+    """The captions of an embedded teacher from number `start` on; after the last the first one follows."""
+    captions = load_prompt_set(name)
+    return [captions[i % len(captions)] for i in range(start, start + count)]
+
+
+@lru_cache(maxsize=16)
+def encoded(name: str, captions: tuple[str, ...]) -> Conditioning:
+    """Captions, encoded by an embedded teacher; a run's own drops its text encoders."""
+    return load_teacher(name, torch.float32).encode_prompts(list(captions))
