@@ -68,6 +68,7 @@ def execute(job: Job, cache: Path, pictures: Path) -> dict[str, Any]:
     from study_run import COMMON, CallBudget, Study, calls_before, followed
 
     torch.set_num_threads(1)
+    began = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         most = -(-job.calls // COMMON["train_batch_size"])  # an update makes more calls than it has samples
         config = parse_args(job.command_line(Path(scratch) / "run", cache_dir=cache, max_train_steps=most))
@@ -82,7 +83,7 @@ def execute(job: Job, cache: Path, pictures: Path) -> dict[str, Any]:
     last = curve[-1] if found["finite"] else {}
     metrics = {name: round(value, 4) for name, value in last.items() if isinstance(value, float)}
     return {
-        "finite": found["finite"], "seconds": round(found["seconds"], 1), "alarms": len(found["alarms"]),
+        "finite": found["finite"], "processor_seconds": round(time.process_time() - began, 1), "alarms": len(found["alarms"]),
         "updates": last.get("updates", study.state.update), "network_calls": last.get("calls", {}),
         "preparation": calls_before(config), "final": metrics,
         "curve": [[point["network_calls"], round(point["fd_to_teacher"], 3)] for point in curve],
@@ -112,6 +113,7 @@ def measure_teachers(results: Results, plan: Plan, teachers: Sequence[str], guid
             known = results.teachers.setdefault(teacher, {}).setdefault(name, {})
             if str(plan.images) not in known:
                 known[str(plan.images)] = measure_teacher(teacher, plan.images, scale_of(teacher, name))
+                results.save(plan)
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, str, int, str]]:

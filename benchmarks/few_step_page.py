@@ -126,7 +126,7 @@ def runs_table(record: dict[str, Any]) -> str:
     """How many runs stand, and their time."""
     rows = []
     for stage in ("search", "final"):
-        seconds = [run["seconds"] for key, run in record["runs"].items() if key.startswith(f"{stage}/")]
+        seconds = [run["processor_seconds"] for key, run in record["runs"].items() if key.startswith(f"{stage}/")]
         rows.append([stage, str(len(seconds)), f"{sum(seconds) / 3600:.1f}"])
     return markdown_table(["stage", "runs", "hours of one core"], rows)
 

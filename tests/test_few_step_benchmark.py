@@ -30,7 +30,7 @@ CELL = ("tiny", "off", 4)
 def run(distance: float, finite: bool = True) -> dict[str, Any]:
     """A finished run, as the file of results has it."""
     final = {"fd_to_teacher": distance, "prompt_accuracy": 0.5}
-    return {"finite": finite, "seconds": 9.0, "updates": 100, "network_calls": {"student forward": 24_000},
+    return {"finite": finite, "processor_seconds": 9.0, "updates": 100, "network_calls": {"student forward": 24_000},
             "preparation": {}, "final": final, "curve": [[12_000, 2 * distance], [24_000, distance]]}  # fmt: skip
 
 
