@@ -24,13 +24,14 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from few_step_methods import (
     GUIDANCE,
     METHODS,
@@ -47,9 +48,12 @@ from few_step_methods import (
 )
 from few_step_results import Results
 from runs import RESULTS
+from study_run import COMMON, CallBudget, Study, calls_before, draw, followed, measure_teacher
 
 from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.evaluation.pictures import to_pil
 from rdm_diffusers.folders import locked
+from rdm_diffusers.training.validation import averaged_student
 
 RESULT = RESULTS / "few_step_benchmark.json"
 PICTURES = RESULTS / "few_step_pictures"
@@ -64,9 +68,6 @@ def execute(job: Job, cache: Path, pictures: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: if it ended before it had made its network calls.
     """
-    import torch
-    from study_run import COMMON, CallBudget, Study, calls_before, followed
-
     torch.set_num_threads(1)
     began = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,25 +80,23 @@ def execute(job: Job, cache: Path, pictures: Path) -> dict[str, Any]:
             raise RuntimeError(f"{job.key} ended before {job.calls} network calls.")
         if found["finite"] and job.stage == "final" and job.seed == PICTURED_SEED and job.steps in PICTURED_STEPS:
             save_pictures(study, pictures / f"{job.teacher}-{job.guidance}-{job.steps}-{job.method}.png")
+    return {**compact(study, found), "processor_seconds": round(time.process_time() - began, 1)}
+
+
+def compact(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings, costs and last metrics, and only the distances of its curve."""
     curve = found["curve"]
     last = curve[-1] if found["finite"] else {}
-    metrics = {name: round(value, 4) for name, value in last.items() if isinstance(value, float)}
     return {
-        "finite": found["finite"], "processor_seconds": round(time.process_time() - began, 1), "alarms": len(found["alarms"]),
-        "updates": last.get("updates", study.state.update), "network_calls": last.get("calls", {}),
-        "preparation": calls_before(config), "final": metrics,
+        "finite": found["finite"], "alarms": len(found["alarms"]), "updates": study.state.update,
+        "network_calls": last.get("calls", {}), "preparation": calls_before(study.config),
+        "final": {name: round(value, 4) for name, value in last.items() if isinstance(value, float)},
         "curve": [[point["network_calls"], round(point["fd_to_teacher"], 3)] for point in curve],
     }  # fmt: skip
 
 
-def save_pictures(study: Any, path: Path) -> None:
+def save_pictures(study: Study, path: Path) -> None:
     """A strip of the student's pictures, from the same captions and noises for every student of a teacher."""
-    import torch
-    from study_run import draw
-
-    from rdm_diffusers.evaluation.pictures import to_pil
-    from rdm_diffusers.training.validation import averaged_student
-
     with torch.no_grad(), averaged_student(study.distillation, study.state):
         images = draw(study.distillation, study.teacher, 0)[list(SHOWN)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +105,6 @@ def save_pictures(study: Any, path: Path) -> None:
 
 def measure_teachers(results: Results, plan: Plan, teachers: Sequence[str], guidance: Sequence[str]) -> None:
     """The teachers' own 50-step pictures from other seeds than their references': no student can be nearer."""
-    from study_run import measure_teacher
-
     for teacher in teachers:
         for name in guidance:
             known = results.teachers.setdefault(teacher, {}).setdefault(name, {})
