@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ class Job:
     seed: int
     calls: int
     images: int
-    choice: Flags = field(hash=False)
+    choice: Flags
 
     @property
     def flags(self) -> Flags:
