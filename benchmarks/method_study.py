@@ -20,10 +20,9 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from runs import RESULTS, paired_change, standard_error, write_result
+from runs import RESULTS, means_of, paired_change, write_result
 from study_comparisons import COMPARISONS, RATES, RETIRED, TEACHERS, Comparison
 
 from rdm_diffusers.evaluation.report import machine
@@ -72,13 +71,11 @@ def summary(comparison: Comparison, runs: dict[str, dict[int, dict]]) -> dict:
         finals = {seed: run["curve"][-1] for seed, run in by_seed.items() if run["curve"]}
         if not finals:
             continue
-        metrics = [key for key, value in next(iter(finals.values())).items() if isinstance(value, float)]
         entry = {
             "flags": comparison.variants[name],
             "seeds": sorted(finals),
             "not_finite": [seed for seed, run in by_seed.items() if not run["finite"]],
-            "mean": {m: mean(point[m] for point in finals.values()) for m in metrics},
-            "standard_error": {m: standard_error([point[m] for point in finals.values()]) for m in metrics},
+            **means_of(list(finals.values())),
             "curves": {seed: run["curve"] for seed, run in by_seed.items()},
         }
         shared = sorted(set(finals) & set(runs.get(first, ())))

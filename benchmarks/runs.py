@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -85,6 +86,15 @@ def row_of_process(command: list[str], environment: dict[str, str]) -> dict[str,
 def standard_error(values: list[float]) -> float | None:
     """Of the mean; None for a single value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def means_of(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The `mean` and `standard_error` of every number with a fraction, over seeds."""
+    values = {name: [point[name] for point in points] for name, value in points[0].items() if isinstance(value, float)}
+    return {
+        "mean": {name: mean(each) for name, each in values.items()},
+        "standard_error": {name: standard_error(each) for name, each in values.items()},
+    }
 
 
 def paired_change(values: list[float], baseline: list[float]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ comparisons `guidance` and `target`, as tables into `docs/method.md`, between th
 from __future__ import annotations
 
 import json
-import re
 from statistics import mean
 
+from pages import draw_lines, markdown_table, plus_minus, write_between
 from runs import RESULTS, ROOT, standard_error
 
 GRIDS = ("tuning", "tuning, flow", "tuning, target", "tuning, target, flow", "tuning, target, v", "lambda")
@@ -25,7 +25,7 @@ def table(comparison: dict, teacher: str) -> str:
     reused = any("reuse_rollouts" in entry["flags"] for entry in entries.values())
     columns = [teacher, "fd_to_teacher", "change, 100 ln", "prompt accuracy", "tiny_prompt", "tiny_bold"]
     columns += ["rollouts"] * reused + ["seeds"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for name, entry in entries.items():
         means, errors = entry["mean"], entry["standard_error"]
         change = entry.get("against_first")
@@ -34,8 +34,8 @@ def table(comparison: dict, teacher: str) -> str:
         cells = [name, f"{means['fd_to_teacher']:.2f}{plus_minus(errors['fd_to_teacher'], 2)}{ruined}", changed]
         cells += [f"{means[metric]:.3f}" for metric in ("prompt_accuracy", "tiny_prompt", "tiny_bold")]
         cells += [f"{next(iter(entry['curves'].values()))[-1]['rollouts']:,}"] * reused + [str(len(entry["seeds"]))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(columns, rows)
 
 
 def grid(comparison: dict, teacher: str) -> str:
@@ -43,45 +43,40 @@ def grid(comparison: dict, teacher: str) -> str:
     entries = comparison.get(teacher, {})
     rows = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in entries))
     columns = ["1 fake updates", "2 fake updates", "5 fake updates"]
-    lines = [f"| {teacher}, fd_to_teacher | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for row in rows:
         cells = [entries.get(f"{row}, {column}") for column in columns]
         shown = [f"{e['mean']['fd_to_teacher']:.2f} ({len(e['seeds'])})" if e else "" for e in cells]
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        lines.append([row, *shown])
+    return markdown_table([f"{teacher}, fd_to_teacher", *columns], lines)
 
 
 def guidance_table(entries: dict, teacher: str) -> str:
     """A row a student: its distances to the teacher at each guidance scale, the least of each column in bold."""
     scales = [key for key in next(iter(entries.values()))["mean"] if key.startswith("fd_at_")]
     columns = [teacher, *(f"teacher at {key.removeprefix('fd_at_')}" for key in scales), "prompt accuracy", "seeds"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     least = {key: min(entry["mean"][key] for entry in entries.values()) for key in scales}
     for name, entry in entries.items():
         means, errors = entry["mean"], entry["standard_error"]
         cells = [f"{means[key]:.1f}{plus_minus(errors[key], 1)}" for key in scales]
         cells = [f"**{cell}**" if means[key] == least[key] else cell for key, cell in zip(scales, cells, strict=True)]
         cells += [f"{means['prompt_accuracy']:.3f}", str(len(entry["seeds"]))]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown_table(columns, rows)
 
 
 def target_table(record: dict) -> str:
     """A row a target, with what it draws beside the images that it learnt, and its loss beside the teacher's own."""
     columns = ["a target of", "its images: fd_to_teacher", "fd_to_data", "the teacher's images: fd_to_teacher"]
     columns += ["loss on held-out images", "the teacher's own, unguided"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for name, entry in record["targets"].items():
         drawn, learnt = entry["measured"], record["images"][str(entry["flags"]["target_inference_steps"])]
         cells = [name, f"{drawn['fd_to_teacher']:.2f}", f"{drawn['fd_to_data']:.1f}", f"{learnt['fd_to_teacher']:.2f}"]
         cells += [f"{entry['target'][str(entry['update'])]:.4f}", f"{entry['teacher']['unguided']:.4f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plus_minus(error: float | None, digits: int = 0) -> str:
-    """A standard error, where there is one."""
-    return "" if error is None else f" ± {error:.{digits}f}"
+        rows.append(cells)
+    return markdown_table(columns, rows)
 
 
 def curve(entry: dict) -> tuple[list[float], list[float], list[float]]:
@@ -95,18 +90,12 @@ def curve(entry: dict) -> tuple[list[float], list[float], list[float]]:
 
 def draw_main(record: dict) -> None:
     """The distance to the teacher over network calls."""
-    import matplotlib.pyplot as plt
-
-    chosen = [(teacher, "main") for teacher in TEACHERS if teacher in record["main"]]
-    figure, panels = plt.subplots(1, len(chosen), figsize=(4.5 * len(chosen), 3.6), squeeze=False)
-    for axes, (teacher, comparison) in zip(panels[0], chosen, strict=True):
-        for name, entry in record[comparison][teacher].items():
-            axes.errorbar(*curve(entry)[:2], yerr=curve(entry)[2], marker="o", capsize=2, label=name)
-        axes.set(xlabel="network calls", ylabel="Fréchet distance to the teacher", title=teacher, yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(IMAGES / "method_main.png", dpi=130)
+    panels = {
+        teacher: {name: curve(entry) for name, entry in record["main"][teacher].items()}
+        for teacher in TEACHERS
+        if teacher in record["main"]
+    }
+    draw_lines(panels, ("network calls", "Fréchet distance to the teacher"), IMAGES / "method_main.png")
 
 
 def draw_pareto(record: dict) -> None:
@@ -137,7 +126,7 @@ def tables(name: str, comparison: dict) -> str:
 
 def main() -> None:
     record = json.loads((RESULTS / "method_study.json").read_text())["comparisons"]
-    text, written = METHOD.read_text(), {name: tables(name, comparison) for name, comparison in record.items()}
+    written = {name: tables(name, comparison) for name, comparison in record.items()}
     guidance = RESULTS / "guidance_study.json"
     if guidance.exists():
         studied = json.loads(guidance.read_text())["teachers"]
@@ -145,11 +134,7 @@ def main() -> None:
     targets = RESULTS / "target_study.json"
     if targets.exists():
         written["target"] = target_table(json.loads(targets.read_text()))
-    for name, each in written.items():
-        marked = rf"(<!-- study: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        new = f"\n{each}\n\n"
-        text = re.sub(marked, lambda found, new=new: found[1] + new + found[2], text, flags=re.DOTALL)
-    METHOD.write_text(text)
+    write_between(METHOD, written)
     draw_main(record)
     draw_pareto(record["pareto"])
 

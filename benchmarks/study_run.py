@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from rdm_diffusers.config import RunConfig
 from rdm_diffusers.config.command_line import parse_args
+from rdm_diffusers.config.pictures import needs_pictures
 from rdm_diffusers.distillation import draw_samples
-from rdm_diffusers.evaluation import evaluation_prompts, solvers_of, teacher_sampler
-from rdm_diffusers.families import Teacher, load_teacher
+from rdm_diffusers.evaluation import load_prompt_set, solvers_of, teacher_sampler
+from rdm_diffusers.families import Conditioning, Teacher, load_teacher
 from rdm_diffusers.frechet import GaussianStatistics, frechet_distance
 from rdm_diffusers.rewards import evaluate, load_reward
-from rdm_diffusers.tiny.captions import CAPTIONS, parse_caption
+from rdm_diffusers.tiny.captions import parse_caption
 from rdm_diffusers.tiny.classifier import load_classifier
 from rdm_diffusers.tiny.reference import load_statistics
+from rdm_diffusers.training.callbacks import Callback
+from rdm_diffusers.training.finite import NonFiniteError
 from rdm_diffusers.training.loop import train
-from rdm_diffusers.training.monitor import Monitor
+from rdm_diffusers.training.monitor import CollapseError, Monitor
 from rdm_diffusers.training.trainer import Trainer
 from rdm_diffusers.training.updates import Distillation
 from rdm_diffusers.training.validation import averaged_student
@@ -63,6 +66,35 @@ def calls_per_update(config: RunConfig) -> int:
     return config.optimisation.train_batch_size * (1 + estimate + 2 + 2 * config.method.fake_updates_per_step)
 
 
+def calls_before(config: RunConfig) -> dict[str, int]:
+    """The network calls of what a run prepares and shares with others: the teacher's images, and a learnt target."""
+    target, guided, found = config.target, 1 if config.method.guidance_scale == 1 else 2, {}
+    if needs_pictures(config):
+        found["images"] = target.num_target_images * target.target_inference_steps * guided
+    if target.teacher_target == "samples":
+        found["target"] = target.target_train_steps * target.target_batch_size * 2
+    return found
+
+
+class CallBudget(Callback):
+    """Measures a study's student at the first update that reaches each number of network calls; the last ends the run.
+
+    Args:
+        marks: network calls of all roles, ascending.
+    """
+
+    def __init__(self, marks: Sequence[int]) -> None:
+        self.left = list(marks)
+
+    def on_update(self, trainer: Trainer, health: Mapping[str, float]) -> None:
+        calls = sum(trainer.networks.calls.values())
+        if self.left and calls >= self.left[0]:
+            self.left = [mark for mark in self.left if mark > calls]
+            trainer.validate()
+            if not self.left:
+                trainer.stop()
+
+
 class Study(Trainer):
     """A run that measures its student instead of drawing validation images.
 
@@ -70,15 +102,20 @@ class Study(Trainer):
         config: the run's.
         num_images: pictures measured.
         references: further statistics, to which distances are measured, by name.
+        callbacks: are called while it trains.
 
     Attributes:
         curve: an entry for each measurement.
     """
 
     def __init__(
-        self, config: RunConfig, num_images: int, references: Mapping[str, GaussianStatistics] | None = None
+        self,
+        config: RunConfig,
+        num_images: int,
+        references: Mapping[str, GaussianStatistics] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, callbacks)
         self.num_images, self.references = num_images, references or {}
         self.curve: list[dict] = []
 
@@ -125,21 +162,32 @@ def distil(
     updates = max(1, round(budget / calls_per_update(config) / unit)) * unit
     config = config.changed("optimisation", max_train_steps=updates)
     config = config.changed("output", validation_steps=updates // marks, checkpointing_steps=updates * 10)
-    study = Study(config, num_images, references)
-    study.load()
-    study.networks.calls.clear()  # those of a target, which runs share
-    monitor = RecordingMonitor(study.state.monitor.teacher_contrast)
-    study.state.monitor = monitor
-    started, finite = time.time(), True
+    return followed(Study(config, num_images, references))
+
+
+def followed(study: Study) -> dict:
+    """Loads and trains a study, and lets go of its folder.
+
+    Returns:
+        Its arguments, whether it stayed finite, its alarms, its seconds without loading, and its curve.
+
+    Raises:
+        KeyboardInterrupt: after a signal.
+    """
     try:
-        if train(study):
-            raise KeyboardInterrupt
-    except RuntimeError as error:  # a diverged run is also a result
-        finite = False
-        print(f"{teacher_name} {seed} {flags}: {error}")
+        study.load()
+        study.networks.calls.clear()  # those of a target, which runs share
+        monitor = study.state.monitor = RecordingMonitor(study.state.monitor.teacher_contrast)
+        started, finite = time.time(), True
+        try:
+            if train(study):
+                raise KeyboardInterrupt
+        except (NonFiniteError, CollapseError) as error:  # a diverged run is also a result
+            finite = False
+            print(f"{study.folder}: {error}")
     finally:
         study.close()
-    settings = {name: value for name, value in config.as_arguments().items() if name != "output_dir"}
+    settings = {name: value for name, value in study.config.as_arguments().items() if name != "output_dir"}
     return {
         "arguments": settings, "finite": finite, "alarms": monitor.rung,
         "seconds": time.time() - started, "curve": study.curve,
@@ -162,10 +210,10 @@ def measure(
 
 
 @torch.no_grad()
-def measure_teacher(name: str, num_images: int) -> dict:
-    """The same for the unguided teacher, with other seeds than the reference's."""
-    images = teacher_images(name, num_images, 1.0, 2_000_000)
-    return measure_images(images, name, "teacher_unguided")
+def measure_teacher(name: str, num_images: int, guidance_scale: float = 1.0) -> dict:
+    """The same for the teacher, with other seeds than its reference's."""
+    images = teacher_images(name, num_images, guidance_scale, 2_000_000)
+    return measure_images(images, name, "teacher_unguided" if guidance_scale == 1 else "teacher")
 
 
 def teacher_images(name: str, num_images: int, guidance_scale: float, first_seed: int, steps: int = 50) -> Tensor:
@@ -173,12 +221,12 @@ def teacher_images(name: str, num_images: int, guidance_scale: float, first_seed
     teacher = load_teacher(name, torch.float32)
     solver = next(iter(solvers_of(teacher.pipeline)))
     sampler = teacher_sampler(teacher.pipeline, solver, steps, guidance_scale, 240, **teacher.call_options)
-    return sampler(evaluation_prompts(num_images), range(first_seed, first_seed + num_images))[0]
+    return sampler(captions_of(name, 0, num_images), range(first_seed, first_seed + num_images))[0]
 
 
 def measure_images(images: Tensor, teacher: str, reference: str) -> dict:
     """Distances, accuracy and rewards of pictures of all captions in turn."""
-    prompts = evaluation_prompts(len(images))
+    prompts = captions_of(teacher, 0, len(images))
     classifier, statistics = load_classifier(), load_statistics(teacher)
     found = GaussianStatistics.of(classifier.features(images))
     rewards = {name: evaluate(load_reward(name, "cpu").reward, images, prompts).mean().item() for name in REWARDS}
@@ -194,11 +242,19 @@ def draw(run: Distillation, teacher: Teacher, start: int) -> Tensor:
     """The student's images of 240 prompts, from noises that depend on `start` only."""
     generator = torch.Generator().manual_seed(1_000_000 + start)
     noise = (torch.randn(240, *run.latent_shape, generator=generator) for _ in range(run.num_steps))
-    latents = draw_samples(run.student, run.scheduler, noise, every_caption(teacher.name))
+    latents = draw_samples(
+        run.student, run.scheduler, noise, encoded(teacher.name, tuple(captions_of(teacher.name, start, 240)))
+    )
     return teacher.family.decode(teacher.pipeline, latents)
 
 
-@lru_cache(maxsize=1)
-def every_caption(name: str):
-    """The conditioning of all 240 captions, in order, by an embedded teacher; a run's own drops its text encoders."""
-    return load_teacher(name, torch.float32).encode_prompts(list(CAPTIONS))
+def captions_of(name: str, start: int, count: int) -> list[str]:
+    """The captions of an embedded teacher from number `start` on; after the last the first one follows."""
+    captions = load_prompt_set(name)
+    return [captions[i % len(captions)] for i in range(start, start + count)]
+
+
+@lru_cache(maxsize=16)
+def encoded(name: str, captions: tuple[str, ...]) -> Conditioning:
+    """Captions, encoded by an embedded teacher; a run's own drops its text encoders."""
+    return load_teacher(name, torch.float32).encode_prompts(list(captions))
