@@ -57,8 +57,16 @@ GNDMR = {"algorithm": "gndmr", "reward": ["tiny_bold", "tiny_prompt_black_box:2"
         {"algorithm": "uni_instruct", **PICTURES, "gen_cls_loss_weight": 0.1},
     ],
     ids=[
-        "gndm", "dmd", "two_steps_twice_renoised", "gndmr", "gndmr_sum_guard", "sid", "sim_corrected_rewarded",
-        "dmd2", "f_distill", "uni_instruct",
+        "gndm",
+        "dmd",
+        "two_steps_twice_renoised",
+        "gndmr",
+        "gndmr_sum_guard",
+        "sid",
+        "sim_corrected_rewarded",
+        "dmd2",
+        "f_distill",
+        "uni_instruct",
     ],
 )
 @pytest.mark.usefixtures("float64")

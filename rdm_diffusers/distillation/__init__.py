@@ -22,7 +22,7 @@ from .snoopi import guidance_scales
 from .statistics import RunningMeans
 from .tdm import RENOISINGS, NextState, TrajectoryKL
 from .tilting import standardised_advantage, tilted_weight
-from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, guidance_times, renoising_times
+from .times import TIME_DISTRIBUTIONS, UNIFORM, TimeDistribution, denoising_times, guidance_times, renoising_times
 from .uni_instruct import UniInstruct
 
 __all__ = [
@@ -31,9 +31,9 @@ __all__ = [
     "Advantage", "Decode", "Draws", "FDistill", "FreshNoise", "Matching", "NextState", "Place", "Pull", "Renoised",
     "Renoising", "ReverseKL", "RewardEstimate", "RewardGradient", "RunningMeans", "Samples", "ScoreIdentity",
     "ScoreImplicit", "Step", "TimeDistribution", "TrajectoryKL", "UniInstruct", "ascent", "collect_samples",
-    "density_ratio", "differentiable_gradients", "discriminator_direction", "draw_samples", "estimate_reward",
-    "fake_score_bias", "fake_score_direction", "grouped", "guidance_scales", "guidance_times", "importance_health",
-    "importance_weights", "leave_one_out_mean", "log_ratios", "normalizer", "posterior_mean", "renoising_times",
-    "revisit", "reward_values", "rollout", "settings_of", "standardised_advantage", "student_pull", "tilted_weight",
-    "trained_places",
+    "denoising_times", "density_ratio", "differentiable_gradients", "discriminator_direction", "draw_samples",
+    "estimate_reward", "fake_score_bias", "fake_score_direction", "grouped", "guidance_scales", "guidance_times",
+    "importance_health", "importance_weights", "leave_one_out_mean", "log_ratios", "normalizer", "posterior_mean",
+    "renoising_times", "revisit", "reward_values", "rollout", "settings_of", "standardised_advantage", "student_pull",
+    "tilted_weight", "trained_places",
 ]  # fmt: skip

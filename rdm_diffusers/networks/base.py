@@ -171,15 +171,15 @@ class Networks(ABC):
         given = (inputs, t, conditioning, step)
         with torch.enable_grad():
             if logit is None:
-                outputs = self.predict(role, *given, guidance_scale=guidance_scale), None
+                x0, verdict = self.predict(role, *given, guidance_scale=guidance_scale), None
             else:
-                outputs = self.fake_score(*given)
-        given_back = zip(outputs, (cotangent, logit), strict=True)
-        pairs = [(output, each) for output, each in given_back if output is not None and each is not None]
+                x0, verdict = self.fake_score(*given)
+        pairs = [pair for pair in ((x0, cotangent), (verdict, logit)) if pair[1] is not None]
+        outputs, wanted = zip(*pairs, strict=True)
         guided = self._is_guided(role, guidance_scale)
         self.calls[f"{role} backward"] += len(x_t) * (1 + guided)
         with self.acting_as(role):
-            (gradient,) = torch.autograd.grad([each for each, _ in pairs], inputs, [each for _, each in pairs])
+            (gradient,) = torch.autograd.grad(outputs, inputs, wanted)
         return gradient.float()
 
     @contextmanager
