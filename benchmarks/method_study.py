@@ -24,16 +24,16 @@ from statistics import mean
 from typing import Any
 
 from runs import RESULTS, paired_change, standard_error, write_result
-from study_comparisons import COMPARISONS, RATES, RETIRED, TEACHERS, Comparison
+from study_comparisons import COMPARISONS, RATES, TEACHERS, Comparison
 
 from rdm_diffusers.evaluation.report import machine
 
 
 def flags_of(teacher: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """A variant's flags on one teacher; `fake_rate_ratio` is the fake score's learning rate over the student's."""
+    """A variant's flags on one teacher; `rate_ratio` multiplies the teacher's learning rate."""
     own = RATES.get(teacher, {}) | flags
-    ratio = own.pop("fake_rate_ratio", None)
-    return own if ratio is None else own | {"fake_learning_rate": ratio * own.get("learning_rate", 1e-3)}
+    ratio = own.pop("rate_ratio", None)
+    return own if ratio is None else own | {"learning_rate": ratio * own.get("learning_rate", 1e-3)}
 
 
 def run_of(teacher: str, seed: int, comparison: Comparison, flags: dict[str, Any], folder: Path) -> Path:
@@ -115,10 +115,7 @@ def pending(args: argparse.Namespace) -> list[tuple]:
         comparison = COMPARISONS[name]
         for seed in range(args.seeds):
             for teacher in [teacher for teacher in args.teachers if teacher in comparison.teachers]:
-                chosen = [
-                    flags for name, flags in comparison.variants.items()
-                    if re.search(args.only, name) and not any(old.items() <= flags.items() for old in RETIRED)
-                ]  # fmt: skip
+                chosen = [flags for variant, flags in comparison.variants.items() if re.search(args.only, variant)]
                 for flags in (flags_of(teacher, flags) for flags in chosen):
                     path = run_of(teacher, seed, comparison, flags, args.work_dir)
                     runs[path] = (path, teacher, seed, comparison.budget, comparison.marks, comparison.images, flags)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,21 @@ def command_line(teacher: str, seed: int, folder: Path, **flags: Any) -> list[st
     return words + words_of({**COMMON, **flags})
 
 
-def calls_per_update(config: RunConfig) -> int:
-    """The network calls of one update."""
-    guided = 1 if config.method.guidance_scale == 1 or config.target.teacher_target == "samples" else 2
-    estimate = (guided + 1) * config.method.num_renoisings
-    return config.optimisation.train_batch_size * (1 + estimate + 2 + 2 * config.method.fake_updates_per_step)
+def calls_per_update(config: RunConfig) -> float:
+    """The network calls of one update, on average over the random depths of rollouts."""
+    method, samples = config.method, config.optimisation.train_batch_size
+    guided = 1 if method.guidance_scale == 1 or config.target.teacher_target == "samples" else 2
+    drawn = mean_depth(config) / method.steps_per_rollout  # calls for each sample that is trained on
+    revisited = 1 if method.importance_weighting == "none" else drawn  # ratios need the whole rollout again
+    rollout = (drawn + (method.reuse_rollouts - 1) * revisited) / method.reuse_rollouts
+    return samples * (rollout + (guided + 1) * method.num_renoisings + 2 + 2 * method.fake_updates_per_step)
+
+
+def mean_depth(config: RunConfig) -> float:
+    """How many steps a rollout takes on average: up to the last state of any of its groups that is trained on."""
+    steps, trained = config.method.num_student_steps, config.method.steps_per_rollout
+    groups = config.optimisation.train_batch_size // (config.method.group_size * trained)
+    return steps - sum((comb(k, trained) / comb(steps, trained)) ** groups for k in range(steps))
 
 
 class Study(Trainer):
@@ -81,18 +92,21 @@ class Study(Trainer):
         super().__init__(config)
         self.num_images, self.references = num_images, references or {}
         self.curve: list[dict] = []
+        self.began = 0.0  # processor time at the first update, put off by what measurements take
 
     def validate(self) -> None:
         networks, run, method = self.networks, self.distillation, self.config.method
-        calls, update = dict(networks.calls), self.state.update
+        calls, update, seconds = dict(networks.calls), self.state.update, time.process_time() - self.began
         reference = "teacher_unguided" if method.guidance_scale == 1 else "teacher"
         with averaged_student(run, self.state):
             measured = measure(run, self.teacher, self.num_images, reference, self.references)
         networks.calls.clear()
         networks.calls.update(calls)
         self.curve.append({"updates": update, "network_calls": sum(calls.values()), "calls": calls,
+                           "processor_seconds": seconds,
                            "rollouts": update // method.reuse_rollouts * len(run.groups(0)) * method.group_size,
                            **measured})  # fmt: skip
+        self.began = time.process_time() - seconds
 
 
 def distil(
@@ -130,7 +144,7 @@ def distil(
     study.networks.calls.clear()  # those of a target, which runs share
     monitor = RecordingMonitor(study.state.monitor.teacher_contrast)
     study.state.monitor = monitor
-    started, finite = time.time(), True
+    started, finite, study.began = time.time(), True, time.process_time()
     try:
         if train(study):
             raise KeyboardInterrupt

@@ -16,7 +16,7 @@ import guidance_study
 import target_study
 from method_study import flags_of
 from runs import words_of
-from study_comparisons import COMPARISONS, RETIRED, TEACHERS
+from study_comparisons import COMPARISONS, TEACHERS
 from study_run import command_line
 
 
@@ -25,8 +25,7 @@ def test_every_run_of_the_method_study_is_accepted(name: str, tmp_path: Path) ->
     comparison = COMPARISONS[name]
     for teacher in comparison.teachers:
         for flags in (flags_of(teacher, each) for each in comparison.variants.values()):
-            if not any(old.items() <= flags.items() for old in RETIRED):
-                parse_args(command_line(teacher, 0, tmp_path, **flags))
+            parse_args(command_line(teacher, 0, tmp_path, **flags))
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
