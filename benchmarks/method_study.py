@@ -81,6 +81,8 @@ def summary(comparison: Comparison, runs: dict[str, dict[int, dict]]) -> dict:
             "standard_error": {m: standard_error([point[m] for point in finals.values()]) for m in metrics},
             "curves": {seed: run["curve"] for seed, run in by_seed.items()},
         }
+        if any(run.get("ratios") for run in by_seed.values()):
+            entry["ratios"] = {seed: run["ratios"] for seed, run in by_seed.items()}
         shared = sorted(set(finals) & set(runs.get(first, ())))
         if name != first and shared:
             distances = [finals[seed]["fd_to_teacher"] for seed in shared]

@@ -87,6 +87,7 @@ COMPARISONS = {
         {"DMD": DMD, "GNDM": GNDM},
         budget=60_000,
         marks=6,
+        teachers=TEACHERS,
     ),
     **{
         f"target, {teacher}": Comparison(
@@ -102,10 +103,7 @@ COMPARISONS = {
     "reuse": Comparison(
         "one rollout for N updates, with and without importance ratios, where rollouts are dear",
         reused(2, 4, 8),
-        budget=40_000,
-        marks=3,
+        marks=2,
     ),
-    "reuse, quick": Comparison(
-        "the same at four times the learning rate", reused(4, 8, rate_ratio=4), budget=40_000, marks=3
-    ),
+    "reuse, quick": Comparison("the same at four times the learning rate", reused(4, 8, rate_ratio=4), marks=2),
 }

@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import comb
+from math import ceil, comb, lcm
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from rdm_diffusers.training.updates import Distillation
 from rdm_diffusers.training.validation import averaged_student
 
 REWARDS = ("tiny_prompt", "tiny_bold")
+RATIOS = ("effective_sample_size", "clip_fraction", "drift")  # health numbers of importance weights
 COMMON = dict(
     teacher_target="score", guidance_scale=1.0, train_batch_size=32, group_size=4, steps_per_rollout=4,
     learning_rate=1e-3, rank=16, lr_scheduler="constant", report_to="none", num_eval_images=0,
@@ -40,15 +42,27 @@ COMMON = dict(
 
 @dataclass
 class RecordingMonitor(Monitor):
-    """Records the update of each alarm."""
+    """Records the update of each alarm, and what importance ratios are like."""
 
     rung: list[tuple[int, str]] = field(default_factory=list)
+    ratios: dict[int, dict[str, float]] = field(default_factory=dict)  # of each update that has them
 
     def observe(self, health: Mapping[str, float]) -> list[str]:
         """As `Monitor`'s."""
         fresh = super().observe(health)
-        self.rung += [(int(self.state["updates"]), text) for text in fresh]
+        update = int(self.state["updates"])
+        self.rung += [(update, text) for text in fresh]
+        if RATIOS[0] in health:
+            self.ratios[update] = {name: health[name] for name in RATIOS}
         return fresh
+
+    def mean_ratios(self, reuse: int) -> dict[int, dict[str, float]]:
+        """Means over rollouts by how many updates a rollout had served before, 1 to `reuse` - 1."""
+        visits = {visit: [r for update, r in self.ratios.items() if (update - 1) % reuse == visit]
+                  for visit in range(1, reuse)}  # fmt: skip
+        return {
+            visit: {name: mean(r[name] for r in found) for name in RATIOS} for visit, found in visits.items() if found
+        }
 
 
 def command_line(teacher: str, seed: int, folder: Path, **flags: Any) -> list[str]:
@@ -104,7 +118,7 @@ class Study(Trainer):
         networks.calls.update(calls)
         self.curve.append({"updates": update, "network_calls": sum(calls.values()), "calls": calls,
                            "processor_seconds": seconds,
-                           "rollouts": update // method.reuse_rollouts * len(run.groups(0)) * method.group_size,
+                           "rollouts": ceil(update / method.reuse_rollouts) * len(run.groups(0)) * method.group_size,
                            **measured})  # fmt: skip
         self.began = time.process_time() - seconds
 
@@ -135,7 +149,7 @@ def distil(
         The arguments, the curve (one entry per mark), and the calls of every kind.
     """
     config = parse_args(command_line(teacher_name, seed, folder, **flags))
-    unit = marks * config.method.reuse_rollouts
+    unit = lcm(marks, config.method.reuse_rollouts)
     updates = max(1, round(budget / calls_per_update(config) / unit)) * unit
     config = config.changed("optimisation", max_train_steps=updates)
     config = config.changed("output", validation_steps=updates // marks, checkpointing_steps=updates * 10)
@@ -156,7 +170,8 @@ def distil(
     settings = {name: value for name, value in config.as_arguments().items() if name != "output_dir"}
     return {
         "arguments": settings, "finite": finite, "alarms": monitor.rung,
-        "seconds": time.time() - started, "curve": study.curve,
+        "seconds": time.time() - started, "ratios": monitor.mean_ratios(config.method.reuse_rollouts),
+        "curve": study.curve,
     }  # fmt: skip
 
 
