@@ -6,7 +6,7 @@
 Run it in the repository's root. A network call is one forward or one backward of one sample through the student, the
 teacher or the fake score, rollouts included. Runs of one seed share their prompts and noises. Finished runs are kept in
 `--work_dir`, so an interrupted study continues where it stopped, and more seeds only add runs. Writes
-`results/method_study.json` with every setting.
+`results/method_study.json` with every setting. The table of a comparison needs all its runs from one release.
 """
 
 from __future__ import annotations
@@ -124,36 +124,38 @@ def pending(args: argparse.Namespace) -> list[tuple]:
     return [run for path, run in runs.items() if not path.exists()]
 
 
+def gathered(comparison: Comparison, folder: Path) -> dict:
+    """Every finished run of a comparison, summed up for each teacher; `arguments` are all settings of one of them."""
+    record: dict = {
+        "about": comparison.about, "network_calls": comparison.budget, "num_images": comparison.images,
+        "machine": machine(),
+    }  # fmt: skip
+    for teacher in comparison.teachers:
+        runs: dict[str, dict[int, dict]] = {}
+        for variant, flags in comparison.variants.items():
+            for seed in range(100):
+                path = run_of(teacher, seed, comparison, flags_of(teacher, flags), folder)
+                if path.exists():
+                    runs.setdefault(variant, {})[seed] = json.loads(path.read_text())
+        if runs:
+            record.setdefault("arguments", next(iter(next(iter(runs.values())).values()))["arguments"])
+            record[teacher] = summary(comparison, runs)
+    return record
+
+
 def write_down(args: argparse.Namespace) -> None:
     """Gathers every finished run into the result file, where comparisons without one keep their figures."""
     path = RESULTS / "method_study.json"
     before = json.loads(path.read_text()) if path.exists() else {"comparisons": {}}
-    record: dict = {"comparisons": {}}
-    if "common_arguments" in before:
-        record["common_arguments"] = before["common_arguments"]
-    for old in before["comparisons"].values():
-        old.setdefault("machine", before["machine"])
     known = before.get("floor", {})
-    record["floor"] = known | {t: floor(t, Comparison.images, args.work_dir) for t in args.teachers if t not in known}
-    for name, comparison in COMPARISONS.items():
-        entry: dict = {
-            "about": comparison.about, "network_calls": comparison.budget, "num_images": comparison.images,
-            "machine": machine(),
-        }  # fmt: skip
-        for teacher in comparison.teachers:
-            runs: dict[str, dict[int, dict]] = {}
-            for variant, flags in comparison.variants.items():
-                for seed in range(100):
-                    path = run_of(teacher, seed, comparison, flags_of(teacher, flags), args.work_dir)
-                    if path.exists():
-                        found = json.loads(path.read_text())
-                        record.setdefault("common_arguments", found["arguments"])
-                        runs.setdefault(variant, {})[seed] = found
-            if runs:
-                entry[teacher] = summary(comparison, runs)
-        finished = any(teacher in entry for teacher in comparison.teachers)
-        record["comparisons"][name] = entry if finished else before["comparisons"].get(name, entry)
-    write_result("method_study", record)
+    floors = {t: floor(t, Comparison.images, args.work_dir) for t in args.teachers if t not in known}
+    found = {name: gathered(comparison, args.work_dir) for name, comparison in COMPARISONS.items()}
+    kept = before["comparisons"]
+    comparisons = {
+        name: entry if "arguments" in entry else kept[name] for name, entry in found.items()
+        if "arguments" in entry or name in kept
+    }  # fmt: skip
+    write_result("method_study", {"floor": known | floors, "comparisons": comparisons})
 
 
 if __name__ == "__main__":
