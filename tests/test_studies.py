@@ -1,4 +1,4 @@
-"""The studies of `benchmarks/`: their runs are accepted and cost what is planned, and the page shows what they found."""
+"""The studies of `benchmarks/`: their runs are accepted and cost what is planned; the page shows what they found."""
 
 from __future__ import annotations
 
