@@ -1,8 +1,8 @@
 """The method study's tables and plots: `python benchmarks/study_report.py`.
 
 Writes each comparison of `results/method_study.json` as tables into `docs/evidence.md`, between the comments
-`study: <comparison>` and `end`, without variants of fewer than `MIN_SEEDS` seeds. Draws `docs/images/method_main.png`
-(distance over calls).
+`study: <comparison>` and `end`, without variants of fewer than `MIN_SEEDS` seeds. Those of `PLOTS` get a picture in
+`docs/images`, too: the distance over what was spent.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ MIN_SEEDS = 5
 TEACHERS = ("tiny", "tiny-flow", "tiny-v")
 EVIDENCE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
+SPENT = {"rollouts": "rollouts", "network_calls": "network calls", "processor_seconds": "processor seconds"}
+PLOTS = {"main": ("network_calls",), "reuse": tuple(SPENT), "reuse, quick": tuple(SPENT)}
 
 
 def supported(comparison: dict, teacher: str) -> dict[str, dict]:
@@ -31,7 +33,7 @@ def table(comparison: dict, teacher: str) -> str:
         return ""
     spent = any("reuse_rollouts" in entry["flags"] for entry in entries.values())
     columns = [teacher, "fd_to_teacher", "change, 100 ln", "prompt accuracy"]
-    columns += ["rollouts", "network calls", "processor seconds"] * spent + ["seeds"]
+    columns += [*SPENT.values()] * spent + ["seeds"]
     rows = [[name, *cells(entry), *(costs(entry) if spent else ()), str(len(entry["seeds"]))]
             for name, entry in entries.items()]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -50,7 +52,7 @@ def cells(entry: dict) -> list[str]:
 def costs(entry: dict) -> list[str]:
     """A variant's mean rollouts, network calls and processor seconds at its end."""
     ends = [run[-1] for run in entry["curves"].values() if run]
-    return [f"{mean(end[name] for end in ends):,.0f}" for name in ("rollouts", "network_calls", "processor_seconds")]
+    return [f"{mean(end[name] for end in ends):,.0f}" for name in SPENT]
 
 
 def plus_minus(error: float | None, digits: int = 0) -> str:
@@ -58,46 +60,59 @@ def plus_minus(error: float | None, digits: int = 0) -> str:
     return "" if error is None else f" ± {error:.{digits}f}"
 
 
-def curve(entry: dict) -> tuple[list[float], list[float], list[float]]:
-    """Network calls, mean distance and its standard error at every mark."""
+def curve(entry: dict, spent: str) -> tuple[list[float], list[float], list[float]]:
+    """What was spent, mean distance and its standard error at every mark."""
     runs = [run for run in entry["curves"].values() if run]
     marks = list(zip(*runs, strict=False))
     values = [[point["fd_to_teacher"] for point in mark] for mark in marks]
     errors = [standard_error(v) or 0.0 for v in values]
-    return [mean(p["network_calls"] for p in mark) for mark in marks], [mean(v) for v in values], errors
+    return [mean(point[spent] for point in mark) for mark in marks], [mean(v) for v in values], errors
 
 
-def draw_main(comparison: dict) -> None:
-    """The distance to the teacher over network calls."""
+def draw(name: str, comparison: dict) -> None:
+    """The distance to the teacher over what was spent: a row of panels for each kind, a column a teacher."""
     import matplotlib.pyplot as plt
 
-    chosen = {teacher: entries for teacher in TEACHERS if (entries := supported(comparison, teacher))}
-    figure, panels = plt.subplots(1, len(chosen), figsize=(4.5 * len(chosen), 3.6), squeeze=False)
-    for axes, (teacher, entries) in zip(panels[0], chosen.items(), strict=True):
-        for name, entry in entries.items():
-            calls, distances, errors = curve(entry)
-            axes.errorbar(calls, distances, yerr=errors, marker="o", capsize=2, label=name)
-        axes.set(xlabel="network calls", ylabel="Fréchet distance to the teacher", title=teacher, yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
+    chosen = [(teacher, entries) for teacher in TEACHERS if (entries := supported(comparison, teacher))]
+    size = (4.5 * len(chosen), 3.6 * len(PLOTS[name]))
+    figure, panels = plt.subplots(len(PLOTS[name]), len(chosen), figsize=size, squeeze=False)
+    for row, spent in zip(panels, PLOTS[name], strict=True):
+        for axes, (teacher, entries) in zip(row, chosen, strict=True):
+            for variant, entry in entries.items():
+                x, distances, errors = curve(entry, spent)
+                axes.errorbar(x, distances, yerr=errors, marker="o", capsize=2, label=variant)
+            axes.set(xlabel=SPENT[spent], ylabel="Fréchet distance to the teacher", title=teacher, yscale="log")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend()
     figure.tight_layout()
-    figure.savefig(IMAGES / "method_main.png", dpi=130)
+    figure.savefig(IMAGES / picture(name), dpi=130)
 
 
-def tables(comparison: dict) -> str:
-    """A comparison's tables, one a teacher."""
-    return "\n\n".join(filter(None, (table(comparison, teacher) for teacher in TEACHERS)))
+def picture(name: str) -> str:
+    """The file name of a comparison's plot."""
+    return f"method_{name.replace(', ', '_')}.png"
+
+
+def tables(name: str, comparison: dict) -> str:
+    """A comparison's tables, one a teacher, and its plot."""
+    found = [each for teacher in TEACHERS if (each := table(comparison, teacher))]
+    if found and name in PLOTS:
+        spent = ", ".join(SPENT[each] for each in PLOTS[name])
+        found.append(f"![Distance to the teacher over {spent}](images/{picture(name)})")
+    return "\n\n".join(found)
 
 
 def main() -> None:
     record = json.loads((RESULTS / "method_study.json").read_text())["comparisons"]
     text = EVIDENCE.read_text()
     for name, comparison in record.items():
+        found = tables(name, comparison)
         marked = rf"(<!-- study: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        new = f"\n{tables(comparison)}\n\n"
-        text = re.sub(marked, lambda found, new=new: found[1] + new + found[2], text, flags=re.DOTALL)
+        new = f"\n{found}\n\n" if found else ""
+        text = re.sub(marked, lambda each, new=new: each[1] + new + each[2], text, flags=re.DOTALL)
+        if found and name in PLOTS:
+            draw(name, comparison)
     EVIDENCE.write_text(text)
-    draw_main(record["main"])
 
 
 if __name__ == "__main__":

@@ -69,12 +69,12 @@ def test_the_page_of_evidence_has_the_tables_of_the_results(name: str) -> None:
     record = json.loads((RESULTS / "method_study.json").read_text())["comparisons"]
     page = study_report.EVIDENCE.read_text()
     assert f"<!-- study: {name} -->" in page
-    assert study_report.tables(record.get(name, {})) in page
+    assert study_report.tables(name, record.get(name, {})) in page
 
 
 def test_a_table_has_no_row_of_fewer_than_five_seeds() -> None:
     point = {"fd_to_teacher": 1.0, "prompt_accuracy": 1.0}
     rows = {f"of {n}": {"flags": {}, "seeds": list(range(n)), "not_finite": [], "mean": point,
                         "standard_error": dict.fromkeys(point, 0.0)} for n in (4, 5)}  # fmt: skip
-    assert "of 5" in study_report.table({"tiny": rows}, "tiny") and "of 4" not in study_report.tables({"tiny": rows})
-    assert study_report.tables({"tiny": {"of 4": rows["of 4"]}}) == ""
+    assert "of 5" in study_report.tables("a", {"tiny": rows}) and "of 4" not in study_report.tables("a", {"tiny": rows})
+    assert study_report.tables("main", {"tiny": {"of 4": rows["of 4"]}}) == ""
