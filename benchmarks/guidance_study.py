@@ -3,10 +3,9 @@
     python benchmarks/guidance_study.py --work_dir guidance-study
 
 Trains students of each tiny teacher for as many network calls, one for each constant and one for each target, and
-measures each against the teacher's own images at the guidance scales 2, 4 and 8: `results/guidance_study.json`, of
-which `study_report.py` makes the tables in docs/method.md. The calls of a target's images and training come on top;
-`calls_before` has them, and one constant of each teacher gets as many in all. Finished runs are kept in `--work_dir`.
-Run it in the repository's root.
+measures each against the teacher's own images at the guidance scales 2, 4 and 8: `results/guidance_study.json`, which
+docs/evidence.md sums up. The calls of a target's images and training come on top; `calls_before` has them, and one
+constant of each teacher gets as many in all. Finished runs are kept in `--work_dir`. Run it in the repository's root.
 """
 
 from __future__ import annotations

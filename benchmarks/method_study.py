@@ -6,7 +6,7 @@
 Run it in the repository's root. A network call is one forward or one backward of one sample through the student, the
 teacher or the fake score, rollouts included. Runs of one seed share their prompts and noises. Finished runs are kept in
 `--work_dir`, so an interrupted study continues where it stopped, and more seeds only add runs. Writes
-`results/method_study.json` with every setting.
+`results/method_study.json` with every setting. The table of a comparison needs all its runs from one release.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from runs import RESULTS, means_of, paired_change, write_result
-from study_comparisons import COMPARISONS, RATES, RETIRED, TEACHERS, Comparison
+from study_comparisons import COMPARISONS, RATES, TEACHERS, Comparison
 
 from rdm_diffusers.evaluation.report import machine
 
 
 def flags_of(teacher: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """A variant's flags on one teacher; `fake_rate_ratio` is the fake score's learning rate over the student's."""
+    """A variant's flags on one teacher; `rate_ratio` multiplies the teacher's learning rate."""
     own = RATES.get(teacher, {}) | flags
-    ratio = own.pop("fake_rate_ratio", None)
-    return own if ratio is None else own | {"fake_learning_rate": ratio * own.get("learning_rate", 1e-3)}
+    ratio = own.pop("rate_ratio", None)
+    return own if ratio is None else own | {"learning_rate": ratio * own.get("learning_rate", 1e-3)}
 
 
 def run_of(teacher: str, seed: int, comparison: Comparison, flags: dict[str, Any], folder: Path) -> Path:
@@ -78,6 +78,8 @@ def summary(comparison: Comparison, runs: dict[str, dict[int, dict]]) -> dict:
             **means_of(list(finals.values())),
             "curves": {seed: run["curve"] for seed, run in by_seed.items()},
         }
+        if any(run.get("ratios") for run in by_seed.values()):
+            entry["ratios"] = {seed: run["ratios"] for seed, run in by_seed.items()}
         shared = sorted(set(finals) & set(runs.get(first, ())))
         if name != first and shared:
             distances = [finals[seed]["fd_to_teacher"] for seed in shared]
@@ -112,46 +114,45 @@ def pending(args: argparse.Namespace) -> list[tuple]:
         comparison = COMPARISONS[name]
         for seed in range(args.seeds):
             for teacher in [teacher for teacher in args.teachers if teacher in comparison.teachers]:
-                chosen = [
-                    flags for name, flags in comparison.variants.items()
-                    if re.search(args.only, name) and not any(old.items() <= flags.items() for old in RETIRED)
-                ]  # fmt: skip
+                chosen = [flags for variant, flags in comparison.variants.items() if re.search(args.only, variant)]
                 for flags in (flags_of(teacher, flags) for flags in chosen):
                     path = run_of(teacher, seed, comparison, flags, args.work_dir)
                     runs[path] = (path, teacher, seed, comparison.budget, comparison.marks, comparison.images, flags)
     return [run for path, run in runs.items() if not path.exists()]
 
 
+def gathered(comparison: Comparison, folder: Path) -> dict:
+    """Every finished run of a comparison, summed up for each teacher; `arguments` are all settings of one of them."""
+    record: dict = {
+        "about": comparison.about, "network_calls": comparison.budget, "num_images": comparison.images,
+        "machine": machine(),
+    }  # fmt: skip
+    for teacher in comparison.teachers:
+        runs: dict[str, dict[int, dict]] = {}
+        for variant, flags in comparison.variants.items():
+            for seed in range(100):
+                path = run_of(teacher, seed, comparison, flags_of(teacher, flags), folder)
+                if path.exists():
+                    runs.setdefault(variant, {})[seed] = json.loads(path.read_text())
+        if runs:
+            record.setdefault("arguments", next(iter(next(iter(runs.values())).values()))["arguments"])
+            record[teacher] = summary(comparison, runs)
+    return record
+
+
 def write_down(args: argparse.Namespace) -> None:
     """Gathers every finished run into the result file, where comparisons without one keep their figures."""
     path = RESULTS / "method_study.json"
     before = json.loads(path.read_text()) if path.exists() else {"comparisons": {}}
-    record: dict = {"comparisons": {}}
-    if "common_arguments" in before:
-        record["common_arguments"] = before["common_arguments"]
-    for old in before["comparisons"].values():
-        old.setdefault("machine", before["machine"])
     known = before.get("floor", {})
-    record["floor"] = known | {t: floor(t, Comparison.images, args.work_dir) for t in args.teachers if t not in known}
-    for name, comparison in COMPARISONS.items():
-        entry: dict = {
-            "about": comparison.about, "network_calls": comparison.budget, "num_images": comparison.images,
-            "machine": machine(),
-        }  # fmt: skip
-        for teacher in comparison.teachers:
-            runs: dict[str, dict[int, dict]] = {}
-            for variant, flags in comparison.variants.items():
-                for seed in range(100):
-                    path = run_of(teacher, seed, comparison, flags_of(teacher, flags), args.work_dir)
-                    if path.exists():
-                        found = json.loads(path.read_text())
-                        record.setdefault("common_arguments", found["arguments"])
-                        runs.setdefault(variant, {})[seed] = found
-            if runs:
-                entry[teacher] = summary(comparison, runs)
-        finished = any(teacher in entry for teacher in comparison.teachers)
-        record["comparisons"][name] = entry if finished else before["comparisons"].get(name, entry)
-    write_result("method_study", record)
+    floors = {t: floor(t, Comparison.images, args.work_dir) for t in args.teachers if t not in known}
+    found = {name: gathered(comparison, args.work_dir) for name, comparison in COMPARISONS.items()}
+    kept = before["comparisons"]
+    comparisons = {
+        name: entry if "arguments" in entry else kept[name] for name, entry in found.items()
+        if "arguments" in entry or name in kept
+    }  # fmt: skip
+    write_result("method_study", {"floor": known | floors, "comparisons": comparisons})
 
 
 if __name__ == "__main__":

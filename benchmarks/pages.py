@@ -25,7 +25,7 @@ def write_between(page: Path, written: Mapping[str, str]) -> None:
     text = page.read_text()
     for name, each in written.items():
         marked = rf"(<!-- study: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        new = f"\n{each}\n\n"
+        new = f"\n{each}\n\n" if each else ""
         text = re.sub(marked, lambda found, new=new: found[1] + new + found[2], text, flags=re.DOTALL)
     page.write_text(text)
 

@@ -1,8 +1,8 @@
-"""The studies' tables and plots: `python benchmarks/study_report.py`.
+"""The method study's tables and plots: `python benchmarks/study_report.py`.
 
-Writes each comparison of `results/method_study.json`, and `results/guidance_study.json` and `target_study.json` as the
-comparisons `guidance` and `target`, as tables into `docs/method.md`, between the comments `study: <comparison>` and
-`end`. Draws `docs/images/method_main.png` (distance over calls) and `method_pareto.png` (reward against distance).
+Writes each comparison of `results/method_study.json` as tables into `docs/evidence.md`, between the comments
+`study: <comparison>` and `end`, without variants of fewer than `MIN_SEEDS` seeds. Those of `PLOTS` get a picture in
+`docs/images`, too: the distance over what was spent.
 """
 
 from __future__ import annotations
@@ -10,133 +10,98 @@ from __future__ import annotations
 import json
 from statistics import mean
 
-from pages import draw_lines, markdown_table, plus_minus, write_between
+from pages import markdown_table, plus_minus, write_between
 from runs import RESULTS, ROOT, standard_error
 
-GRIDS = ("tuning", "tuning, flow", "tuning, target", "tuning, target, flow", "tuning, target, v", "lambda")
+MIN_SEEDS = 5
 TEACHERS = ("tiny", "tiny-flow", "tiny-v")
-METHOD = ROOT / "docs" / "method.md"
+EVIDENCE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
+SPENT = {"rollouts": "rollouts", "network_calls": "network calls", "processor_seconds": "processor seconds"}
+PLOTS = {"main": ("network_calls",), "reuse": tuple(SPENT), "reuse, quick": tuple(SPENT)}
+
+
+def supported(comparison: dict, teacher: str) -> dict[str, dict]:
+    """The variants of a comparison that have enough seeds on one teacher."""
+    return {name: e for name, e in comparison.get(teacher, {}).items() if len(e["seeds"]) >= MIN_SEEDS}
 
 
 def table(comparison: dict, teacher: str) -> str:
-    """One comparison on one teacher, a row per variant."""
-    entries = comparison.get(teacher, {})
-    reused = any("reuse_rollouts" in entry["flags"] for entry in entries.values())
-    columns = [teacher, "fd_to_teacher", "change, 100 ln", "prompt accuracy", "tiny_prompt", "tiny_bold"]
-    columns += ["rollouts"] * reused + ["seeds"]
-    rows = []
-    for name, entry in entries.items():
-        means, errors = entry["mean"], entry["standard_error"]
-        change = entry.get("against_first")
-        changed = f"{change['change_100_ln']:+.0f}{plus_minus(change['standard_error'])}" if change else ""
-        ruined = f" ({len(entry['not_finite'])} not finite)" if entry["not_finite"] else ""
-        cells = [name, f"{means['fd_to_teacher']:.2f}{plus_minus(errors['fd_to_teacher'], 2)}{ruined}", changed]
-        cells += [f"{means[metric]:.3f}" for metric in ("prompt_accuracy", "tiny_prompt", "tiny_bold")]
-        cells += [f"{next(iter(entry['curves'].values()))[-1]['rollouts']:,}"] * reused + [str(len(entry["seeds"]))]
-        rows.append(cells)
+    """One comparison on one teacher, a row per variant; empty where none has enough seeds."""
+    entries = supported(comparison, teacher)
+    if not entries:
+        return ""
+    spent = any("reuse_rollouts" in entry["flags"] for entry in entries.values())
+    columns = [teacher, "fd_to_teacher", "change, 100 ln", "prompt accuracy"]
+    columns += [*SPENT.values()] * spent + ["seeds"]
+    rows = [[name, *cells(entry), *(costs(entry) if spent else ()), str(len(entry["seeds"]))]
+            for name, entry in entries.items()]  # fmt: skip
     return markdown_table(columns, rows)
 
 
-def grid(comparison: dict, teacher: str) -> str:
-    """Variants named `row, n fake updates` as a grid of mean distances; the number of seeds in brackets."""
-    entries = comparison.get(teacher, {})
-    rows = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in entries))
-    columns = ["1 fake updates", "2 fake updates", "5 fake updates"]
-    lines = []
-    for row in rows:
-        cells = [entries.get(f"{row}, {column}") for column in columns]
-        shown = [f"{e['mean']['fd_to_teacher']:.2f} ({len(e['seeds'])})" if e else "" for e in cells]
-        lines.append([row, *shown])
-    return markdown_table([f"{teacher}, fd_to_teacher", *columns], lines)
+def cells(entry: dict) -> list[str]:
+    """A variant's distance, its change against the first variant, and its accuracy."""
+    means, errors, change = entry["mean"], entry["standard_error"], entry.get("against_first")
+    changed = f"{change['change_100_ln']:+.0f}{plus_minus(change['standard_error'])}" if change else ""
+    ruined = f" ({len(entry['not_finite'])} not finite)" if entry["not_finite"] else ""
+    distance = f"{means['fd_to_teacher']:.2f}{plus_minus(errors['fd_to_teacher'], 2)}{ruined}"
+    return [distance, changed, f"{means['prompt_accuracy']:.3f}"]
 
 
-def guidance_table(entries: dict, teacher: str) -> str:
-    """A row a student: its distances to the teacher at each guidance scale, the least of each column in bold."""
-    scales = [key for key in next(iter(entries.values()))["mean"] if key.startswith("fd_at_")]
-    columns = [teacher, *(f"teacher at {key.removeprefix('fd_at_')}" for key in scales), "prompt accuracy", "seeds"]
-    rows = []
-    least = {key: min(entry["mean"][key] for entry in entries.values()) for key in scales}
-    for name, entry in entries.items():
-        means, errors = entry["mean"], entry["standard_error"]
-        cells = [f"{means[key]:.1f}{plus_minus(errors[key], 1)}" for key in scales]
-        cells = [f"**{cell}**" if means[key] == least[key] else cell for key, cell in zip(scales, cells, strict=True)]
-        cells += [f"{means['prompt_accuracy']:.3f}", str(len(entry["seeds"]))]
-        rows.append([name, *cells])
-    return markdown_table(columns, rows)
+def costs(entry: dict) -> list[str]:
+    """A variant's mean rollouts, network calls and processor seconds at its end."""
+    ends = [run[-1] for run in entry["curves"].values() if run]
+    return [f"{mean(end[name] for end in ends):,.0f}" for name in SPENT]
 
 
-def target_table(record: dict) -> str:
-    """A row a target, with what it draws beside the images that it learnt, and its loss beside the teacher's own."""
-    columns = ["a target of", "its images: fd_to_teacher", "fd_to_data", "the teacher's images: fd_to_teacher"]
-    columns += ["loss on held-out images", "the teacher's own, unguided"]
-    rows = []
-    for name, entry in record["targets"].items():
-        drawn, learnt = entry["measured"], record["images"][str(entry["flags"]["target_inference_steps"])]
-        cells = [name, f"{drawn['fd_to_teacher']:.2f}", f"{drawn['fd_to_data']:.1f}", f"{learnt['fd_to_teacher']:.2f}"]
-        cells += [f"{entry['target'][str(entry['update'])]:.4f}", f"{entry['teacher']['unguided']:.4f}"]
-        rows.append(cells)
-    return markdown_table(columns, rows)
-
-
-def curve(entry: dict) -> tuple[list[float], list[float], list[float]]:
-    """Network calls, mean distance and its standard error at every mark."""
+def curve(entry: dict, spent: str) -> tuple[list[float], list[float], list[float]]:
+    """What was spent, mean distance and its standard error at every mark."""
     runs = [run for run in entry["curves"].values() if run]
     marks = list(zip(*runs, strict=False))
     values = [[point["fd_to_teacher"] for point in mark] for mark in marks]
     errors = [standard_error(v) or 0.0 for v in values]
-    return [mean(p["network_calls"] for p in mark) for mark in marks], [mean(v) for v in values], errors
+    return [mean(point[spent] for point in mark) for mark in marks], [mean(v) for v in values], errors
 
 
-def draw_main(record: dict) -> None:
-    """The distance to the teacher over network calls."""
-    panels = {
-        teacher: {name: curve(entry) for name, entry in record["main"][teacher].items()}
-        for teacher in TEACHERS
-        if teacher in record["main"]
-    }
-    draw_lines(panels, ("network calls", "Fréchet distance to the teacher"), IMAGES / "method_main.png")
-
-
-def draw_pareto(record: dict) -> None:
-    """The reward against the distance, one line a way of combining."""
+def draw(name: str, comparison: dict) -> None:
+    """The distance to the teacher over what was spent: a row of panels for each kind, a column a teacher."""
     import matplotlib.pyplot as plt
 
-    teachers = [teacher for teacher in TEACHERS if teacher in record]
-    figure, panels = plt.subplots(1, len(teachers), figsize=(5 * len(teachers), 3.6), squeeze=False)
-    for axes, teacher in zip(panels[0], teachers, strict=True):
-        for way in sorted({name.split()[0] for name in record[teacher]}):
-            entries = [(name, entry) for name, entry in record[teacher].items() if name.split()[0] == way]
-            points = [(entry["mean"]["tiny_bold"], entry["mean"]["fd_to_teacher"]) for _, entry in entries]
-            axes.plot(*zip(*points, strict=True), marker="o", label=way)
-            for (name, _), point in zip(entries, points, strict=True):
-                axes.annotate(name.split()[1], point, fontsize=8)
-        axes.set(xlabel="reward tiny_bold", ylabel="Fréchet distance to the teacher", title=teacher, yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
+    chosen = [(teacher, entries) for teacher in TEACHERS if (entries := supported(comparison, teacher))]
+    size = (4.5 * len(chosen), 3.6 * len(PLOTS[name]))
+    figure, panels = plt.subplots(len(PLOTS[name]), len(chosen), figsize=size, squeeze=False)
+    for row, spent in zip(panels, PLOTS[name], strict=True):
+        for axes, (teacher, entries) in zip(row, chosen, strict=True):
+            for variant, entry in entries.items():
+                x, distances, errors = curve(entry, spent)
+                axes.errorbar(x, distances, yerr=errors, marker="o", capsize=2, label=variant)
+            axes.set(xlabel=SPENT[spent], ylabel="Fréchet distance to the teacher", title=teacher, yscale="log")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend()
     figure.tight_layout()
-    figure.savefig(IMAGES / "method_pareto.png", dpi=130)
+    figure.savefig(IMAGES / picture(name), dpi=130)
+
+
+def picture(name: str) -> str:
+    """The file name of a comparison's plot."""
+    return f"method_{name.replace(', ', '_')}.png"
 
 
 def tables(name: str, comparison: dict) -> str:
-    """A comparison's tables, one a teacher."""
-    draw = grid if name in GRIDS else table
-    return "\n\n".join(draw(comparison, teacher) for teacher in TEACHERS if teacher in comparison)
+    """A comparison's tables, one a teacher, and its plot."""
+    found = [each for teacher in TEACHERS if (each := table(comparison, teacher))]
+    if found and name in PLOTS:
+        spent = ", ".join(SPENT[each] for each in PLOTS[name])
+        found.append(f"![Distance to the teacher over {spent}](images/{picture(name)})")
+    return "\n\n".join(found)
 
 
 def main() -> None:
     record = json.loads((RESULTS / "method_study.json").read_text())["comparisons"]
-    written = {name: tables(name, comparison) for name, comparison in record.items()}
-    guidance = RESULTS / "guidance_study.json"
-    if guidance.exists():
-        studied = json.loads(guidance.read_text())["teachers"]
-        written["guidance"] = "\n\n".join(guidance_table(entries, teacher) for teacher, entries in studied.items())
-    targets = RESULTS / "target_study.json"
-    if targets.exists():
-        written["target"] = target_table(json.loads(targets.read_text()))
-    write_between(METHOD, written)
-    draw_main(record)
-    draw_pareto(record["pareto"])
+    for name, comparison in record.items():
+        if name in PLOTS and tables(name, comparison):
+            draw(name, comparison)
+    write_between(EVIDENCE, {name: tables(name, comparison) for name, comparison in record.items()})
 
 
 if __name__ == "__main__":

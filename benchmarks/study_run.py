@@ -6,7 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import ceil, comb, lcm
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from rdm_diffusers.training.updates import Distillation
 from rdm_diffusers.training.validation import averaged_student
 
 REWARDS = ("tiny_prompt", "tiny_bold")
+RATIOS = ("effective_sample_size", "clip_fraction", "drift")  # health numbers of importance weights
 COMMON = dict(
     teacher_target="score", guidance_scale=1.0, train_batch_size=32, group_size=4, steps_per_rollout=4,
     learning_rate=1e-3, rank=16, lr_scheduler="constant", report_to="none", num_eval_images=0,
@@ -42,15 +45,27 @@ COMMON = dict(
 
 @dataclass
 class RecordingMonitor(Monitor):
-    """Records the update of each alarm."""
+    """Records the update of each alarm, and what importance ratios are like."""
 
     rung: list[tuple[int, str]] = field(default_factory=list)
+    ratios: dict[int, dict[str, float]] = field(default_factory=dict)  # of each update that has them
 
     def observe(self, health: Mapping[str, float]) -> list[str]:
         """As `Monitor`'s."""
         fresh = super().observe(health)
-        self.rung += [(int(self.state["updates"]), text) for text in fresh]
+        update = int(self.state["updates"])
+        self.rung += [(update, text) for text in fresh]
+        if RATIOS[0] in health:
+            self.ratios[update] = {name: health[name] for name in RATIOS}
         return fresh
+
+    def mean_ratios(self, reuse: int) -> dict[int, dict[str, float]]:
+        """Means over rollouts by how many updates a rollout had served before, 1 to `reuse` - 1."""
+        visits = {visit: [r for update, r in self.ratios.items() if (update - 1) % reuse == visit]
+                  for visit in range(1, reuse)}  # fmt: skip
+        return {
+            visit: {name: mean(r[name] for r in found) for name in RATIOS} for visit, found in visits.items() if found
+        }
 
 
 def command_line(teacher: str, seed: int, folder: Path, **flags: Any) -> list[str]:
@@ -59,11 +74,21 @@ def command_line(teacher: str, seed: int, folder: Path, **flags: Any) -> list[st
     return words + words_of({**COMMON, **flags})
 
 
-def calls_per_update(config: RunConfig) -> int:
-    """The network calls of one update."""
-    guided = 1 if config.method.guidance_scale == 1 or config.target.teacher_target == "samples" else 2
-    estimate = (guided + 1) * config.method.num_renoisings
-    return config.optimisation.train_batch_size * (1 + estimate + 2 + 2 * config.method.fake_updates_per_step)
+def calls_per_update(config: RunConfig) -> float:
+    """The network calls of one update, on average over the random depths of rollouts."""
+    method, samples = config.method, config.optimisation.train_batch_size
+    guided = 1 if method.guidance_scale == 1 or config.target.teacher_target == "samples" else 2
+    drawn = mean_depth(config) / method.steps_per_rollout  # calls for each sample that is trained on
+    revisited = 1 if method.importance_weighting == "none" else drawn  # ratios need the whole rollout again
+    rollout = (drawn + (method.reuse_rollouts - 1) * revisited) / method.reuse_rollouts
+    return samples * (rollout + (guided + 1) * method.num_renoisings + 2 + 2 * method.fake_updates_per_step)
+
+
+def mean_depth(config: RunConfig) -> float:
+    """How many steps a rollout takes on average: up to the last state of any of its groups that is trained on."""
+    steps, trained = config.method.num_student_steps, config.method.steps_per_rollout
+    groups = config.optimisation.train_batch_size // (config.method.group_size * trained)
+    return steps - sum((comb(k, trained) / comb(steps, trained)) ** groups for k in range(steps))
 
 
 def calls_before(config: RunConfig) -> dict[str, int]:
@@ -118,18 +143,21 @@ class Study(Trainer):
         super().__init__(config, callbacks)
         self.num_images, self.references = num_images, references or {}
         self.curve: list[dict] = []
+        self.began = 0.0  # processor time at the first update, put off by what measurements take
 
     def validate(self) -> None:
         networks, run, method = self.networks, self.distillation, self.config.method
-        calls, update = dict(networks.calls), self.state.update
+        calls, update, seconds = dict(networks.calls), self.state.update, time.process_time() - self.began
         reference = "teacher_unguided" if method.guidance_scale == 1 else "teacher"
         with averaged_student(run, self.state):
             measured = measure(run, self.teacher, self.num_images, reference, self.references)
         networks.calls.clear()
         networks.calls.update(calls)
         self.curve.append({"updates": update, "network_calls": sum(calls.values()), "calls": calls,
-                           "rollouts": update // method.reuse_rollouts * len(run.groups(0)) * method.group_size,
+                           "processor_seconds": seconds,
+                           "rollouts": ceil(update / method.reuse_rollouts) * len(run.groups(0)) * method.group_size,
                            **measured})  # fmt: skip
+        self.began = time.process_time() - seconds
 
 
 def distil(
@@ -158,7 +186,7 @@ def distil(
         The arguments, the curve (one entry per mark), and the calls of every kind.
     """
     config = parse_args(command_line(teacher_name, seed, folder, **flags))
-    unit = marks * config.method.reuse_rollouts
+    unit = lcm(marks, config.method.reuse_rollouts)
     updates = max(1, round(budget / calls_per_update(config) / unit)) * unit
     config = config.changed("optimisation", max_train_steps=updates)
     config = config.changed("output", validation_steps=updates // marks, checkpointing_steps=updates * 10)
@@ -178,7 +206,7 @@ def followed(study: Study) -> dict:
         study.load()
         study.networks.calls.clear()  # those of a target, which runs share
         monitor = study.state.monitor = RecordingMonitor(study.state.monitor.teacher_contrast)
-        started, finite = time.time(), True
+        started, finite, study.began = time.time(), True, time.process_time()
         try:
             if train(study):
                 raise KeyboardInterrupt
@@ -190,7 +218,8 @@ def followed(study: Study) -> dict:
     settings = {name: value for name, value in study.config.as_arguments().items() if name != "output_dir"}
     return {
         "arguments": settings, "finite": finite, "alarms": monitor.rung,
-        "seconds": time.time() - started, "curve": study.curve,
+        "seconds": time.time() - started, "ratios": monitor.mean_ratios(study.config.method.reuse_rollouts),
+        "curve": study.curve,
     }  # fmt: skip
 
 

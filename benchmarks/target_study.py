@@ -3,9 +3,9 @@
     python benchmarks/target_study.py --work_dir target-study
 
 Trains targets of the tiny teacher at guidance 4, as a run does, and measures what each target draws itself, unguided,
-in 25 steps, against the teacher's images: `results/target_study.json`, of which `study_report.py` makes the table in
-docs/method.md. Beside it: the same distance of the images that it learnt from. Finished targets are kept in
-`--work_dir`. Run it in the repository's root.
+in 25 steps, against the teacher's images: `results/target_study.json`, which docs/method.md sums up. Beside it: the
+same distance of the images that it learnt from. Finished targets are kept in `--work_dir`. Run it in the repository's
+root.
 """
 
 from __future__ import annotations

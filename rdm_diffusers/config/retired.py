@@ -1,4 +1,4 @@
-"""Flags of release 0.1.0 that its own measurements retired; docs/method.md keeps their figures."""
+"""Flags of release 0.1.0 that its own measurements retired; docs/evidence.md says what they brought."""
 
 from __future__ import annotations
 
