@@ -15,10 +15,10 @@ class ScoreImplicit:
 
         L = (f - g) . (g - x̂) / h,    h = sqrt(|f - g|^2 / D + c^2)
 
-    with D elements. Gradients flow to x̂, and through x_tau in both networks, in h, too. If the fake score is perfect, they
-    are on average the gradient of D h with respect to the student's distribution. The paper has the loss for scores,
-    with y = s_fake - s_teacher: -w(t) y / sqrt(|y|^2 + c_t^2) . (s_fake - grad log q(x_tau | x̂)). A difference of scores
-    is a / s^2 times that of the x0, so that this is the paper's loss with w(t) = sqrt(D) s^2 / a and
+    with D elements. Gradients flow to x̂, and through x_tau in both networks, in h, too. If the fake score is perfect,
+    they are on average the gradient of D h with respect to the student's distribution. The paper has the loss for
+    scores, with y = s_fake - s_teacher: -w(t) y / sqrt(|y|^2 + c_t^2) . (s_fake - grad log q(x_tau | x̂)). A difference
+    of scores is a / s^2 times that of the x0, so that this is the paper's loss with w(t) = sqrt(D) s^2 / a and
     c_t = sqrt(D) c a / s^2. That w, and one c for the x0 of all times, are ours.
 
     Args:
