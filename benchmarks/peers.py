@@ -34,6 +34,8 @@ from rdm_diffusers.tiny import MAX_SEQUENCE_LENGTHS
 from rdm_diffusers.tiny.reference import REFERENCES
 
 FIRST_SEED = 1_000_000  # of the pictures
+METRICS = ("fd_to_teacher", "fd_to_data", "prompt_accuracy")
+COLUMNS = ("peer", "teacher", "what was run", "network calls", "seeds", *METRICS)
 PER_RUN = ("seed", "updates", "network_calls", "seconds")
 
 
@@ -129,6 +131,21 @@ def summarise(measured: list[tuple[Run, dict[str, float]]]) -> list[dict[str, An
     return rows
 
 
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The rows for docs/benchmark.md, each value with its standard error if there are several seeds."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        measured = [number(row["mean"][name], row["standard_error"][name]) for name in METRICS]
+        facts = [row["name"], row["teacher"], row["variant"], f"{row['all_network_calls']:,}", str(len(row["seeds"]))]
+        lines.append(f"| {' | '.join(facts + measured)} |")
+    return "\n".join(lines)
+
+
+def number(value: float, error: float | None) -> str:
+    """A value with its standard error, if it has one."""
+    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
+
+
 def main() -> None:
     """Measures all runs in `--work_dir`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,7 +157,9 @@ def main() -> None:
     if not runs:
         parser.error(f"{args.work_dir} has no folder with a peer.json.")
     measured = [(run, measure_run(folder, run, args.num_images)) for folder, run in runs.items()]
-    write_result("peers", {"num_images": args.num_images, "peers": summarise(measured)})
+    rows = summarise(measured)
+    write_result("peers", {"num_images": args.num_images, "peers": rows})
+    print(as_table(rows))
 
 
 if __name__ == "__main__":

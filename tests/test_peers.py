@@ -14,7 +14,7 @@ from rdm_diffusers.tiny import TINY_TEACHER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from peers import Run, measure_run, read_run, summarise
+from peers import METRICS, Run, as_table, measure_run, read_run, summarise
 
 RUN = Run(
     name="a peer", version="1.0", source="https://example.org", licence="Apache-2.0", teacher="tiny", variant="plain",
@@ -38,11 +38,14 @@ def test_a_stock_pipeline_is_measured_once_and_in_the_same_way(tmp_path: Path) -
 def test_seeds_of_one_variant_are_one_row_with_their_mean_and_its_standard_error() -> None:
     other = replace(RUN, seed=4, command="python train.py --seed 4 --rate 1", seconds=2.0)
     apart = replace(RUN, variant="quick")
-    rows = summarise([(other, {"fd_to_teacher": 3.0}), (apart, {"fd_to_teacher": 9.0}), (RUN, {"fd_to_teacher": 1.0})])
+    values = ((other, 3.0), (apart, 9.0), (RUN, 1.0))
+    rows = summarise([(run, dict.fromkeys(METRICS, value)) for run, value in values])
     row = next(row for row in rows if row["variant"] == "plain")
     assert len(rows) == 2 and row["seeds"] == [3, 4] and row["command"] == "python train.py --seed SEED --rate 1"
-    assert row["mean"] == {"fd_to_teacher": 2.0} and row["standard_error"] == {"fd_to_teacher": pytest.approx(1.0)}
-    assert row["all_network_calls"] == 20
+    assert row["mean"] == dict.fromkeys(METRICS, 2.0)
+    assert row["standard_error"] == dict.fromkeys(METRICS, pytest.approx(1.0))
+    assert "| a peer | tiny | plain | 20 | 2 | 2.00 ± 1.00 |" in as_table(rows)
+    assert "| a peer | tiny | quick | 20 | 1 | 9.00 |" in as_table(rows)
 
 
 def test_a_description_with_a_wrong_field_or_an_unknown_teacher_is_refused(tmp_path: Path) -> None:
