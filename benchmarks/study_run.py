@@ -30,8 +30,8 @@ from rdm_diffusers.training.callbacks import Callback
 from rdm_diffusers.training.finite import NonFiniteError
 from rdm_diffusers.training.loop import train
 from rdm_diffusers.training.monitor import CollapseError, Monitor
+from rdm_diffusers.training.run import Distillation
 from rdm_diffusers.training.trainer import Trainer
-from rdm_diffusers.training.updates import Distillation
 from rdm_diffusers.training.validation import averaged_student
 
 REWARDS = ("tiny_prompt", "tiny_bold")

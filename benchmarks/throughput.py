@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from rdm_diffusers.families import Conditioning, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER, SharedBase
+from rdm_diffusers.training.batches import Batch, collect
 from rdm_diffusers.training.tracking import peak_memory
-from rdm_diffusers.training.updates import Batch, collect
 
 Inputs = tuple[Tensor, Tensor, Conditioning]
 WARM_UP = 2

@@ -39,9 +39,10 @@ from rdm_diffusers.distillation import (
 from rdm_diffusers.families.sd_unet import StableDiffusionFamily
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, Networks, SeparateNetworks
 from rdm_diffusers.networks.discriminator import Discriminator, Features
+from rdm_diffusers.training.batches import collect
 from rdm_diffusers.training.discriminating import judge_pictures
 from rdm_diffusers.training.memory_plan import plan_memory
-from rdm_diffusers.training.updates import collect, fake_score_update
+from rdm_diffusers.training.updates import fake_score_update
 
 COUNT = 4
 PICTURES = dict(num_target_images=45, target_inference_steps=2)

@@ -44,7 +44,7 @@ def complaint(teacher_folder: Path, prompts_file: Path, tmp_path: Path, capsys: 
 
 
 def test_an_unknown_algorithm(complaint) -> None:
-    assert "--algorithm is ddpo; it must be dmd, gndm or gndmr." in complaint(algorithm="ddpo")
+    assert "--algorithm is ddpo; it must be dmd, gndm, gndmr," in complaint(algorithm="ddpo")
 
 
 def test_a_missing_teacher_folder(complaint, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_every_default_of_a_run_lies_in_its_bounds_and_is_in_the_help(
 def test_no_value_of_python_slips_past_the_bounds() -> None:
     for values, said in (({"rank": True}, "--rank: 'True' is no whole number"), ({"seed": -1}, "--seed is -1; it must"),
                          ({"use_ema": 1}, "--use_ema is 1; it must be true or false."),
-                         ({"algorithm": "ddpo"}, "--algorithm is ddpo; it must be dmd, gndm or gndmr."),
+                         ({"algorithm": "ddpo"}, "--algorithm is ddpo; it must be dmd, gndm, gndmr,"),
                          ({"rnak": 1}, "There is no setting rnak")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             RunConfig.of(**values)

@@ -28,11 +28,12 @@ from rdm_diffusers.families.flow import pack
 from rdm_diffusers.hub import write_card
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.tiny.captions import CAPTIONS
+from rdm_diffusers.training.batches import collect
 from rdm_diffusers.training.memory_plan import plan_memory
 from rdm_diffusers.training.target import _of_update
 from rdm_diffusers.training.target_buckets import images_of_sizes, nearest_buckets
 from rdm_diffusers.training.target_images import TargetImages
-from rdm_diffusers.training.updates import collect, student_update
+from rdm_diffusers.training.updates import student_update
 
 SIZES = ("32x32", "48x32", "32x64")
 TARGET: dict[str, Any] = dict(

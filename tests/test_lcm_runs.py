@@ -20,9 +20,10 @@ from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.families import LORA_FILE
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
+from rdm_diffusers.training.batches import weigh_samples
 from rdm_diffusers.training.consistency import collect_noised
 from rdm_diffusers.training.memory_plan import plan_memory
-from rdm_diffusers.training.updates import student_update, weigh_samples
+from rdm_diffusers.training.updates import student_update
 
 LCM_RUN = dict(
     algorithm="lcm", group_size=None, num_student_steps=4, num_target_images=40, target_inference_steps=2,

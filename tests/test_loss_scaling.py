@@ -13,12 +13,13 @@ from torch import Tensor
 
 from rdm_diffusers.distillation.reward_gradients import differentiable_gradients
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
+from rdm_diffusers.training.batches import collect
 from rdm_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
 from rdm_diffusers.training.devices import prepare_vae
 from rdm_diffusers.training.finite import NonFiniteError
 from rdm_diffusers.training.loop import step
 from rdm_diffusers.training.loss_scaling import LossScaler, scaled
-from rdm_diffusers.training.updates import collect, fake_score_update, student_update
+from rdm_diffusers.training.updates import fake_score_update, student_update
 
 
 @pytest.fixture

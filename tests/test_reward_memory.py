@@ -25,6 +25,7 @@ from rdm_diffusers.families import FAMILIES, Teacher, rebuilt
 from rdm_diffusers.rewards import load_reward, reward_networks
 from rdm_diffusers.tiny.captions import CAPTIONS
 from rdm_diffusers.training import trainer as trainer_module
+from rdm_diffusers.training.batches import collect
 from rdm_diffusers.training.devices import prepare_vae
 from rdm_diffusers.training.external_rewards import join_rewards, load_rewards
 from rdm_diffusers.training.memory_model import LivePeak, nbytes
@@ -33,7 +34,6 @@ from rdm_diffusers.training.memory_table import MemoryPlan
 from rdm_diffusers.training.reward_memory import measure_rewards
 from rdm_diffusers.training.run_folder import check_resumable
 from rdm_diffusers.training.teacher_checks import check_with_teacher, checked_tiny_vae
-from rdm_diffusers.training.updates import collect
 
 GNDMR = {"algorithm": "gndmr", "reward": "tiny_bold"}
 NETWORK = """

@@ -12,8 +12,9 @@ from torch import Tensor
 from rdm_diffusers import RunConfig, Trainer
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
+from rdm_diffusers.training.batches import collect, weigh_samples
 from rdm_diffusers.training.reward_schedule import reward_schedule
-from rdm_diffusers.training.updates import collect, fake_score_update, student_update, weigh_samples
+from rdm_diffusers.training.updates import fake_score_update, student_update
 
 REWARDS = ["tiny_bold", "tiny_prompt_black_box"]  # one joins R_dm's direction, one tilts the target
 WARM_UP = 4

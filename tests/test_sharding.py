@@ -17,9 +17,9 @@ from rdm_diffusers.families import Conditioning, load_denoiser
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT, TEACHER
 from rdm_diffusers.sharding import gather
 from rdm_diffusers.training import checkpoints
+from rdm_diffusers.training.batches import collect
 from rdm_diffusers.training.checkpoint_files import damage, files_of, read_part
 from rdm_diffusers.training.trainer import Trainer
-from rdm_diffusers.training.updates import collect
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 

@@ -20,7 +20,8 @@ from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import GNDM, RunningMeans, ascent, estimate_reward, guidance_times
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER
 from rdm_diffusers.prediction import expand
-from rdm_diffusers.training.updates import collect, student_update
+from rdm_diffusers.training.batches import collect
+from rdm_diffusers.training.updates import student_update
 
 SCALES = torch.tensor([1.0, 1.5, 3.0, 7.5])
 SNOOPI = dict(algorithm="snoopi", guidance_scale=3.0)

@@ -24,10 +24,10 @@ from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TARGET, TEACHER
 from rdm_diffusers.pipelines import RdmDistillationPipeline
 from rdm_diffusers.prompts import read_prompts
 from rdm_diffusers.training import shared_parts, target_images
+from rdm_diffusers.training.batches import collect
 from rdm_diffusers.training.run_folder import check_resumable
 from rdm_diffusers.training.target import overfitted
 from rdm_diffusers.training.target_start import nearest
-from rdm_diffusers.training.updates import collect
 
 IMAGES, DRAWN = 80, 128  # two parts of 64
 STUDENTS = pytest.mark.parametrize("student", ["lora", "full"])

@@ -46,7 +46,8 @@ from rdm_diffusers.distillation.times import times_between
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER
 from rdm_diffusers.prediction import NoiseSchedule, expand
 from rdm_diffusers.schedulers import RdmScheduler
-from rdm_diffusers.training.updates import collect, fake_score_update, student_update
+from rdm_diffusers.training.batches import collect
+from rdm_diffusers.training.updates import fake_score_update, student_update
 
 GRIDS: dict[str, dict] = {
     "vp": dict(prediction_type="epsilon", student_timesteps=[999, 749, 499, 249]),

@@ -16,7 +16,8 @@ from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.distillation import TimeDistribution, denoising_times, guidance_times, renoising_times
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER
 from rdm_diffusers.prediction import NoiseSchedule, expand, to_x0
-from rdm_diffusers.training.updates import collect, student_update
+from rdm_diffusers.training.batches import collect
+from rdm_diffusers.training.updates import student_update
 
 FLOW, VP = NoiseSchedule(None), NoiseSchedule(torch.linspace(0.999, 0.005, 1000))
 EVEN = (torch.arange(100_000) + 0.5) / 100_000

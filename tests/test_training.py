@@ -12,9 +12,10 @@ from torch import Tensor
 
 import train_rdm_lora
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT
+from rdm_diffusers.training.batches import collect
 from rdm_diffusers.training.launch import make_accelerator
 from rdm_diffusers.training.loop import step
-from rdm_diffusers.training.updates import collect, fake_score_update, student_update
+from rdm_diffusers.training.updates import fake_score_update, student_update
 from rdm_diffusers.training.validation import averaged_student, sample_student
 
 LORA = "pytorch_lora_weights.safetensors"

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from rdm_diffusers.distillation import Draws, RunningMeans
 from rdm_diffusers.networks import FAKE_SCORE, STUDENT, TEACHER
+from rdm_diffusers.training.batches import collect, reuse, weigh_samples
 from rdm_diffusers.training.finite import NonFiniteError
 from rdm_diffusers.training.loop import step
 from rdm_diffusers.training.tracking import numbers_of
-from rdm_diffusers.training.updates import collect, fake_score_update, reuse, student_update, weigh_samples
+from rdm_diffusers.training.updates import fake_score_update, student_update
 
 
 @pytest.fixture

@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from .run_config import RunConfig
 
 IDLE = {
-    "method": ("bias_estimator", "pool_steps", "num_renoisings", "importance_weighting"),
-    "times": ("renoising_time_distribution", "fake_time_distribution", "logit_mean", "logit_std", "decoupled_guidance"),
+    "method": ("bias_estimator", "pool_steps", "num_renoisings", "importance_weighting", "fake_score_unconditional"),
+    "times": (
+        "renoising",
+        "guidance_range",
+        "renoising_time_distribution",
+        "fake_time_distribution",
+        "logit_mean",
+        "logit_std",
+        "decoupled_guidance",
+    ),
     "rewards": ("reward_tilt",),
 }
 USUAL = {field.name: field.default for kind in (MethodConfig, TimesConfig, RewardsConfig) for field in fields(kind)}
@@ -31,7 +39,7 @@ def check_consistency(config: RunConfig) -> None:
         return
     if method.preset not in (None, "lcm"):
         raise ValueError(f"--algorithm lcm is the preset lcm; leave --preset {method.preset} out.")
-    own = PRESETS["lcm"] | ALGORITHM_DEFAULTS["lcm"]
+    own = PRESETS["lcm"] | ALGORITHM_DEFAULTS["lcm"] | {"gen_cls_loss_weight": 0.0}
     idle = [name for name, value in own.items() if getattr(method, name) != value]
     for subject, names in IDLE.items():
         idle += [name for name in names if getattr(getattr(config, subject), name) != USUAL[name]]

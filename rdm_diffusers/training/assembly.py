@@ -42,7 +42,7 @@ from .fake_score import add_to_fake_score
 from .finite import OF_FP16, OF_RATES, FiniteChecks
 from .optimizers import make_optimizer
 from .prompts import PromptGroups, Texts
-from .updates import Distillation
+from .run import Distillation
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

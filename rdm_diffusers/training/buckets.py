@@ -14,7 +14,7 @@ from ..config import RunConfig
 from ..families import Teacher
 from ..sizes import Resolution
 from .assembly import teacher_shift
-from .updates import Distillation
+from .run import Distillation
 
 
 def with_buckets(run: Distillation, teacher: Teacher, config: RunConfig) -> Distillation:

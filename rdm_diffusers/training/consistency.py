@@ -8,7 +8,8 @@ from torch import Tensor
 from ..distillation import LCM, Samples
 from ..families import Conditioning
 from ..prediction import expand
-from .updates import Batch, Distillation
+from .batches import Batch
+from .run import Distillation
 
 PURPOSE = "lcm_pictures"  # of their draws
 

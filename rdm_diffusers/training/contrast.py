@@ -10,7 +10,7 @@ from ..distillation import draw_samples
 from ..families import Teacher
 from ..networks import TEACHER
 from .assembly import make_scheduler
-from .updates import Distillation
+from .run import Distillation
 
 CONTRAST_STEPS = 20  # of the teacher
 

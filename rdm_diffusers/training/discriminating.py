@@ -12,7 +12,8 @@ from ..distillation import discriminator_direction
 from ..networks import FAKE_SCORE
 
 if TYPE_CHECKING:
-    from .updates import Batch, Distillation
+    from .batches import Batch
+    from .run import Distillation
 
 Verdict = tuple[Tensor, Tensor]  # logits [B] and the losses of each [B], detached
 

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from ..distillation import LCM
 from ..networks import FAKE_SCORE, STUDENT
+from .batches import collect, reuse, weigh_samples
 from .checkpoint_files import PREFIX
 from .checkpoints import TrainState, is_saved, save_checkpoint
 from .consistency import collect_noised
 from .finite import FiniteChecks
 from .interrupts import interruptible, largest_over_processes
 from .optimizers import update_average
+from .run import Distillation
 from .tracking import Progress
-from .updates import Distillation, collect, fake_score_update, reuse, student_update, weigh_samples
+from .updates import fake_score_update, student_update
 
 if TYPE_CHECKING:
     from .trainer import Trainer

@@ -14,9 +14,9 @@ from ..config.pictures import needs_pictures, reads_pictures
 from ..distillation import Draws
 from ..distillation.draws import sent
 from ..families import Conditioning, Teacher
+from .run import Distillation
 from .target_buckets import images_of_sizes
 from .target_images import TargetImages
-from .updates import Distillation
 from .user_images import UserImages
 
 

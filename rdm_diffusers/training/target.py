@@ -33,8 +33,8 @@ from .checkpoints import copy_into
 from .finite import NonFiniteError
 from .loss_scaling import scalers_of
 from .optimizers import averaged, make_optimizer, update_average
+from .run import Distillation
 from .target_images import TargetImages
-from .updates import Distillation
 
 DAMAGED = "The target in {path} is damaged; it is trained again."
 RECORD = "target.json"  # in the run's folder

@@ -11,8 +11,8 @@ from diffusers.training_utils import find_nearest_bucket
 from ..config import RunConfig
 from ..families import Teacher
 from ..sizes import Resolution, height_and_width
+from .run import Distillation
 from .target_images import HELD_OUT, TargetImages, draw_target_images
-from .updates import Distillation
 from .user_images import UserImages, user_target_images
 
 

@@ -22,9 +22,9 @@ from ..networks import TEACHER
 from ..sharding import gather
 from .assembly import DTYPES, teacher_scheduler
 from .prompts import PromptGroups
+from .run import Distillation
 from .shared_parts import shared_parts
 from .target_pictures import PictureFolder
-from .updates import Distillation
 
 FOLDER = "rdm_target_images"
 PART = 64  # images in a file

@@ -37,6 +37,7 @@ from .memory_table import MemoryPlan
 from .pictures import images_of_run, with_pictures
 from .prompts import Texts, load_prompts, read_texts
 from .publish import check_hub, publish
+from .run import Distillation
 from .run_folder import (
     arguments_of,
     check_resumable,
@@ -51,7 +52,6 @@ from .target_images import TargetImages
 from .target_start import start_at_target
 from .teacher_checks import check_with_teacher
 from .tracking import announcement, end_trackers, start_trackers
-from .updates import Distillation
 from .user_images import UserImages, find_user_images
 from .validation import averaged_student, validation_picture, write_picture
 from .validation_metrics import ValidationMetrics, load_metrics

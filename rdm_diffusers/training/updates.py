@@ -2,213 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from itertools import count
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..distillation import (
-    GNDM,
     LCM,
-    UNIFORM,
-    Draws,
-    Place,
-    Renoising,
     RunningMeans,
-    Samples,
-    Step,
-    TimeDistribution,
     ascent,
-    collect_samples,
     estimate_reward,
     fake_score_direction,
     guidance_scales,
     guidance_times,
     importance_health,
     importance_weights,
-    log_ratios,
-    revisit,
-    rollout,
-    trained_places,
 )
-from ..families import Conditioning
-from ..networks import FAKE_SCORE, STUDENT, Networks
+from ..networks import FAKE_SCORE, STUDENT
 from ..prediction import denoising_weight, expand
-from ..schedulers import RdmScheduler
-from ..sharding import average_in_backward
+from .batches import Batch
 from .discriminating import discriminator_health, judge_pictures, judge_samples
-from .external_rewards import ExternalRewards
-from .finite import FiniteChecks
-from .loss_scaling import LossScaler, scaled
 from .monitor import batch_health, consistency_health, contrast, fake_loss_health
-from .prompts import PromptGroups
-
-if TYPE_CHECKING:
-    from .pictures import Pictures
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distillation:
-    """What the updates need and do not change, made once per run."""
-
-    networks: Networks
-    scheduler: RdmScheduler  # the student's sampler on its trained grid
-    renoising: Renoising  # where R_dm is estimated, and where the fake score learns
-    objective: GNDM | LCM  # turns R_dm, or a consistency target, into a direction
-    prompts: PromptGroups
-    draws: Draws
-    latent_shape: tuple[int, int, int]  # (C, H, W)
-    groups_per_update: int  # rollouts per update and process, counted in groups
-    steps_per_rollout: int  # how many of a rollout's states are trained on
-    micro_batch_size: int  # samples in one forward or backward
-    rewards: ExternalRewards | None = None  # join R_dm
-    pictures: Pictures | None = None  # of what the student is to learn, where updates read them
-    num_renoisings: int = 1  # how many re-noised copies of each x̂ estimate R_dm
-    renoising_distribution: TimeDistribution = UNIFORM  # of their times
-    fake_distribution: TimeDistribution = UNIFORM  # of the times of the fake score's loss
-    guidance_range: tuple[float, ...] = ()  # between which the teacher's scale is drawn; () for the networks' own
-    decoupled_guidance: bool = False  # whether the guidance's part of R_dm is estimated at times of its own
-    guidance_cls_loss_weight: float = 0.0  # of the discriminator's loss, beside the fake score's
-    importance_weighting: str = "none"  # of `IMPORTANCE_WEIGHTINGS`, for rollouts that serve several updates
-    process_index: int = 0
-    num_processes: int = 1  # a group stays whole on one process
-    is_sharded: bool = False  # whether a network call needs all processes
-    sync_each_batch: bool = False  # whether sharded gradients are averaged after every micro-batch
-    checks: FiniteChecks = field(default_factory=FiniteChecks)  # what the next optimiser's step waits for
-    buckets: tuple[Distillation, ...] = ()  # this run at each of several sizes, of which every rollout has one
-    scalers: dict[str, LossScaler] = field(default_factory=dict)  # of the roles whose gradients are float16
-
-    @property
-    def num_steps(self) -> int:
-        """K, the student's number of steps."""
-        return len(self.scheduler.timesteps)
-
-    def student(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The student's x0 `[B, C, H, W]`."""
-        return self.networks.predict(STUDENT, x_t, t, conditioning)
-
-    def of_rollout(self, number: int) -> Distillation:
-        """This run at the size of its `number`-th rollout, on all processes: each bucket in turn, in drawn orders."""
-        if not self.buckets:
-            return self
-        count = len(self.buckets)
-        order = torch.randperm(count, generator=self.draws.generator("buckets", number // count))
-        return self.buckets[int(order[number % count])]
-
-    def groups(self, number: int) -> range:
-        """The groups of this process in the `number`-th rollout; no two rollouts or processes share one."""
-        first = (number * self.num_processes + self.process_index) * self.groups_per_update
-        return range(first, first + self.groups_per_update)
-
-    def depth(self, number: int) -> int:
-        """How many steps the `number`-th rollout takes here: up to the last state that this process trains on.
-
-        Where networks are in shards, it is the last of any process, as all must make equally many network calls.
-        """
-        size = self.groups_per_update * self.num_processes
-        groups = range(number * size, (number + 1) * size) if self.is_sharded else self.groups(number)
-        return max(self.trained_steps(group)[-1] for group in groups) + 1
-
-    def trained_steps(self, group: int) -> list[int]:
-        """Which of a group's states are trained on, ascending."""
-        return self.draws.subset("executed_steps", group, self.steps_per_rollout, self.num_steps)
-
-    def backward(
-        self, role: str, x0: Tensor, direction: Tensor, part: slice, count: int, *more: tuple[Tensor, Tensor]
-    ) -> None:
-        """`Networks.backward` of a part of an update's `count` samples; the last part averages sharded gradients."""
-        for network in self.networks.modules:
-            average_in_backward(network, self.sync_each_batch or part.stop >= count)
-        scaler = self.scalers.get(role)
-        others = ((output, scaled(each, scaler)) for output, each in more)
-        self.networks.backward(role, x0, scaled(direction, scaler), *others)
-
-
-@dataclass(frozen=True)
-class WholeRollout:
-    """A rollout with all its steps, for importance weights."""
-
-    steps: list[Step]  # as the student took them
-    places: list[Place]  # which of their states are the batch's samples
-    conditioning: Conditioning  # of the rollout's samples
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The M samples of one rollout, with the key of each group-and-step under which its random numbers are drawn."""
-
-    samples: Samples
-    keys: list[int]  # one per group and trained step
-    prompts: list[str]  # of the same
-    visit: int = 0  # how many updates the rollout has served
-    rollout: WholeRollout | None = None  # the whole of it, only where importance weights are asked for
-    log_ratio: Tensor | None = None  # log p_now - log p_then of reaching each state [M], in nats; where weighed
-    reward_strength: float = 1.0  # what the rewards' schedule gives at the update
-    target: Tensor | None = None  # what x̂ should be [M, C, H, W]; of consistency distillation alone
-
-    @property
-    def sample_prompts(self) -> list[str]:
-        """The prompt of every sample, length M."""
-        group_size = len(self.samples) // len(self.prompts)
-        return [prompt for prompt in self.prompts for _ in range(group_size)]
-
-    def name_of(self, index: int) -> str:
-        """The prompt and step of a sample or of a copy of it, for messages."""
-        index %= len(self.samples)
-        return f"prompt {self.sample_prompts[index]!r}, student step {int(self.samples.step[index]) + 1}"
-
-
-def collect(run: Distillation, number: int) -> Batch:
-    """Rolls the student out for the `number`-th time and collects the states to train on. No gradients."""
-    groups = run.groups(number)
-    trained = [run.trained_steps(group) for group in groups]
-    noise = (run.draws.normal(f"rollout_noise/{k}", groups, run.latent_shape) for k in count())
-    conditioning, places = run.prompts.conditioning(groups), trained_places(trained, run.draws.group_size)
-    steps: Iterator[Step] | list[Step] = rollout(
-        run.student, run.scheduler, noise, conditioning,
-        num_steps=run.depth(number), micro_batch_size=run.micro_batch_size,
-    )  # fmt: skip
-    whole = None
-    if run.importance_weighting != "none":
-        steps = list(steps)
-        whole = WholeRollout(steps, places, conditioning)
-    keys = [group * run.num_steps + k for group, chosen in zip(groups, trained, strict=True) for k in chosen]
-    prompts = [run.prompts.prompt(group) for group, chosen in zip(groups, trained, strict=True) for _ in chosen]
-    return Batch(collect_samples(steps, places, conditioning), keys, prompts, rollout=whole)
-
-
-@torch.no_grad()
-def reuse(run: Distillation, batch: Batch) -> Batch:
-    """The same rollout for another update: its states stay, the student's predictions there are made anew."""
-    if run.importance_weighting == "none" or batch.rollout is None:
-        old = batch.samples
-        parts = [old[part] for part in old.micro_batches(run.micro_batch_size)]
-        x0 = torch.cat([run.student(part.x_t, part.t, part.conditioning) for part in parts])
-        return replace(batch, samples=replace(old, x0=x0), visit=batch.visit + 1)
-    then, places, conditioning = batch.rollout.steps, batch.rollout.places, batch.rollout.conditioning
-    now = list(revisit(run.student, run.scheduler, then, conditioning, run.micro_batch_size))
-    ratios = log_ratios(now, then)
-    log_ratio = torch.cat([ratios[k, members] for k, members in places])
-    samples = collect_samples(now, places, conditioning)
-    return replace(batch, samples=samples, visit=batch.visit + 1, log_ratio=log_ratio)
-
-
-def weigh_samples(
-    run: Distillation, batch: Batch, statistics: RunningMeans, update: int
-) -> tuple[Batch, dict[str, Tensor]]:
-    """The batch with the weights that rewards without gradients give its samples, if there are any; health numbers.
-
-    It also notes how strong the rewards are at this update.
-    """
-    if run.rewards is None:
-        return batch, {}
-    strength = run.rewards.schedule(update)
-    samples, health = run.rewards.tilt(batch.samples, batch.sample_prompts, statistics, strength)
-    health["reward_strength"] = samples.x0.new_full((), strength)
-    return replace(batch, samples=samples, reward_strength=strength), health
+from .run import Distillation
 
 
 def _ascent(run: Distillation, batch: Batch, statistics: RunningMeans) -> tuple[Tensor, dict[str, Tensor]]:

@@ -29,9 +29,9 @@ from ..sizes import resolution_of
 from .assembly import DTYPES
 from .devices import on_device
 from .prompts import check_source
+from .run import Distillation
 from .shared_parts import shared_parts
 from .target_images import PART, SEED, TargetImages, draw_target_images
-from .updates import Distillation
 
 FOLDER = "rdm_user_images"
 FEWEST = 20  # of which one is held out

@@ -22,7 +22,7 @@ from .checkpoints import TrainState
 from .devices import on_device
 from .optimizers import averaged
 from .prompts import Texts
-from .updates import Distillation
+from .run import Distillation
 
 
 def averaged_student(run: Distillation, state: TrainState) -> AbstractContextManager[None]:

@@ -30,8 +30,8 @@ from ..rewards import Reward, WeightedReward, load_distinct_rewards, reward_netw
 from ..tiny import is_tiny
 from ..tiny.captions import CAPTIONS
 from .devices import on_device
+from .run import Distillation
 from .tracking import log_numbers
-from .updates import Distillation
 from .validation import averaged_student, sample_images
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rdm_diffusers.distillation import Draws
 from rdm_diffusers.families import FAMILIES
 from rdm_diffusers.networks import FAKE_SCORE, ROLES, STUDENT
-from rdm_diffusers.training.updates import collect, fake_score_update, student_update
+from rdm_diffusers.training.batches import collect
+from rdm_diffusers.training.updates import fake_score_update, student_update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 BF16 = 2**-8  # half a unit in the last place of a bfloat16, relative
