@@ -157,8 +157,8 @@ class Networks(ABC):
         given = (inputs, t, conditioning, step)
         with torch.enable_grad():
             outputs = (self.predict(role, *given), None) if logit is None else self.fake_score(*given)
-        given_back = zip(outputs, (cotangent, logit), strict=True)
-        pairs = [(output, each) for output, each in given_back if output is not None and each is not None]
+        both = zip(outputs, (cotangent, logit), strict=True)
+        pairs = [(output, each) for output, each in both if output is not None and each is not None]
         guided = role == TEACHER and self.guidance_scale != 1
         self.calls[f"{role} backward"] += len(x_t) * (1 + guided)
         with self.acting_as(role):
