@@ -59,9 +59,8 @@ TEACHER, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_pa
 SOURCES = (TEACHER, VAE, "single_file_config")  # by their full paths, for those who export from another folder
 # What follows from other flags, where it is not given.
 DERIVED = (
-    *PRESETS["gndm"], "decode_batch_size", "f_divergence", "fake_learning_rate", "gen_cls_loss_weight",
-    "lora_alpha", "resolution", "sample_guidance_scale",
-    "target_rank", "tracker_project_name",
+    *PRESETS["gndm"], "decode_batch_size", "f_divergence", "fake_learning_rate", "gen_cls_loss_weight", "lora_alpha",
+    "resolution", "sample_guidance_scale", "target_rank", "tracker_project_name",
 )  # fmt: skip
 
 

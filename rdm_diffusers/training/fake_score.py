@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from diffusers import ModelMixin
 
 from ..config import RunConfig
 from ..config.discriminator import has_discriminator
@@ -22,8 +22,7 @@ def add_to_fake_score(networks: Networks, family: Family, config: RunConfig, lat
         config: the run's; its seed decides the discriminator's first weights.
         latents: `(C, H, W)`.
     """
-    separate = isinstance(networks, SeparateNetworks)
-    network: ModelMixin = networks.denoisers[FAKE_SCORE] if separate else networks.modules[0]  # type: ignore
+    network: Any = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else networks.modules[0]
     if config.method.fake_score_steps:
         networks.add_step_embedding(network.get_submodule(family.time_embedding_name), config.method.num_student_steps)
     if has_discriminator(config):

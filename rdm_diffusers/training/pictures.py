@@ -73,8 +73,8 @@ def with_pictures(run: Distillation, images: Sequence[TargetImages], config: Run
     parts = run.buckets or (run,)
     if any(part.latent_shape not in of_size for part in parts):
         raise ValueError(
-            "Some of --aspect_ratio_buckets has none of your images, and updates read pictures of every "
-            "size; leave that size out, or have the teacher draw some, too, with a --target_weight below 1."
+            "One of --aspect_ratio_buckets has none of your images, and updates read images of every size; leave that "
+            "size out, or have the teacher draw some, too, with a --target_weight below 1."
         )
     found = [replace(part, pictures=Pictures(of_size[part.latent_shape], part.draws)) for part in parts]
     return replace(run, buckets=tuple(found)) if run.buckets else found[0]
