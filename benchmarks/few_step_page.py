@@ -12,14 +12,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from few_step_benchmark import PICTURES, RESULT
+import torch
+from few_step_benchmark import MARKS, PICTURES, RESULT
 from few_step_methods import BASELINE, GUIDANCE, METHODS, PICTURED_STEPS, STEPS, TEACHERS, Plan, scale_of
 from few_step_results import METRIC, finals
 from pages import Line, draw_lines, markdown_table, plus_minus, write_between
 from runs import ROOT, standard_error
 
+from rdm_diffusers.evaluation.pictures import labelled_rows, read_image
+
 PAGE = ROOT / "docs" / "benchmark.md"
 IMAGES = ROOT / "docs" / "images"
+CALLS_FIGURE, STEPS_FIGURE = "benchmark_calls.png", "benchmark_steps.png"
 ABBREVIATED = {"learning_rate": "", "fake_learning_rate": "fake score ", "fake_updates_per_step": "fake updates "}
 Summary = dict[str, dict[str, dict[str, dict[str, Any]]]]  # teacher, guidance, steps, method
 
@@ -50,7 +54,7 @@ def distances(by_steps: dict[str, dict[str, Any]], teacher: Mapping[str, Any] | 
         for steps, cell in by_steps.items()
     }
 
-    def shown(steps: str, method: str) -> str:
+    def cell_of(steps: str, method: str) -> str:
         entry = by_steps[steps].get(method)
         if entry is None:
             return ""
@@ -61,7 +65,7 @@ def distances(by_steps: dict[str, dict[str, Any]], teacher: Mapping[str, Any] | 
         return (f"**{text}**" if entry["mean"][METRIC] == least[steps] else text) + lost
 
     rows = [
-        [method, *(shown(steps, method) for steps in by_steps), seeds_of(by_steps, method)] for method in METHODS
+        [method, *(cell_of(steps, method) for steps in by_steps), seeds_of(by_steps, method)] for method in METHODS
         if any(method in cell for cell in by_steps.values())
     ]  # fmt: skip
     if teacher is not None:
@@ -78,11 +82,11 @@ def seeds_of(by_steps: dict[str, dict[str, Any]], method: str) -> str:
 def changes(by_steps: dict[str, dict[str, Any]], other: Mapping[str, str]) -> str:
     """A row a method: the paired change of the distance against another method, by steps."""
 
-    def shown(cell: dict[str, Any], method: str) -> str:
+    def change_of(cell: dict[str, Any], method: str) -> str:
         change = cell.get(method, {}).get(f"against_{other[method]}")
         return f"{change['change_100_ln']:+.0f}{plus_minus(change['standard_error'])}" if change else ""
 
-    rows = [[method, *(shown(cell, method) for cell in by_steps.values())] for method in METHODS if method in other]
+    rows = [[method, *(change_of(cell, method) for cell in by_steps.values())] for method in METHODS if method in other]
     return markdown_table(["change, 100 ln", *map(named, by_steps)], [row for row in rows if any(row[1:])])
 
 
@@ -103,23 +107,27 @@ def settings(by_steps: dict[str, dict[str, Any]]) -> str:
     return markdown_table([named(steps), *columns], rows)
 
 
-def tables(record: dict[str, Any]) -> dict[str, str]:
-    """What stands between the page's comments."""
+def tables(record: dict[str, Any], folder: Path = PICTURES) -> dict[str, str]:
+    """What stands between the page's comments; `folder` has the students' pictures."""
     parts: dict[str, list[str]] = {"results": [], "correction": [], "settings": []}
     for teacher, guidance, by_steps in sections(record["summary"]):
         floor = record["teachers"].get(teacher, {}).get(guidance, {}).get(str(record["plan"]["images"]))
-        against_baseline = {method: BASELINE for method in METHODS if method != BASELINE}
-        corrected = {name: each.corrected for name, each in METHODS.items() if each.corrected}
         title = heading(teacher, guidance)
-        picture = (
-            f"![Pictures of the students of {teacher}, guidance {guidance}](images/{strip_name(teacher, guidance)})"
-        )
-        parts["results"] += [title, distances(by_steps, floor), f"Against {BASELINE}, paired by seed:",
-                             changes(by_steps, against_baseline), picture]  # fmt: skip
-        parts["correction"] += [title, changes(by_steps, corrected)]
+        against = changes(by_steps, {method: BASELINE for method in METHODS if method != BASELINE})
+        parts["results"] += [title, distances(by_steps, floor), f"Against {BASELINE}, paired by seed:", against]
+        if pictured(teacher, guidance, folder):
+            parts["results"].append(shown(f"Pictures of the students of {teacher}", strip_name(teacher, guidance)))
+        parts["correction"] += [title, changes(by_steps, {m: e.corrected for m, e in METHODS.items() if e.corrected})]
         parts["settings"] += [title, settings(by_steps)]
-    written = {name: "\n\n".join(each) for name, each in parts.items()}
+    if parts["results"]:
+        parts["results"] += [shown("The distance over network calls", CALLS_FIGURE),
+                             shown("The distance over the student's steps", STEPS_FIGURE)]  # fmt: skip
+    written = {name: "\n\n".join(each) or "No method has a finished run yet." for name, each in parts.items()}
     return written | {"runs": runs_table(record), "machine": machines(record)}
+
+
+def shown(text: str, file: str) -> str:
+    return f"![{text}](images/{file})"
 
 
 def runs_table(record: dict[str, Any]) -> str:
@@ -136,6 +144,16 @@ def machines(record: dict[str, Any]) -> str:
     return "\n".join(["```", record["command"], *record["machines"], "```"])
 
 
+def styles() -> dict[str, dict[str, Any]]:
+    """A colour for each method, and the same one dashed for it with the correction."""
+    plain = [name for name, each in METHODS.items() if each.corrected is None]
+    return {
+        name: {"color": f"C{plain.index(each.corrected or name)}", "marker": "o", "markersize": 4,
+               "linestyle": "--" if each.corrected else "-"}
+        for name, each in METHODS.items()
+    }  # fmt: skip
+
+
 def line_of_calls(runs: list[Mapping[str, Any]]) -> Line:
     """Network calls, mean distance and its standard error at every mark."""
     marks = list(zip(*(run["curve"] for run in runs if run["finite"]), strict=True))
@@ -144,7 +162,7 @@ def line_of_calls(runs: list[Mapping[str, Any]]) -> Line:
     return calls, [mean(each) for each in values], [standard_error(each) or 0.0 for each in values]
 
 
-def draw_calls(record: dict[str, Any], steps: int = 4) -> None:
+def draw_calls(record: dict[str, Any], path: Path, steps: int = 4) -> None:
     """The distance over network calls, a panel for each teacher and guidance."""
     plan, panels = Plan(**record["plan"]), {}
     for teacher, guidance, _ in sections(record["summary"]):
@@ -155,10 +173,11 @@ def draw_calls(record: dict[str, Any], steps: int = 4) -> None:
             panels[f"{teacher}, guidance {guidance}, {named(str(steps))}"] = lines
     if panels:
         labels = ("network calls", "Fréchet distance to the teacher")
-        draw_lines(panels, labels, IMAGES / "benchmark_calls.png", xscale="log")
+        ticks = [round(share * plan.calls) for share in MARKS]
+        draw_lines(panels, labels, path, styles(), in_row=3, xscale="log", xticks=ticks, xticklabels=ticks)
 
 
-def draw_steps(record: dict[str, Any]) -> None:
+def draw_steps(record: dict[str, Any], path: Path) -> None:
     """The distance over the student's steps, a panel for each teacher and guidance."""
     panels: dict[str, dict[str, Line]] = {}
     for teacher, guidance, by_steps in sections(record["summary"]):
@@ -171,35 +190,36 @@ def draw_steps(record: dict[str, Any]) -> None:
         panels[f"{teacher}, guidance {guidance}"] = lines
     if panels:
         labels = ("steps of the student", "Fréchet distance to the teacher")
-        draw_lines(panels, labels, IMAGES / "benchmark_steps.png", xscale="log", xticks=STEPS, xticklabels=STEPS)
+        draw_lines(panels, labels, path, styles(), in_row=3, xscale="log", xticks=STEPS, xticklabels=STEPS)
 
 
 def strip_name(teacher: str, guidance: str) -> str:
     return f"benchmark_{teacher}_{guidance}.png"
 
 
-def draw_strips(teacher: str, guidance: str, folder: Path = PICTURES) -> None:
-    """A row a method: its students' pictures at each pictured number of steps, side by side, from the same noises."""
-    import torch
+def pictured(teacher: str, guidance: str, folder: Path) -> dict[str, list[Path]]:
+    """The methods that have pictures at all pictured numbers of steps, with their files."""
+    files = {
+        method: [folder / f"{teacher}-{guidance}-{steps}-{method}.png" for steps in PICTURED_STEPS]
+        for method in METHODS
+    }
+    return {method: each for method, each in files.items() if all(file.exists() for file in each)}
 
-    from rdm_diffusers.evaluation.pictures import labelled_rows, read_image
 
-    rows = {}
-    for method in METHODS:
-        files = [folder / f"{teacher}-{guidance}-{steps}-{method}.png" for steps in PICTURED_STEPS]
-        if all(file.exists() for file in files):
-            rows[method] = torch.stack([read_image(file) for file in files])
+def draw_strips(files: Mapping[str, list[Path]], path: Path) -> None:
+    """A row a method: its students' pictures at each pictured number of steps, side by side."""
+    rows = {method: torch.stack([read_image(file) for file in each]) / 255 for method, each in files.items()}
     if rows:
-        labelled_rows(rows).save(IMAGES / strip_name(teacher, guidance), optimize=True)
+        labelled_rows(rows).save(path, optimize=True)
 
 
 def main() -> None:
     record = json.loads(RESULT.read_text())
     write_between(PAGE, tables(record))
-    draw_calls(record)
-    draw_steps(record)
+    draw_calls(record, IMAGES / CALLS_FIGURE)
+    draw_steps(record, IMAGES / STEPS_FIGURE)
     for teacher, guidance, _ in sections(record["summary"]):
-        draw_strips(teacher, guidance)
+        draw_strips(pictured(teacher, guidance, PICTURES), IMAGES / strip_name(teacher, guidance))
 
 
 if __name__ == "__main__":

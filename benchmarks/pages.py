@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Line = tuple[Sequence[float], Sequence[float], Sequence[float]]  # x, mean, standard error
 
@@ -30,17 +31,51 @@ def write_between(page: Path, written: Mapping[str, str]) -> None:
     page.write_text(text)
 
 
-def draw_lines(panels: Mapping[str, Mapping[str, Line]], labels: tuple[str, str], path: Path, **axes: object) -> None:
-    """One panel beside the other, a line with errors for each entry; the y axis is logarithmic."""
-    import matplotlib.pyplot as plt
+def draw_lines(
+    panels: Mapping[str, Mapping[str, Line]],
+    labels: tuple[str, str],
+    path: Path,
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
+    in_row: int = 10,
+    **axes: Any,
+) -> None:
+    """Panels with a line and its errors for each entry; the y axis is logarithmic.
 
-    figure, places = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
-    for place, (title, lines) in zip(places[0], panels.items(), strict=True):
+    Args:
+        panels: title -> entry -> line.
+        labels: of both axes.
+        path: of the picture.
+        styles: of the entries; then one legend below serves all panels.
+        in_row: panels side by side.
+        axes: settings of every panel's axes.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    columns = min(in_row, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, places = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.6 * rows), squeeze=False)
+    for place in places.flat[len(panels) :]:
+        place.axis("off")
+    for place, (title, lines) in zip(places.flat, panels.items(), strict=False):
         for name, (x, y, error) in lines.items():
-            place.errorbar(x, y, yerr=error, marker="o", capsize=2, label=name)
+            style = (styles or {}).get(name, {"marker": "o"})
+            place.errorbar(x, y, yerr=error, capsize=2, label=name, **style)
         place.set(xlabel=labels[0], ylabel=labels[1], title=title, yscale="log", **axes)
         place.grid(alpha=0.3, which="both")
-        place.legend()
+        if styles is None:
+            place.legend()
+            continue
+        place.xaxis.set_minor_locator(NullLocator())
+        place.yaxis.set_major_formatter(ScalarFormatter())
+        place.yaxis.set_minor_formatter(ScalarFormatter())
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    if styles is not None:
+        found = {
+            name: handle
+            for place in places.flat
+            for handle, name in zip(*place.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(found.values(), found, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3 * columns)
+    figure.savefig(path, dpi=130, bbox_inches="tight" if styles else None)
     plt.close(figure)

@@ -11,15 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rdm_diffusers.config.command_line import parse_args
 from rdm_diffusers.config.presets import ALGORITHM_PRESETS
+from rdm_diffusers.evaluation.pictures import to_pil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import few_step_benchmark as benchmark
 import few_step_page as page
-from few_step_methods import GUIDANCE, METHODS, STEPS, TEACHERS, Job, Plan, best_choice, final_job, grid, search_jobs
+from few_step_methods import (
+    GUIDANCE,
+    METHODS,
+    PICTURED_STEPS,
+    STEPS,
+    TEACHERS,
+    Job,
+    Plan,
+    best_choice,
+    final_job,
+    grid,
+    search_jobs,
+)
 from few_step_results import Results, summary
 from pages import write_between
 
@@ -155,6 +169,19 @@ def test_the_page_shows_the_least_distance_in_bold_with_seeds_and_changes(result
     assert "| the teacher, 50 steps | 1.25 |  |" in shown["results"]
     assert "| gndm | -69 ± 0 |" in shown["results"] and "| gndm | -69 ± 0 |" in shown["correction"]
     assert "| final | 5 | 0.0 |" in shown["runs"]
+
+
+def test_curves_and_pictures_are_drawn_of_what_stands(results: Results, tmp_path: Path) -> None:
+    results.save(PLAN)
+    record = json.loads(results.path.read_text())
+    page.draw_calls(record, tmp_path / "calls.png")
+    page.draw_steps(record, tmp_path / "steps.png")
+    for steps in PICTURED_STEPS:
+        to_pil(torch.full((3, 32, 128), 0.5)).save(tmp_path / f"tiny-off-{steps}-dmd.png")
+    files = page.pictured("tiny", "off", tmp_path)
+    page.draw_strips(files, tmp_path / "strips.png")
+    assert list(files) == ["dmd"] and "benchmark_tiny_off.png" in page.tables(record, tmp_path)["results"]
+    assert all((tmp_path / f"{name}.png").stat().st_size > 0 for name in ("calls", "steps", "strips"))
 
 
 def test_the_page_is_that_of_its_results(tmp_path: Path) -> None:
