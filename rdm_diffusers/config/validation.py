@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DISTANCES = ("fd_to_teacher", "fd_to_data")
 ACCURACY = "prompt_accuracy"
-FEATURES = ("tiny", "inception", "inception-clean")
+FEATURES = ("tiny", "tiny-scenes", "inception", "inception-clean")
 METRIC = Text(f"{', '.join(DISTANCES)}, {ACCURACY}, or a reward as --reward takes it")
 PLACE = Text("a folder, a file, or a tiny teacher's name")
 
@@ -39,7 +39,7 @@ class ValidationConfig:
     reference_data: str | None = flag(
         None, "for fd_to_data, the same", PLACE, free=True, is_path=True)
     features: str | None = flag(
-        None, "the network of the distances; by default inception, or tiny for the tiny teachers", OneOf(FEATURES),
+        None, "the network of the distances; by default inception, or the own one of a tiny teacher", OneOf(FEATURES),
         free=True)
     feature_weights: str | None = flag(
         None, "the file of the Inception weights, where there is no network", PATH, free=True, is_path=True)
