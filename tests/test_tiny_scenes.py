@@ -160,7 +160,7 @@ def test_ink_and_size_of_an_empty_place_have_no_loss() -> None:
     assert torch.equal(reading_loss(logits, labels_of(scenes)), reading_loss(changed, labels_of(scenes)))
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What ends a training in the middle."""
 
 
@@ -172,7 +172,7 @@ def train(path: Path, steps: int, killed_at: int | None = None) -> list[torch.Te
 
     def loss_of(step: int) -> torch.Tensor:
         if step == killed_at:
-            raise Killed
+            raise KilledError
         batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
         return (network(batch) - 1).square().mean()
 
@@ -181,7 +181,7 @@ def train(path: Path, steps: int, killed_at: int | None = None) -> list[torch.Te
 
 
 def test_an_interrupted_training_continues_exactly(tmp_path: Path) -> None:
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(tmp_path / "parts", 9, killed_at=5)
     whole, parts = train(tmp_path / "whole", 9), train(tmp_path / "parts", 9)
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))

@@ -1,7 +1,7 @@
 """Rebuilds the embedded teacher of scenes: `python -m rdm_diffusers.tiny.make_scenes_teacher --output_dir scenes`.
 
-It is a Stable Diffusion 3 pipeline. There are five seeded stages: the classifier, the autoencoder, the text encoders,
-the transformer and the reference statistics. Each leaves its result in the output folder. The transformer's training,
+It is a Stable Diffusion 3 pipeline. There are five seeded stages: the autoencoder, the text encoders, the
+transformer, the classifier and the reference statistics. Each leaves its result in the output folder. The transformer's training,
 by far the longest, saves its state every few minutes, from which the same command continues exactly.
 """
 
@@ -141,34 +141,41 @@ def assemble(vae: AutoencoderKL, encoders: nn.ModuleList, transformer: nn.Module
     ).to(torch.float16)  # fmt: skip
 
 
+def make_transformer(folder: Path, reader: CaptionReader, steps: int) -> SD3Transformer2DModel:
+    """Trains the transformer, going on from its saved state; its moving average is the result."""
+    torch.manual_seed(SEED + 9)
+    transformer = SD3Transformer2DModel(**TRANSFORMER)
+    training = ResumableTraining(list(transformer.parameters()), folder / "training.safetensors")
+    loss_of = flow_loss(transformer, reader.encoders, load_file(folder / "pool.safetensors"))
+    training.run(loss_of, steps, LEARNING_RATE)
+    training.copy_averages()
+    return transformer
+
+
 def make_scenes_teacher(folder: Path, steps: dict[str, int]) -> None:
     """Runs the stages whose results `folder` lacks."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "classifier_scenes.safetensors").exists():
-        torch.manual_seed(SEED + 5)
-        save_file(make_classifier(steps["classifier"]).state_dict(), folder / "classifier_scenes.safetensors")
     if not (folder / "vae").exists():
         torch.manual_seed(SEED + 6)
         make_vae(steps["autoencoder"]).save_pretrained(folder / "vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     vae.register_to_config(_name_or_path="vae")  # not this machine's path
     torch.manual_seed(SEED + 7)
-    reader = CaptionReader(make_tokenizer(SCENE_CAPTIONS, MAX_TOKENS))
     if not (folder / "reader.safetensors").exists():
-        reader = make_reader(steps["reader"])
-        save_file(reader.state_dict(), folder / "reader.safetensors")
+        save_file(make_reader(steps["reader"]).state_dict(), folder / "reader.safetensors")
+    reader = CaptionReader(make_tokenizer(SCENE_CAPTIONS, MAX_TOKENS))
     reader.load_state_dict(load_file(folder / "reader.safetensors"))
     if not (folder / "pool.safetensors").exists():
         save_file(make_pool(vae), folder / "pool.safetensors")
-    torch.manual_seed(SEED + 9)
-    transformer = SD3Transformer2DModel(**TRANSFORMER)
-    training = ResumableTraining(list(transformer.parameters()), folder / "training.safetensors")
-    loss_of = flow_loss(transformer, reader.encoders, load_file(folder / "pool.safetensors"))
-    training.run(loss_of, steps["denoiser"], LEARNING_RATE)
-    training.copy_averages()
-    assemble(vae, reader.encoders, transformer).save_pretrained(folder / Path(TINY_TEACHERS[TINY_SCENES_NAME]).name)
+    pipeline_folder = folder / Path(TINY_TEACHERS[TINY_SCENES_NAME]).name
+    if not pipeline_folder.exists():
+        transformer = make_transformer(folder, reader, steps["denoiser"])
+        assemble(vae, reader.encoders, transformer).save_pretrained(pipeline_folder)
+    if not (folder / "classifier_scenes.safetensors").exists():
+        torch.manual_seed(SEED + 5)
+        save_file(make_classifier(steps["classifier"]).state_dict(), folder / "classifier_scenes.safetensors")
     write_reference(folder, TINY_SCENES_NAME, load_scene_classifier(folder))
 
 
 if __name__ == "__main__":
-    make_scenes_teacher(*parse_steps(__doc__, classifier=4000, autoencoder=3000, reader=2000, denoiser=100_000))
+    make_scenes_teacher(*parse_steps(__doc__, autoencoder=3000, reader=2000, denoiser=100_000, classifier=4000))
