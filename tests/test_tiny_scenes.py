@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rdm_diffusers.tiny.captions import make_tokenizer
-from rdm_diffusers.tiny.domains import DOMAINS, SCENES_DOMAIN, domain_of, domain_of_captions
+from rdm_diffusers.tiny.domains import SCENES_DOMAIN, domain_of, domain_of_captions
 from rdm_diffusers.tiny.resumable import DECAY, WARMUP, ResumableTraining, learning_rate
 from rdm_diffusers.tiny.scene_classifier import EMPTY, FEATURE_DIM, SceneClassifier, labels_of, reading_loss
 from rdm_diffusers.tiny.scene_drawing import SceneDrawing
@@ -69,9 +69,10 @@ def test_a_caption_of_scenes_has_a_token_for_each_word() -> None:
 
 
 def test_captions_name_their_domain() -> None:
-    assert domain_of("tiny-scenes") is SCENES_DOMAIN is domain_of_captions(SCENE_CAPTIONS[:3]) is DOMAINS["tiny-scenes"]
+    assert domain_of("tiny-scenes") is SCENES_DOMAIN
     assert domain_of("tiny") is domain_of("tiny-flow") is domain_of_captions(["a red seven on a blue background"])
     assert domain_of_captions(["a red seven on a blue background", EXAMPLE]) is None
+    assert SCENES_DOMAIN.knows(SCENE_CAPTIONS[:3]) and not SCENES_DOMAIN.knows(["a red seven on a blue background"])
 
 
 def test_a_scene_is_drawn_in_its_places_and_nowhere_else() -> None:

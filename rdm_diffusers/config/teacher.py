@@ -20,7 +20,7 @@ class TeacherConfig:
 
     pretrained_model_name_or_path: str = flag(
         TINY_NAME, "teacher: a folder, a Hub id, a single safetensors file (also as OWNER/REPOSITORY/FILE on the Hub), "
-        "or `tiny`, `tiny-v`, `tiny-flow` or `tiny-scenes` for an embedded one", MODEL,
+        "or `tiny`, `tiny-v` or `tiny-flow` for an embedded one", MODEL,
         "--pretrained_model", "--pretrained_teacher_model", is_path=True)
     pretrained_vae_model_name_or_path: str | None = flag(
         None, "another autoencoder than the teacher's: a folder or a Hub id", FOLDER_OR_ID, is_path=True)

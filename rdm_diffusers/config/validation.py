@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DISTANCES = ("fd_to_teacher", "fd_to_data")
 ACCURACY = "prompt_accuracy"
-FEATURES = ("tiny", "tiny-scenes", "inception", "inception-clean")
+FEATURES = ("tiny", "inception", "inception-clean")
 METRIC = Text(f"{', '.join(DISTANCES)}, {ACCURACY}, or a reward as --reward takes it")
 PLACE = Text("a folder, a file, or a tiny teacher's name")
 
@@ -39,7 +39,7 @@ class ValidationConfig:
     reference_data: str | None = flag(
         None, "for fd_to_data, the same", PLACE, free=True, is_path=True)
     features: str | None = flag(
-        None, "the network of the distances; by default inception, or the own one of a tiny teacher", OneOf(FEATURES),
+        None, "the network of the distances; by default inception, and a tiny teacher's own for it", OneOf(FEATURES),
         free=True)
     feature_weights: str | None = flag(
         None, "the file of the Inception weights, where there is no network", PATH, free=True, is_path=True)

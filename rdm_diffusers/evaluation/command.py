@@ -110,7 +110,7 @@ def make_parser() -> Parser:
     where = "a folder of pictures, statistics (.safetensors of ours, .npz with mu and sigma), or a tiny teacher's name"
     add("--reference_data", metavar="PLACE", help=f"for fd_to_data, the FID: {where}")
     add("--reference_teacher", metavar="PLACE", help=f"for fd_to_teacher, the FID-SD: {where}")
-    add("--features", choices=list(FEATURES), help="by default inception, and the own one of a tiny teacher")
+    add("--features", choices=list(FEATURES), help="by default inception, and a tiny teacher's own for it")
     add("--feature_weights", metavar="FILE", help="the Inception weights, where there is no network")
     add("--reward", nargs="*", action="extend", metavar="SPEC",
         help="as in training: name, file.py:function or http://host:port/path; several, also by repeating the flag")

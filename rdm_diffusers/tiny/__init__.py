@@ -1,7 +1,7 @@
 """The embedded tiny teachers: real pipelines that draw coloured handwritten digits.
 
 `tiny` is a Stable Diffusion pipeline that predicts noise, `tiny-v` its fine-tune that predicts v, and `tiny-flow` a
-Stable Diffusion 3 pipeline of flow matching. `tiny-scenes`, of the same kind, draws scenes of two to four digits.
+Stable Diffusion 3 pipeline of flow matching.
 """
 
 from pathlib import Path
@@ -14,7 +14,6 @@ TINY_TEACHERS: dict[str, str] = {
     TINY_NAME: str(Path(__file__).parent / "teacher"),
     TINY_V_NAME: str(Path(__file__).parent / "teacher_v"),
     TINY_FLOW_NAME: str(Path(__file__).parent / "teacher_flow"),
-    TINY_SCENES_NAME: str(Path(__file__).parent / "teacher_scenes"),
 }
 TINY_TEACHER = TINY_TEACHERS[TINY_NAME]
 # Of the training, where it is not the stock pipeline's default.

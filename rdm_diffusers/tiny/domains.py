@@ -61,7 +61,7 @@ class Domain:
     parse: Callable[[str], Any]
     load_reader: Callable[[], Any]
     feature_dim: int
-    pen: Callable[[Generator], Any]
+    pen: Callable[[Generator], Pen]
 
     def knows(self, prompts: Sequence[str]) -> bool:
         """Whether all prompts can be parsed."""
@@ -75,7 +75,7 @@ DIGITS_DOMAIN = Domain(TINY_NAME, DIGIT_SIZE, CAPTIONS, parse_caption, load_clas
 SCENES_DOMAIN = Domain(
     TINY_SCENES_NAME, SCENE_SIZE, SCENE_CAPTIONS, parse_scene, load_scene_classifier, SCENE_FEATURES, SceneDrawing
 )
-DOMAINS = {domain.name: domain for domain in (DIGITS_DOMAIN, SCENES_DOMAIN)}  # by the name of the feature network
+DOMAINS = {domain.name: domain for domain in (DIGITS_DOMAIN,)}  # by the name of the feature network
 
 
 @lru_cache

@@ -1,8 +1,8 @@
 """Rebuilds the embedded teacher of scenes: `python -m rdm_diffusers.tiny.make_scenes_teacher --output_dir scenes`.
 
-It is a Stable Diffusion 3 pipeline. There are five seeded stages: the autoencoder, the text encoders, the
-transformer, the classifier and the reference statistics. Each leaves its result in the output folder. The transformer's training,
-by far the longest, saves its state every few minutes, from which the same command continues exactly.
+It is a Stable Diffusion 3 pipeline. There are five seeded stages: the autoencoder, the text encoders, the transformer,
+the classifier and the reference statistics. Each leaves its result in the output folder. The transformer's training, by
+far the longest, saves its state every few minutes, from which the same command continues exactly.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import TINY_SCENES_NAME, TINY_TEACHERS
+from . import TINY_SCENES_NAME
 from .caption_reader import TEXT_DIMS, CaptionReader
 from .captions import make_tokenizer
 from .make_flow_teacher import encode_text
 from .make_teacher import CAPTION_DROPOUT, SEED, minimise, parse_steps, roughen, tokenize
-from .reference import write_reference
+from .reference import REFERENCES, write_reference
 from .resumable import ResumableTraining
 from .scene_classifier import SceneClassifier, labels_of, load_scene_classifier, reading_loss
 from .scene_drawing import SceneDrawing
@@ -167,7 +167,7 @@ def make_scenes_teacher(folder: Path, steps: dict[str, int]) -> None:
     reader.load_state_dict(load_file(folder / "reader.safetensors"))
     if not (folder / "pool.safetensors").exists():
         save_file(make_pool(vae), folder / "pool.safetensors")
-    pipeline_folder = folder / Path(TINY_TEACHERS[TINY_SCENES_NAME]).name
+    pipeline_folder = folder / REFERENCES[TINY_SCENES_NAME].teacher_folder
     if not pipeline_folder.exists():
         transformer = make_transformer(folder, reader, steps["denoiser"])
         assemble(vae, reader.encoders, transformer).save_pretrained(pipeline_folder)

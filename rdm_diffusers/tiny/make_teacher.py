@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import TINY_NAME, TINY_TEACHERS
+from . import TINY_NAME
 from .captions import CAPTIONS, DRAWINGS, make_tokenizer
 from .classifier import DrawingClassifier, load_classifier
 from .handwriting import IMAGE_SIZE, Handwriting
-from .reference import write_reference
+from .reference import REFERENCES, write_reference
 
 SEED = 0
 TEXT_DIM = 64
@@ -219,7 +219,7 @@ def parse_steps(description: str | None, **defaults: int) -> tuple[Path, dict[st
 def rebuild(name: str, description: str | None, default_steps: int, make: Callable[[int, Path], None]) -> None:
     """The command of a teacher that `make(steps, folder)` writes, measured with the first teacher's classifier."""
     folder, steps = parse_steps(description, denoiser=default_steps)
-    teacher = folder / Path(TINY_TEACHERS[name]).name
+    teacher = folder / REFERENCES[name].teacher_folder
     if not (teacher / "model_index.json").exists():
         make(steps["denoiser"], teacher)
     write_reference(folder, name, load_classifier())

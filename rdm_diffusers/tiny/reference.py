@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..frechet import GaussianStatistics, frechet_distance
-from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_NAME, TINY_SCENES_NAME, TINY_TEACHERS, TINY_V_NAME
+from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_NAME, TINY_SCENES_NAME, TINY_V_NAME
 from .domains import Reader, domain_of
 
 STEPS = 50
 GUIDANCE_SCALE = 4.0  # w in u + w (c - u)
-SCENES_GUIDANCE_SCALE = 2.0
+SCENES_GUIDANCE_SCALE = 3.0
 SETS = ("teacher", "teacher_unguided", "data")
 
 
@@ -43,6 +43,11 @@ class Reference:
     guidance_scale: float = GUIDANCE_SCALE
     images: int = 5000
     load_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def teacher_folder(self) -> str:
+        """The name of the folder of its pipeline."""
+        return f"teacher{self.suffix}"
 
     @property
     def statistics_file(self) -> str:
@@ -108,7 +113,7 @@ def _reference_images(folder: Path, name: str) -> dict[str, Tensor]:
     """The images of a reference, `[N, 3, S, S]` in [0, 1]: those of `SETS`, and `fresh` ones of the teacher."""
     reference = REFERENCES[name]
     pipeline = DiffusionPipeline.from_pretrained(
-        folder / Path(TINY_TEACHERS[name]).name, use_safetensors=True, **reference.load_options
+        folder / reference.teacher_folder, use_safetensors=True, **reference.load_options
     )
     pipeline.scheduler = reference.solver.from_config(pipeline.scheduler.config)
     options = {"max_sequence_length": MAX_SEQUENCE_LENGTHS[name]} if name in MAX_SEQUENCE_LENGTHS else {}
