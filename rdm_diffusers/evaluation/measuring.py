@@ -98,7 +98,7 @@ def accuracy(batches: Batches) -> float:
         domain = domain_of_captions(asked)
         if domain is None:
             raise ValueError(f"No tiny teacher knows all of these captions: {asked[0]!r}, ...")
-        right = reader_of(domain).correct(images, [domain.parse(prompt) for prompt in asked])
+        right = reader_of(domain, torch.device("cpu")).correct(images, [domain.parse(prompt) for prompt in asked])
         correct += int(right["all"].sum())
         count += len(images)
     return correct / count

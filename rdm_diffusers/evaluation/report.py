@@ -96,7 +96,7 @@ def measure_images(
 ) -> Metrics:
     """Measures existing pictures `[N, 3, S, S]` in [0, 1], as `measure` does."""
     domain, reference = domain_of(teacher), load_statistics(teacher)
-    reader = reader_of(domain)
+    reader = reader_of(domain, torch.device("cpu"))
     statistics = GaussianStatistics.of(reader.features(images))
     correct = reader.correct(images, [domain.parse(prompt) for prompt in prompts])
     return Metrics(

@@ -79,7 +79,7 @@ DOMAINS = {domain.name: domain for domain in (DIGITS_DOMAIN,)}  # by the name of
 
 
 @lru_cache
-def reader_of(domain: Domain, device: torch.device | str = "cpu") -> Reader:
+def reader_of(domain: Domain, device: torch.device) -> Reader:
     """The domain's classifier on a device, loaded once."""
     return domain.load_reader().to(device)
 
