@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rdm_diffusers.tiny.rewards import _classifier
+from rdm_diffusers.tiny.domains import reader_of
 
 ROUNDING = (
     1e-9  # far above float64's 1e-16 after a network and the differences that R_dm takes, and far below any error
@@ -43,10 +43,10 @@ def _wider(value: Any, widens: bool) -> Any:
 def in_float64() -> Iterator[None]:
     """Inside, all that is computed is computed in float64; weights that are loaded still come in float32."""
     torch.set_default_dtype(torch.float64)
-    _classifier.cache_clear()  # what is kept inside is not for outside, and the other way round
+    reader_of.cache_clear()  # what is kept inside is not for outside, and the other way round
     try:
         with _Float64():
             yield
     finally:
-        _classifier.cache_clear()
+        reader_of.cache_clear()
         torch.set_default_dtype(torch.float32)

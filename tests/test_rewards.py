@@ -11,6 +11,7 @@ from rdm_diffusers.rewards import Reward, evaluate, load_reward
 from rdm_diffusers.rewards.registry import TINY_REWARDS
 from rdm_diffusers.rewards.user_file import NamedReward
 from rdm_diffusers.tiny.captions import BACKGROUNDS, CAPTIONS, DRAWINGS, INKS
+from rdm_diffusers.tiny.domains import DIGITS_DOMAIN, reader_of
 
 DIFFERENTIABLE = [name for name in TINY_REWARDS if name != "tiny_prompt_black_box"]
 PROMPTS = CAPTIONS[:4]
@@ -124,12 +125,12 @@ def test_the_right_caption_is_rewarded_more_than_a_wrong_one() -> None:
 
 
 def test_the_classifier_is_loaded_once_and_keeps_no_gradients() -> None:
-    from rdm_diffusers.tiny import rewards
-
+    reader_of.cache_clear()
     evaluate(reward_of("tiny_prompt"), noisy_images(), PROMPTS).sum().backward()
     evaluate(reward_of("tiny_prompt_black_box"), noisy_images(), PROMPTS)
-    classifier = rewards._classifier(torch.device("cpu"))
-    assert rewards._classifier.cache_info().currsize == 1
+    classifier = reader_of(DIGITS_DOMAIN, torch.device("cpu"))
+    assert reader_of.cache_info().currsize == 1
+    assert isinstance(classifier, torch.nn.Module)
     assert all(parameter.grad is None for parameter in classifier.parameters())
 
 

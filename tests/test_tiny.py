@@ -24,6 +24,7 @@ from rdm_diffusers.tiny import (
 )
 from rdm_diffusers.tiny.captions import BACKGROUNDS, CAPTIONS, DRAWINGS, INKS, MAX_TOKENS, make_tokenizer, parse_caption
 from rdm_diffusers.tiny.classifier import FEATURE_DIM, DrawingClassifier, load_classifier
+from rdm_diffusers.tiny.domains import domain_of
 from rdm_diffusers.tiny.reference import REFERENCES, load_quality, load_statistics
 
 FOLDER = Path(TINY_TEACHER).parent
@@ -142,24 +143,31 @@ def test_an_embedded_teacher_is_a_stock_pipeline_that_names_no_foreign_path(name
 
 
 @pytest.mark.parametrize(
-    ("name", "prediction_type", "tokens"),
-    [(TINY_NAME, "epsilon", 12), (TINY_V_NAME, "v_prediction", 12), (TINY_FLOW_NAME, "flow_prediction", 13)],
+    ("name", "prediction_type", "tokens", "latents"),
+    [
+        (TINY_NAME, "epsilon", 12, (4, 8, 8)),
+        (TINY_V_NAME, "v_prediction", 12, (4, 8, 8)),
+        (TINY_FLOW_NAME, "flow_prediction", 13, (4, 8, 8)),
+    ],
 )
-def test_an_embedded_teacher_is_loaded_frozen_and_found_by_name(name: str, prediction_type: str, tokens: int) -> None:
+def test_an_embedded_teacher_is_loaded_frozen_and_found_by_name(
+    name: str, prediction_type: str, tokens: int, latents: tuple[int, int, int]
+) -> None:
     teacher = load_teacher(name, torch.float32)
     assert is_tiny(name) and resolve_teacher(name) == TINY_TEACHERS[name]
     assert not any(parameter.requires_grad for parameter in teacher.denoiser.parameters())
     assert teacher.prediction_type == prediction_type
-    assert teacher.family.latent_shape(teacher.pipeline, None) == (4, 8, 8)
-    assert teacher.encode_prompts(CAPTIONS[:3]).tensors["prompt_embeds"].shape[:2] == (3, tokens)
+    assert teacher.family.latent_shape(teacher.pipeline, None) == latents
+    assert teacher.encode_prompts(domain_of(name).captions[:3]).tensors["prompt_embeds"].shape[:2] == (3, tokens)
 
 
 def test_any_other_name_is_no_embedded_teacher() -> None:
     assert not is_tiny("me/model") and resolve_teacher("me/model") == "me/model"
 
 
-def test_all_references_have_the_same_training_pictures() -> None:
-    first, *others = (load_statistics(name)["data"] for name in TINY_TEACHERS)
+def test_all_references_of_a_domain_have_the_same_training_pictures() -> None:
+    names = [name for name in TINY_TEACHERS if domain_of(name) is domain_of(TINY_NAME)]
+    first, *others = (load_statistics(name)["data"] for name in names)
     for other in others:
         assert torch.equal(first.mean, other.mean) and torch.equal(first.covariance, other.covariance)
 
@@ -169,8 +177,8 @@ def test_the_reference_statistics_are_means_and_covariances_of_the_feature_net(n
     statistics = load_statistics(name)
     assert set(statistics) == {"teacher", "teacher_unguided", "data"}
     for each in statistics.values():
-        assert each.mean.shape == (FEATURE_DIM,)
-        assert each.covariance.shape == (FEATURE_DIM, FEATURE_DIM)
+        assert each.mean.shape == (domain_of(name).feature_dim,)
+        assert each.covariance.shape == (domain_of(name).feature_dim,) * 2
         assert torch.allclose(each.covariance, each.covariance.T)
         assert torch.linalg.eigvalsh(each.covariance).min() > -1e-6
 

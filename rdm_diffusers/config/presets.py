@@ -8,8 +8,8 @@ from typing import Any
 from ..distillation.snoopi import range_around
 from ..families import Lora, full_name, rank_of
 from ..sizes import read_buckets
-from ..tiny import is_tiny
-from ..tiny.handwriting import IMAGE_SIZE
+from ..tiny import TINY_SCENES_NAME, is_tiny
+from ..tiny.domains import domain_of
 from ..tiny.reference import REFERENCES
 
 # fmt: off
@@ -133,7 +133,8 @@ def _tiny_defaults(student: str, defaults: Mapping[str, Any], given: Mapping[str
     values = {**defaults, **given}
     if not is_tiny(values[TEACHER]):
         return {}
-    target, scale = given.get("teacher_target", "samples"), REFERENCES[values[TEACHER]].guidance_scale
+    scale, size = REFERENCES[values[TEACHER]].guidance_scale, domain_of(values[TEACHER]).image_size
+    target = given.get("teacher_target", "score" if values[TEACHER] == TINY_SCENES_NAME else "samples")
     chosen = {"teacher_target": target, "guidance_scale": scale, "sample_guidance_scale": scale, **TINY_DEFAULTS}
     chosen |= TINY_TARGETS.get(target, TINY_TARGETS["score"])
     if student == "lora":
@@ -143,7 +144,7 @@ def _tiny_defaults(student: str, defaults: Mapping[str, Any], given: Mapping[str
     if values["train_data_dir"] or values["image_column"]:
         for name in ("num_target_images", "target_inference_steps"):
             chosen.pop(name, None)  # the teacher draws nothing, unless that is asked for
-    if values["teacher_lora"] or values["aspect_ratio_buckets"] or values["resolution"] not in (None, IMAGE_SIZE):
+    if values["teacher_lora"] or values["aspect_ratio_buckets"] or values["resolution"] not in (None, size):
         chosen.pop("num_eval_images")  # the shipped references are of the teachers alone, and of their own size
     if values["mixed_precision"] != "no":
         chosen.pop("fold_adapters", None)  # adapters are folded in float32 alone

@@ -39,7 +39,7 @@ class ValidationConfig:
     reference_data: str | None = flag(
         None, "for fd_to_data, the same", PLACE, free=True, is_path=True)
     features: str | None = flag(
-        None, "the network of the distances; by default inception, or tiny for the tiny teachers", OneOf(FEATURES),
+        None, "the network of the distances; by default inception, and a tiny teacher's own for it", OneOf(FEATURES),
         free=True)
     feature_weights: str | None = flag(
         None, "the file of the Inception weights, where there is no network", PATH, free=True, is_path=True)

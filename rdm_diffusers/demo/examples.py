@@ -9,7 +9,7 @@ from ..hub.card import PROMPT
 from ..hub.card_text import METRICS_FILE, read_measurements
 from ..pipelines import StudentConfig
 from ..tiny import is_tiny
-from ..tiny.captions import CAPTIONS
+from ..tiny.domains import domain_of
 
 MOST = 6
 
@@ -26,7 +26,8 @@ def example_prompts(name: str, student: StudentConfig, revision: str | None = No
         ValueError: if its `metrics.json` is damaged.
     """
     recorded = [prompt for prompt in _recorded_prompts(name, revision) if prompt.strip()]
-    usual = list(CAPTIONS[7::41]) if is_tiny(student.teacher or "") else [PROMPT]
+    teacher = student.teacher or ""
+    usual = domain_of(teacher).captions[7::41] if is_tiny(teacher) else [PROMPT]
     return list(dict.fromkeys(recorded or usual))[:MOST]
 
 

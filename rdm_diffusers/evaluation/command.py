@@ -36,6 +36,7 @@ from ..pipelines import StudentConfig
 from ..program import run_program
 from ..sizes import RESOLUTION
 from ..tiny import is_tiny
+from ..tiny.domains import MEASURED_REWARDS, domain_of
 from ..untrusted import without_secrets
 from .features import FEATURES, save_reference
 from .measuring import Measures, digest_of_reward, load_measures, measure_files
@@ -47,7 +48,6 @@ from .sampling import Plan, draw, given_pictures, images_per_second, parent_of, 
 from .subjects import DRAWING_PACKAGES, DTYPES, FLOW_SOLVERS, TEACHER_SOLVERS, Options, installed_versions, load_subject
 
 FIRST_SEED = 1_000_000  # far from the seeds of the tiny teachers' references
-TINY_REWARDS = ("tiny_prompt", "tiny_bold")
 SOLVERS = tuple(dict.fromkeys([*TEACHER_SOLVERS, *FLOW_SOLVERS]))
 OF_TEACHERS = ("guidance_scale", "solver", "max_sequence_length", "variant", "single_file_config")
 PATIENCE = timedelta(days=2)  # how long processes wait for the slowest
@@ -84,7 +84,7 @@ def make_parser() -> Parser:
     parser = Parser("rdm-evaluate", description="Measures a student, a teacher or a folder of images.", epilog=EPILOG)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--student", metavar="FOLDER_OR_HUB_ID", help="a LoRA or full student, sampled as it was trained to be")
-    add("--teacher", metavar="NAME", help="a stock pipeline: a folder, a file, a Hub id, tiny, tiny-v or tiny-flow")
+    add("--teacher", metavar="NAME", help="a stock pipeline: a folder, a file, a Hub id, or a tiny teacher's name")
     add("--images", metavar="FOLDER",
         help="pictures that are there already, in the order of their numbers; the i-th belongs to prompt i")
 
@@ -110,7 +110,7 @@ def make_parser() -> Parser:
     where = "a folder of pictures, statistics (.safetensors of ours, .npz with mu and sigma), or a tiny teacher's name"
     add("--reference_data", metavar="PLACE", help=f"for fd_to_data, the FID: {where}")
     add("--reference_teacher", metavar="PLACE", help=f"for fd_to_teacher, the FID-SD: {where}")
-    add("--features", choices=list(FEATURES), help="by default inception, and tiny for the tiny teachers")
+    add("--features", choices=list(FEATURES), help="by default inception, and a tiny teacher's own for it")
     add("--feature_weights", metavar="FILE", help="the Inception weights, where there is no network")
     add("--reward", nargs="*", action="extend", metavar="SPEC",
         help="as in training: name, file.py:function or http://host:port/path; several, also by repeating the flag")
@@ -160,13 +160,13 @@ def _with_defaults(arguments: Mapping[str, Any]) -> Options:
         hub = {"revision": found["revision"]} if found["revision"] else {}
         teacher = StudentConfig.load(found["student"], **hub).base_model_name_or_path
     tiny = found["tiny"] = teacher if teacher and is_tiny(teacher) else None
-    references = [found["reference_data"], found["reference_teacher"]]
     if found["features"] is None:
-        found["features"] = "tiny" if tiny or any(place and is_tiny(place) for place in references) else "inception"
+        places = (tiny, found["reference_data"], found["reference_teacher"])
+        found["features"] = next((domain_of(place).name for place in places if place and is_tiny(place)), "inception")
     if tiny:
         found["prompts"] = found["prompts"] or tiny
-        found["reward"] = list(TINY_REWARDS) if found["reward"] is None else found["reward"]
-        if found["features"] == "tiny":
+        found["reward"] = list(MEASURED_REWARDS) if found["reward"] is None else found["reward"]
+        if found["features"] == domain_of(tiny).name:
             found["reference_data"] = found["reference_data"] or tiny
             found["reference_teacher"] = found["reference_teacher"] or tiny
     found["reward"] = found["reward"] or []

@@ -8,6 +8,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -22,8 +23,7 @@ from torch import Tensor
 from ..folders import aside_of
 from ..frechet import GaussianStatistics
 from ..tiny import is_tiny
-from ..tiny.classifier import FEATURE_DIM, load_classifier
-from ..tiny.handwriting import IMAGE_SIZE
+from ..tiny.domains import DOMAINS, Domain, domain_of
 from ..tiny.reference import load_statistics
 from .pictures import list_images, read_batches
 from .records import digest_of_files, digest_of_tensors, sealed, unsealed
@@ -83,21 +83,21 @@ def load_features(name: str, weights: str | None = None, device: torch.device | 
     return FEATURES[name](weights, torch.device(device))
 
 
-def _tiny(weights: str | None, device: torch.device) -> Features:
-    """The tiny teachers' classifier, for pictures of their size only."""
+def _tiny(domain: Domain, weights: str | None, device: torch.device) -> Features:
+    """The classifier of some tiny teachers, for pictures of their size only."""
     if weights is not None:
         raise ValueError("The package contains the tiny feature network; leave --feature_weights out.")
-    network = load_classifier().to(device)
+    network, size = domain.load_reader().to(device), domain.image_size
 
     def extract(images: Tensor) -> Tensor:
-        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+        if images.shape[-2:] != (size, size):
             raise ValueError(
-                f"The tiny feature network reads pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not "
+                f"The {domain.name} feature network reads pictures of {size} x {size} pixels, not "
                 f"{images.shape[-2]} x {images.shape[-1]}; use --features inception."
             )
         return network.features(images.float() / 255)
 
-    return Features("tiny", FEATURE_DIM, extract, "none", digest_of_tensors(network.state_dict()))
+    return Features(domain.name, domain.feature_dim, extract, "none", digest_of_tensors(network.state_dict()))
 
 
 def _inception(weights: str | None, device: torch.device) -> Features:
@@ -169,7 +169,7 @@ def _unloadable(weights: str | None, error: Exception) -> ValueError:
 
 
 FEATURES: dict[str, Callable[[str | None, torch.device], Features]] = {
-    "tiny": _tiny,
+    **{name: partial(_tiny, domain) for name, domain in DOMAINS.items()},
     "inception": _inception,
     "inception-clean": _clean,
 }
@@ -201,7 +201,7 @@ def load_reference(place: str, kind: str, features: Features, device: torch.devi
 
     Args:
         place: a folder; a `.safetensors` file that `save_reference` wrote; an `.npz` file with `mu` and `sigma`, as
-            other programs write; or `tiny`, `tiny-v`, `tiny-flow`.
+            other programs write; or a tiny teacher's name.
         kind: `data` or `teacher`.
         features: the network.
         device: where the network runs.
@@ -223,8 +223,9 @@ def load_reference(place: str, kind: str, features: Features, device: torch.devi
 
 def _load(place: str, kind: str, features: Features, device: torch.device | str) -> Reference:
     if is_tiny(place):
-        if features.name != "tiny":
-            raise ValueError(f"The statistics of {place} are of the tiny feature network; add --features tiny.")
+        name = domain_of(place).name
+        if features.name != name:
+            raise ValueError(f"The statistics of {place} are of the {name} feature network; add --features {name}.")
         statistics = load_statistics(place)[kind]
         return Reference(statistics, f"{place}, shipped", digest_of_tensors(vars(statistics)))
     path = Path(place)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..frechet import distance_with_interval
 from ..rewards import Reward, WeightedReward, evaluate, load_distinct_rewards
-from ..tiny.captions import CAPTIONS, parse_caption
-from ..tiny.classifier import load_classifier
+from ..tiny.domains import DOMAINS, domain_of_captions, reader_of
 from .features import Features, Reference, load_features, load_reference
 from .pictures import read_batches
 from .prompt_sets import prompts_for
@@ -55,7 +54,7 @@ def measure_files(
         for name, reference in measures.references.items():
             distance = distance_with_interval(features, reference.statistics, len(prompts) or None)
             metrics[f"fd_to_{name}"] = distance.as_dict()
-        if measures.features.name == "tiny" and asked:
+        if measures.features.name in DOMAINS and asked:
             metrics["prompt_accuracy"] = measure_accuracy(files, asked)
     rewards = [weighted.reward for weighted in measures.rewards.values()]
     metrics["rewards"] = {reward.name: measure_reward(files, asked, reward, device) for reward in rewards}
@@ -88,17 +87,19 @@ def mean_reward(reward: Reward, batches: Batches) -> dict[str, float | None]:
 @torch.no_grad()
 def measure_accuracy(files: Sequence[Path], prompts: Sequence[str]) -> float | None:
     """The share of pictures that show what a tiny teacher's caption asks for; None for any other prompts."""
-    if not set(prompts) <= set(CAPTIONS):
-        return None
-    return accuracy(_with_prompts(files, prompts))
+    return accuracy(_with_prompts(files, prompts)) if domain_of_captions(prompts) else None
 
 
 @torch.no_grad()
 def accuracy(batches: Batches) -> float:
-    """`measure_accuracy` of images `[B, 3, 32, 32]` in [0, 1], each batch with its captions."""
-    classifier, correct, count = load_classifier(), 0, 0
+    """`measure_accuracy` of images `[B, 3, S, S]` in [0, 1], each batch with its captions."""
+    correct, count = 0, 0
     for images, asked in batches:
-        correct += int(classifier.correct(images, [parse_caption(prompt) for prompt in asked])["all"].sum())
+        domain = domain_of_captions(asked)
+        if domain is None:
+            raise ValueError(f"No tiny teacher knows all of these captions: {asked[0]!r}, ...")
+        right = reader_of(domain, torch.device("cpu")).correct(images, [domain.parse(prompt) for prompt in asked])
+        correct += int(right["all"].sum())
         count += len(images)
     return correct / count
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
-from ..tiny.captions import CAPTIONS
+from ..tiny.domains import domain_of
 
 HPDV2_DATASET, HPDV2_STYLES = "zhwang/HPDv2", ("anime", "concept-art", "paintings", "photo")
 COCO_DATASET, COCO_COLUMN = "sayakpaul/coco-30-val-2014", "caption"
@@ -31,7 +31,7 @@ def load_prompt_set(name: str) -> list[str]:
     """
     known, _, folder = name.partition("=")
     if is_tiny(name):
-        return list(CAPTIONS)
+        return list(domain_of(name).captions)
     if known not in PROMPT_SETS:
         return _read_lines(Path(name))
     try:

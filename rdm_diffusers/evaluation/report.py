@@ -19,8 +19,7 @@ from ..folders import write_whole
 from ..frechet import GaussianStatistics, frechet_distance
 from ..pipelines import RdmDistillationPipeline
 from ..tiny import TINY_NAME
-from ..tiny.captions import CAPTIONS, parse_caption
-from ..tiny.classifier import load_classifier
+from ..tiny.domains import domain_of, reader_of
 from ..tiny.reference import load_quality, load_statistics
 from .pictures import labelled_rows, to_pil
 from .prompt_sets import prompts_for
@@ -51,7 +50,7 @@ class Metrics:
         fd_to_teacher: Fréchet distance to the teacher's 50-step pictures in the tiny feature network; None if not
             measured.
         fd_to_data: the same to the training pictures.
-        prompt_accuracy: the share of pictures with the digit, ink and background of their prompts.
+        prompt_accuracy: the share of pictures that show all that their prompts say.
         seconds_per_image: wall-clock time, decoding included.
         sampler: the solver's name.
         num_images: how many pictures were measured; 0 for none.
@@ -70,9 +69,9 @@ class Metrics:
         return asdict(self)
 
 
-def evaluation_prompts(count: int) -> list[str]:
-    """`count` captions; every drawing occurs equally often."""
-    return prompts_for(CAPTIONS, range(count))
+def evaluation_prompts(count: int, teacher: str = TINY_NAME) -> list[str]:
+    """`count` captions of a tiny teacher; every one occurs equally often."""
+    return prompts_for(domain_of(teacher).captions, range(count))
 
 
 def measure(
@@ -87,7 +86,7 @@ def measure(
         first_seed: of the first picture; the others have the following ones.
         teacher: the tiny teacher whose pictures are the reference.
     """
-    prompts = evaluation_prompts(num_images)
+    prompts = evaluation_prompts(num_images, teacher)
     images, seconds = sampler(prompts, range(first_seed, first_seed + num_images))
     return measure_images(images, prompts, sampler.nfe, seconds, name, teacher)
 
@@ -95,10 +94,11 @@ def measure(
 def measure_images(
     images: Tensor, prompts: Sequence[str], nfe: int, seconds: float, name: str, teacher: str = TINY_NAME
 ) -> Metrics:
-    """Measures existing pictures `[N, 3, 32, 32]` in [0, 1], as `measure` does."""
-    classifier, reference = load_classifier(), load_statistics(teacher)
-    statistics = GaussianStatistics.of(classifier.features(images))
-    correct = classifier.correct(images, [parse_caption(prompt) for prompt in prompts])
+    """Measures existing pictures `[N, 3, S, S]` in [0, 1], as `measure` does."""
+    domain, reference = domain_of(teacher), load_statistics(teacher)
+    reader = reader_of(domain, torch.device("cpu"))
+    statistics = GaussianStatistics.of(reader.features(images))
+    correct = reader.correct(images, [domain.parse(prompt) for prompt in prompts])
     return Metrics(
         nfe=nfe,
         fd_to_teacher=frechet_distance(statistics, reference["teacher"]),
@@ -144,7 +144,7 @@ def tiny_metrics(
     """
     quality, solver, options = load_quality(name), next(iter(solvers_of(teacher))), teacher_options(student)
     many_steps = teacher_sampler(teacher, solver, TEACHER_STEPS, guidance_scale, **options)
-    timed = measure(many_steps, solver, TIMED_IMAGES, teacher=name)
+    timed = measure(many_steps, solver, min(TIMED_IMAGES, num_images), teacher=name)
     shipped = {key: quality[key] for key in ("fd_to_teacher", "fd_to_data", "prompt_accuracy", "num_images")}
     steps = student_settings(student).num_inference_steps
     return {

@@ -16,6 +16,7 @@ from ..config.optimizers import EIGHT_BIT, OPTIMIZERS, USUAL
 from ..evaluation.records import JSON_FILE as EVALUATION_FILE, flattened, number, rows_of, table
 from ..families import CARD, FAMILIES, fetch
 from ..tiny import is_tiny
+from ..tiny.domains import domain_of
 from ..untrusted import described, is_kind, read_object, without_secrets
 
 METRICS_FILE = "metrics.json"
@@ -125,7 +126,8 @@ def eval_results(metrics: Mapping[str, Any] | None, evaluation: Mapping[str, Any
     measured: list[EvalResult] = []
     if metrics and metrics["student"]["num_images"]:
         student = metrics["student"]
-        settings: dict[str, Any] = {"num_images": student["num_images"], "features": "tiny", "nfe": student["nfe"]}
+        features = domain_of(metrics["arguments"]["pretrained_model_name_or_path"]).name
+        settings: dict[str, Any] = {"num_images": student["num_images"], "features": features, "nfe": student["nfe"]}
         measured = [
             EvalResult(
                 metric_type=name, metric_name=COLUMNS[name], metric_value=round(student[name], 4),

@@ -9,13 +9,15 @@ from pathlib import Path
 TINY_NAME = "tiny"
 TINY_V_NAME = "tiny-v"
 TINY_FLOW_NAME = "tiny-flow"
+TINY_SCENES_NAME = "tiny-scenes"
 TINY_TEACHERS: dict[str, str] = {
     TINY_NAME: str(Path(__file__).parent / "teacher"),
     TINY_V_NAME: str(Path(__file__).parent / "teacher_v"),
     TINY_FLOW_NAME: str(Path(__file__).parent / "teacher_flow"),
 }
 TINY_TEACHER = TINY_TEACHERS[TINY_NAME]
-MAX_SEQUENCE_LENGTHS = {TINY_FLOW_NAME: 1}  # of the training, where it is not the stock pipeline's default
+# Of the training, where it is not the stock pipeline's default.
+MAX_SEQUENCE_LENGTHS = {TINY_FLOW_NAME: 1, TINY_SCENES_NAME: 1}
 
 
 def is_tiny(name_or_path: str) -> bool:

@@ -6,6 +6,7 @@ one token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -71,18 +72,18 @@ def parse_caption(caption: str) -> Drawing:
         ) from None
 
 
-def make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer(captions: Sequence[str] = CAPTIONS, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
     """Makes the same tokenizer every time. Any text other than the captions' words has a token for each letter."""
     alphabet = sorted(ByteLevel.alphabet())
     merges: list[tuple[str, str]] = []
-    for word in sorted({word for caption in CAPTIONS for word in caption.split()}):
+    for word in sorted({word for caption in captions for word in caption.split()}):
         first, *rest = _apply(merges, [*word[:-1], f"{word[-1]}</w>"])
         for piece in rest:
             merges.append((first, piece))
             first += piece
     symbols = [*SPECIAL_TOKENS, *alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges)]
     vocabulary = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_tokens)
 
 
 def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:

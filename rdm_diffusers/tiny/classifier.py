@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class DrawingClassifier(nn.Module):
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
-    def correct(self, images: Tensor, drawings: list[Drawing]) -> dict[str, Tensor]:
+    def correct(self, images: Tensor, drawings: Sequence[Drawing]) -> dict[str, Tensor]:
         """Whether each image shows what it should, as `{"digit", "ink", "background", "all"}` of bool `[B]`."""
         logits = self(images)
         right = {
@@ -52,6 +53,14 @@ class DrawingClassifier(nn.Module):
         }
         right["all"] = torch.stack(list(right.values())).all(0)
         return right
+
+    def log_likelihood(self, images: Tensor, drawings: Sequence[Drawing]) -> Tensor:
+        """The log-probability `[B]` of what each image should show, averaged over the heads."""
+        terms = []
+        for head, logits in self(images).items():
+            index = torch.tensor([getattr(drawing, head) for drawing in drawings], device=images.device)
+            terms.append(logits.log_softmax(-1).gather(-1, index[:, None])[:, 0])
+        return torch.stack(terms).mean(0)
 
 
 def load_classifier(folder: str | Path | None = None) -> DrawingClassifier:

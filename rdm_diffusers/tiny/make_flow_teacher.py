@@ -41,10 +41,15 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
         """The velocity `[B, 4, 8, 8]` at noisy latents, noise levels `[B]` and token ids `[B, L]`."""
-        outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.text_encoders]
-        embeds = F.pad(torch.cat([output.hidden_states[-2] for output in outputs], -1), (0, 0, 0, T5_TOKENS))
-        pooled = torch.cat([output.text_embeds for output in outputs], -1)
+        embeds, pooled = encode_text(self.text_encoders, tokens)
         return self.transformer(x_t, embeds, pooled, sigma * 1000, return_dict=False)[0]
+
+
+def encode_text(encoders: nn.ModuleList, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids `[B, L]` -> embeddings `[B, L + 1, D]` and pooled ones `[B, D]`, as `StableDiffusion3Pipeline` does."""
+    outputs = [encoder(tokens, output_hidden_states=True) for encoder in encoders]
+    embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+    return F.pad(embeds, (0, 0, 0, T5_TOKENS)), torch.cat([output.text_embeds for output in outputs], -1)
 
 
 def make(steps: int, folder: Path) -> None:

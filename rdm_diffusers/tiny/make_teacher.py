@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import TINY_NAME, TINY_TEACHERS
-from .captions import CAPTIONS, DRAWINGS, MAX_TOKENS, make_tokenizer
+from . import TINY_NAME
+from .captions import CAPTIONS, DRAWINGS, make_tokenizer
 from .classifier import DrawingClassifier, load_classifier
 from .handwriting import IMAGE_SIZE, Handwriting
-from .reference import write_reference
+from .reference import REFERENCES, write_reference
 
 SEED = 0
 TEXT_DIM = 64
@@ -70,7 +70,7 @@ def minimise(
         ema.copy_to(parameters)
 
 
-def _roughen(images: Tensor, generator: torch.Generator) -> Tensor:
+def roughen(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blurs and adds noise to half of the images, so that the classifier also reads imperfect drawings."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     noisy = blurred + 0.05 * torch.randn(images.shape, generator=generator)
@@ -94,7 +94,7 @@ def make_classifier(steps: int) -> DrawingClassifier:
 
     def loss_of() -> Tensor:
         images, labels = random_batch(train[torch.randint(len(train), (128,), generator=generator)])
-        logits = classifier(_roughen(images, generator))
+        logits = classifier(roughen(images, generator))
         return torch.stack([F.cross_entropy(logits[head], labels[:, i]) for i, head in enumerate(logits)]).sum()
 
     minimise(loss_of, list(classifier.parameters()), steps, 2e-3, "classifier")
@@ -125,19 +125,18 @@ def make_vae(steps: int) -> AutoencoderKL:
     return vae
 
 
-def text_config(tokenizer: CLIPTokenizer, dim: int = TEXT_DIM) -> CLIPTextConfig:
-    """A two-layer CLIP text encoder of width `dim` over the tokenizer's vocabulary."""
+def text_config(tokenizer: CLIPTokenizer, dim: int = TEXT_DIM, layers: int = 2) -> CLIPTextConfig:
+    """A CLIP text encoder of width `dim` over the tokenizer's vocabulary."""
     return CLIPTextConfig(
-        hidden_size=dim, intermediate_size=2 * dim, projection_dim=dim, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        hidden_size=dim, intermediate_size=2 * dim, projection_dim=dim, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length, vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
 
 
-def tokenize(tokenizer: CLIPTokenizer) -> Tensor:
-    """Token ids `[241, 12]` of all captions and the empty one, padded as `StableDiffusionPipeline` pads them."""
-    options = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    return tokenizer([*CAPTIONS, ""], **options).input_ids
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str] = CAPTIONS) -> Tensor:
+    """Token ids `[N + 1, L]` of N captions and the empty one, padded as `StableDiffusionPipeline` pads them."""
+    return tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 @torch.no_grad()
@@ -220,7 +219,7 @@ def parse_steps(description: str | None, **defaults: int) -> tuple[Path, dict[st
 def rebuild(name: str, description: str | None, default_steps: int, make: Callable[[int, Path], None]) -> None:
     """The command of a teacher that `make(steps, folder)` writes, measured with the first teacher's classifier."""
     folder, steps = parse_steps(description, denoiser=default_steps)
-    teacher = folder / Path(TINY_TEACHERS[name]).name
+    teacher = folder / REFERENCES[name].teacher_folder
     if not (teacher / "model_index.json").exists():
         make(steps["denoiser"], teacher)
     write_reference(folder, name, load_classifier())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..frechet import GaussianStatistics, frechet_distance
-from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_NAME, TINY_TEACHERS, TINY_V_NAME
-from .captions import CAPTIONS, DRAWINGS
-from .classifier import DrawingClassifier
-from .handwriting import Handwriting
+from . import MAX_SEQUENCE_LENGTHS, TINY_FLOW_NAME, TINY_NAME, TINY_SCENES_NAME, TINY_V_NAME
+from .domains import Reader, domain_of
 
 STEPS = 50
-IMAGES = 5000
 GUIDANCE_SCALE = 4.0  # w in u + w (c - u)
+SCENES_GUIDANCE_SCALE = 3.0
 SETS = ("teacher", "teacher_unguided", "data")
 
 
@@ -34,6 +33,7 @@ class Reference:
         solver: the scheduler of its 50 steps.
         sampler: the solver in words.
         guidance_scale: w in u + w (c - u).
+        images: how many are in each set of the teacher's pictures.
         load_options: arguments of `from_pretrained`: the dtype, and components that are missing.
     """
 
@@ -41,7 +41,13 @@ class Reference:
     solver: type[SchedulerMixin] = DDIMScheduler
     sampler: str = "50 DDIM steps"
     guidance_scale: float = GUIDANCE_SCALE
+    images: int = 5000
     load_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def teacher_folder(self) -> str:
+        """The name of the folder of its pipeline."""
+        return f"teacher{self.suffix}"
 
     @property
     def statistics_file(self) -> str:
@@ -54,12 +60,17 @@ class Reference:
         return f"quality{self.suffix}.json"
 
 
+SD3_OPTIONS = {"text_encoder_3": None, "tokenizer_3": None}
 REFERENCES = {
     TINY_NAME: Reference(),
     TINY_V_NAME: Reference("_v", load_options={"torch_dtype": torch.float32}),
     TINY_FLOW_NAME: Reference(
         "_flow", FlowMatchEulerDiscreteScheduler, "50 Euler steps",
-        load_options={"text_encoder_3": None, "tokenizer_3": None},
+        load_options=SD3_OPTIONS,
+    ),
+    TINY_SCENES_NAME: Reference(
+        "_scenes", FlowMatchEulerDiscreteScheduler, "50 Euler steps", guidance_scale=SCENES_GUIDANCE_SCALE, images=2000,
+        load_options={"torch_dtype": torch.float32, **SD3_OPTIONS},
     ),
 }  # fmt: skip
 
@@ -76,15 +87,18 @@ def load_quality(name: str = TINY_NAME) -> dict:
 
 
 @torch.no_grad()
-def _draw(pipeline: DiffusionPipeline, count: int, first_seed: int, guidance_scale: float, **options: Any) -> Tensor:
-    """`count` images of all captions in turn, in 50 steps: `[count, 3, 32, 32]` in [0, 1]."""
+def _draw(
+    pipeline: DiffusionPipeline, captions: Sequence[str], count: int, first_seed: int, guidance_scale: float,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """`count` images of the captions in turn, in 50 steps: `[count, 3, S, S]` in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, count, 250):
         numbers = range(start, min(start + 250, count))
         parts.append(
             pipeline(
-                [CAPTIONS[i % len(CAPTIONS)] for i in numbers],
+                [captions[i % len(captions)] for i in numbers],
                 num_inference_steps=STEPS,
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(first_seed + i) for i in numbers],
@@ -96,27 +110,30 @@ def _draw(pipeline: DiffusionPipeline, count: int, first_seed: int, guidance_sca
 
 
 def _reference_images(folder: Path, name: str) -> dict[str, Tensor]:
-    """The images of a reference, `[N, 3, 32, 32]` in [0, 1]: those of `SETS`, and `fresh` ones of the teacher."""
+    """The images of a reference, `[N, 3, S, S]` in [0, 1]: those of `SETS`, and `fresh` ones of the teacher."""
     reference = REFERENCES[name]
     pipeline = DiffusionPipeline.from_pretrained(
-        folder / Path(TINY_TEACHERS[name]).name, use_safetensors=True, **reference.load_options
+        folder / reference.teacher_folder, use_safetensors=True, **reference.load_options
     )
     pipeline.scheduler = reference.solver.from_config(pipeline.scheduler.config)
     options = {"max_sequence_length": MAX_SEQUENCE_LENGTHS[name]} if name in MAX_SEQUENCE_LENGTHS else {}
-    handwriting = Handwriting(torch.Generator().manual_seed(0))
+    domain, count, scale = domain_of(name), reference.images, reference.guidance_scale
+    drawings = [domain.parse(caption) for caption in domain.captions]
+    draw = partial(_draw, pipeline, domain.captions, count, **options)
     return {
-        "data": handwriting.draw([DRAWINGS[i % len(DRAWINGS)] for i in range(24_000)]),
-        "teacher": _draw(pipeline, IMAGES, 0, reference.guidance_scale, **options),
-        "fresh": _draw(pipeline, IMAGES, IMAGES, reference.guidance_scale, **options),
-        "teacher_unguided": _draw(pipeline, IMAGES, 0, 1.0, **options),
+        "data": domain.pen(torch.Generator().manual_seed(0)).draw([drawings[i % len(drawings)] for i in range(24_000)]),
+        "teacher": draw(first_seed=0, guidance_scale=scale),
+        "fresh": draw(first_seed=count, guidance_scale=scale),
+        "teacher_unguided": draw(first_seed=0, guidance_scale=1.0),
     }
 
 
 @torch.no_grad()
-def write_reference(folder: Path, name: str, classifier: DrawingClassifier) -> None:
+def write_reference(folder: Path, name: str, reader: Reader) -> None:
     """Measures the rebuilt teacher in `folder`, and writes its statistics and its quality beside it."""
     reference, images = REFERENCES[name], _reference_images(folder, name)
-    statistics = {each: GaussianStatistics.of(classifier.features(drawn)) for each, drawn in images.items()}
+    features = {each: torch.cat([reader.features(part) for part in drawn.split(500)]) for each, drawn in images.items()}
+    statistics = {each: GaussianStatistics.of(found) for each, found in features.items()}
     tensors = {}
     for each in SETS:
         tensors[f"{each}.mean"], tensors[f"{each}.covariance"] = statistics[each].mean, statistics[each].covariance
@@ -124,19 +141,21 @@ def write_reference(folder: Path, name: str, classifier: DrawingClassifier) -> N
     quality = {
         "sampler": reference.sampler,
         "guidance_scale": reference.guidance_scale,
-        "num_images": IMAGES,
+        "num_images": reference.images,
         "fd_to_teacher": frechet_distance(statistics["fresh"], statistics["teacher"]),
         "fd_to_data": frechet_distance(statistics["fresh"], statistics["data"]),
-        **_accuracies(classifier, images["fresh"]),
+        **_accuracies(reader, images["fresh"], name),
     }
     (folder / reference.quality_file).write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
 
 
-def _accuracies(classifier: DrawingClassifier, images: Tensor) -> dict:
-    """Shares of images with the right digit, ink, background, both colours, and all; also on held-out drawings."""
-    drawings = [DRAWINGS[i % len(DRAWINGS)] for i in range(len(images))]
-    correct = classifier.correct(images, drawings)
+def _accuracies(reader: Reader, images: Tensor, name: str) -> dict:
+    """Shares of images with the right digit, ink, background, ..., both colours, and all; also on held-out drawings."""
+    domain = domain_of(name)
+    drawings = [domain.parse(domain.captions[i % len(domain.captions)]) for i in range(len(images))]
+    batches = [reader.correct(images[i : i + 500], drawings[i : i + 500]) for i in range(0, len(images), 500)]
+    correct = {part: torch.cat([batch[part] for batch in batches]) for part in batches[0]}
     correct["both_colours"] = correct["ink"] & correct["background"]
     held_out = torch.tensor([drawing.held_out for drawing in drawings])
     return {

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .captions import parse_caption
-from .classifier import DrawingClassifier, load_classifier
-from .handwriting import IMAGE_SIZE
+from .domains import DOMAINS, reader_of
 
-
-@lru_cache
-def _classifier(device: torch.device) -> DrawingClassifier:
-    return load_classifier().to(device)
+DOMAIN_OF_SIZE = {domain.image_size: domain for domain in DOMAINS.values()}
 
 
 class PromptFaithfulness:
-    """How sure the classifier is that an image shows the digit, ink and background that its prompt asks for."""
+    """How sure the classifier is that an image shows what its prompt asks for: digits, inks, background, ..."""
 
     name = "tiny_prompt"
     differentiable = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The log-probability of what is asked, averaged over the three heads.
+        """The log-probability of what is asked, averaged over all that is asked.
 
         Args:
-            images: `[B, 3, 32, 32]` in [0, 1].
-            prompts: B captions of the tiny teacher.
+            images: `[B, 3, S, S]` in [0, 1], of the size of a tiny teacher's.
+            prompts: B captions of that teacher.
 
         Returns:
             `[B]`, float32, at most 0, which is certain. Gradients flow to the images, none to the classifier.
@@ -37,17 +31,16 @@ class PromptFaithfulness:
         Raises:
             ValueError: for an unknown caption, or images of another size.
         """
-        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+        height, width = images.shape[-2:]
+        domain = DOMAIN_OF_SIZE.get(height) if height == width else None
+        if domain is None:
+            sizes = " or ".join(f"{size} x {size}" for size in DOMAIN_OF_SIZE)
             raise ValueError(
-                f"The reward {self.name} judges the tiny teacher's pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not "
-                f"{images.shape[-2]} x {images.shape[-1]}; choose another reward."
+                f"The reward {self.name} judges the tiny teachers' pictures of {sizes} pixels, not {height} x {width}; "
+                "choose another reward."
             )
-        asked = [parse_caption(prompt) for prompt in prompts]
-        terms = []
-        for head, logits in _classifier(images.device)(images.float()).items():
-            index = torch.tensor([getattr(drawing, head) for drawing in asked], device=images.device)
-            terms.append(logits.log_softmax(-1).gather(-1, index[:, None])[:, 0])
-        return torch.stack(terms).mean(0)
+        asked = [domain.parse(prompt) for prompt in prompts]
+        return reader_of(domain, images.device).log_likelihood(images.float(), asked)
 
 
 class BlackBoxPromptFaithfulness(PromptFaithfulness):

@@ -18,7 +18,7 @@ from ..distillation.draws import sent
 from ..families import Conditioning, Teacher
 from ..prompts import DATA_FILES, read_captions, read_prompts
 from ..tiny import is_tiny
-from ..tiny.captions import CAPTIONS
+from ..tiny.domains import domain_of
 from .devices import on_device
 from .embeddings import Embeddings, EncodedOnTheFly, embed_prompts, fingerprint_of
 
@@ -28,7 +28,7 @@ OF_DATASETS = {  # and their defaults
 
 
 def load_prompts(source: PromptsConfig, teacher: str, captions: Sequence[str] = ()) -> list[str]:
-    """The prompts that the configuration names; for the tiny teachers their own 240 captions by default.
+    """The prompts that the configuration names; for the tiny teachers their own captions by default.
 
     Of a dataset whose rows have several captions, all are prompts, row after row.
 
@@ -49,7 +49,7 @@ def load_prompts(source: PromptsConfig, teacher: str, captions: Sequence[str] = 
         place = (source.dataset_name, source.caption_column, source.dataset_split, source.dataset_config_name)
         prompts = list(chain.from_iterable(read_captions(*place, most=source.max_train_samples)))
     elif is_tiny(teacher):
-        prompts = list(CAPTIONS)
+        prompts = list(domain_of(teacher).captions)
     else:
         raise ValueError("No prompts: give --prompts_file, or --dataset_name with --caption_column.")
     return prompts[: source.max_train_samples]

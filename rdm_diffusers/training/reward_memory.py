@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..distillation import Decode, differentiable_gradients, reward_values
 from ..families import Family
 from ..rewards import NamedReward, Reward, evaluate, reward_networks
-from ..tiny.captions import CAPTIONS
+from ..tiny.domains import domain_of
 from .external_rewards import decoding_pipeline
 from .memory_model import LivePeak, fused_attention, nbytes
 
@@ -55,12 +55,12 @@ def measure_rewards(
     nn.Module.to(pipeline.vae, "meta")
     decode: Decode = partial(family.decode, pipeline)
     count = min(config.memory.decode_batch_size, config.optimisation.samples_per_update)
-    x0, prompts = torch.empty(count, *latents, device="meta"), [CAPTIONS[0]] * count
+    x0, prompts = torch.empty(count, *latents, device="meta"), [_caption(config)] * count
     known, not_counted = rewards, [f"the reward {name}" for name in config.rewards.reward]
     if known is None:
         known = [_uncounted(name, differentiable=True) for name in config.rewards.reward]
     else:
-        known, not_counted = _countable(known, decode(x0[:1]))
+        known, not_counted = _countable(known, decode(x0[:1]), prompts[:1])
     exact = [reward for reward in known if reward.differentiable]
     boxes = [reward for reward in known if not reward.differentiable]
     with fused_attention(), _masks(), LivePeak(pipeline.vae, *reward_networks(known)) as live:
@@ -71,13 +71,18 @@ def measure_rewards(
     return RewardMemory(nbytes(*reward_networks(rewards or [])), own, count, live.peak, tuple(not_counted))
 
 
-def _countable(rewards: Sequence[Reward], image: Tensor) -> tuple[list[Reward], list[str]]:
+def _caption(config: RunConfig) -> str:
+    """A prompt that every reward can judge."""
+    return domain_of(config.teacher.pretrained_model_name_or_path).captions[0]
+
+
+def _countable(rewards: Sequence[Reward], image: Tensor, prompt: Sequence[str]) -> tuple[list[Reward], list[str]]:
     """Each reward on the meta device, or what stands for it, and the latter in words. A user's own is never called."""
     countable: list[Reward] = []
     not_counted = []
     for reward in rewards:
         on_meta = None if isinstance(reward, NamedReward) else _on_meta(reward)
-        if on_meta is not None and _works(on_meta, image):
+        if on_meta is not None and _works(on_meta, image, prompt):
             countable.append(on_meta)
         else:
             countable.append(_uncounted(reward.name, reward.differentiable))
@@ -96,11 +101,11 @@ def _on_meta(reward: Reward) -> Reward:
     return copy.deepcopy(reward, memo)
 
 
-def _works(reward: Reward, image: Tensor) -> bool:
+def _works(reward: Reward, image: Tensor, prompt: Sequence[str]) -> bool:
     """Whether a reward can be called on the meta device; not if it reads numbers."""
     try:
         with _masks():
-            evaluate(reward, image, CAPTIONS[:1])
+            evaluate(reward, image, prompt)
     except ValueError:
         return False
     return True

@@ -28,7 +28,7 @@ from ..program import one_line
 from ..prompts import read_prompts
 from ..rewards import Reward, WeightedReward, load_distinct_rewards, reward_networks
 from ..tiny import is_tiny
-from ..tiny.captions import CAPTIONS
+from ..tiny.domains import domain_of, domain_of_captions
 from .devices import on_device
 from .run import Distillation
 from .tracking import log_numbers
@@ -107,14 +107,15 @@ def load_metrics(
 def _chosen_prompts(config: RunConfig, prompts: Sequence[str]) -> list[str]:
     """The prompts of the images: all, or as many as there are images, spread evenly over them."""
     name, count = config.validation.validation_prompts_file, config.validation.num_validation_metric_images
-    if name is None:
-        own = is_tiny(config.teacher.pretrained_model_name_or_path)
-        found = CAPTIONS if own else prompts  # the references are of the captions
+    teacher = config.teacher.pretrained_model_name_or_path
+    found: Sequence[str]
+    if name is None:  # the references are of a tiny teacher's captions
+        found = domain_of(teacher).captions if is_tiny(teacher) else prompts
     elif name.partition("=")[0] in PROMPT_SETS:
         found = load_prompt_set(name)
     else:
         found = read_prompts(Path(name), "--validation_prompts_file")
-    if ACCURACY in config.validation.validation_metrics and not set(found) <= set(CAPTIONS):
+    if ACCURACY in config.validation.validation_metrics and domain_of_captions(found) is None:
         raise ValueError(
             f"--validation_metrics {ACCURACY} is known for the tiny teachers' captions alone; leave it or "
             "--validation_prompts_file out."
@@ -129,7 +130,8 @@ def _load_distances(config: RunConfig, device: torch.device) -> tuple[Features |
         return None, {}
     kinds = [name.removeprefix("fd_to_") for name in asked.distances]
     places = {kind: getattr(asked, f"reference_{kind}") or str(shipped) for kind in kinds}
-    name = asked.features or ("tiny" if shipped or any(map(is_tiny, places.values())) else "inception")
+    own = (domain_of(place).name for place in (shipped, *places.values()) if place and is_tiny(place))
+    name = asked.features or next(own, "inception")
     features = load_features(name, asked.feature_weights, device)
     loaded = {kind: load_reference(place, kind, features, device) for kind, place in places.items()}
     if asked.num_validation_metric_images < ENOUGH * features.dimensions:
