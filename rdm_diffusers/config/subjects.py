@@ -87,7 +87,7 @@ class MethodConfig:
 
     algorithm: str = flag(
         "gndm", "dmd: DMD2's objective; gndm: group-normalised R_dm; gndmr: gndm and external rewards; the others: see "
-        "The family in docs/method.md", OneOf(tuple(ALGORITHM_PRESETS)))
+        "docs/family.md", OneOf(tuple(ALGORITHM_PRESETS)))
     preset: str | None = flag(
         None, "a variant by name, see the table of presets in docs/method.md; the algorithm's by default",
         OneOf(tuple(PRESETS)))
