@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from ..distillation import settings_of
 from .presets import ALGORITHM_DEFAULTS, PRESETS
 from .subjects import MethodConfig, RewardsConfig
 from .times import TimesConfig
@@ -12,20 +13,16 @@ from .times import TimesConfig
 if TYPE_CHECKING:
     from .run_config import RunConfig
 
-IDLE = {
-    "method": ("bias_estimator", "pool_steps", "num_renoisings", "importance_weighting", "fake_score_unconditional"),
-    "times": (
-        "renoising",
-        "guidance_range",
-        "renoising_time_distribution",
-        "fake_time_distribution",
-        "logit_mean",
-        "logit_std",
-        "decoupled_guidance",
-    ),
-    "rewards": ("reward_tilt",),
+# What it reads of these subjects; all else must be as it is by default.
+READ = (
+    *settings_of("lcm"), "algorithm", "preset", "num_student_steps", "eta", "guidance_scale", "sample_guidance_scale",
+    "student_grid", "student_sigmas", "student_timesteps", "guidance_interval",
+)  # fmt: skip
+USUAL = {
+    subject: {field.name: field.default for field in fields(kind) if field.name not in READ}
+    for subject, kind in {"method": MethodConfig, "times": TimesConfig}.items()
 }
-USUAL = {field.name: field.default for kind in (MethodConfig, TimesConfig, RewardsConfig) for field in fields(kind)}
+USUAL["method"] |= PRESETS["lcm"] | ALGORITHM_DEFAULTS["lcm"] | {"gen_cls_loss_weight": 0.0}
 
 
 def check_consistency(config: RunConfig) -> None:
@@ -39,10 +36,14 @@ def check_consistency(config: RunConfig) -> None:
         return
     if method.preset not in (None, "lcm"):
         raise ValueError(f"--algorithm lcm is the preset lcm; leave --preset {method.preset} out.")
-    own = PRESETS["lcm"] | ALGORITHM_DEFAULTS["lcm"] | {"gen_cls_loss_weight": 0.0}
-    idle = [name for name, value in own.items() if getattr(method, name) != value]
-    for subject, names in IDLE.items():
-        idle += [name for name in names if getattr(getattr(config, subject), name) != USUAL[name]]
+    idle = [
+        name
+        for subject, usual in USUAL.items()
+        for name, value in usual.items()
+        if getattr(getattr(config, subject), name) != value
+    ]
+    if config.rewards.reward_tilt != RewardsConfig.reward_tilt:
+        idle.append("reward_tilt")
     if config.optimisation.fake_learning_rate != config.optimisation.learning_rate:
         idle.append("fake_learning_rate")
     if idle:
