@@ -62,6 +62,7 @@ class Results:
             "command": COMMAND, "plan": asdict(plan), "machines": self.machines, "common": COMMON,
             "guidance": {name: each.flags for name, each in GUIDANCE.items()},
             "methods": {name: each.flags for name, each in METHODS.items()},
+            "subjects": {name: asdict(each) for name, each in TEACHERS.items()},
             "teachers": self.teachers, "summary": summary(plan, self.runs),
         }  # fmt: skip
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in top.items()]
