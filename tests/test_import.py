@@ -15,7 +15,7 @@ import rdm_diffusers
 
 PACKAGE = Path(rdm_diffusers.__file__).parent
 OPTIONAL = (
-    "bitsandbytes", "cleanfid", "gradio", "hpsv2", "rapidocr_onnxruntime", "scipy", "sklearn", "tensorboard",
+    "bitsandbytes", "cleanfid", "gradio", "hpsv2", "mlxtend", "rapidocr_onnxruntime", "scipy", "sklearn", "tensorboard",
     "torch_fidelity", "torchmetrics", "wandb", "xformers",
 )  # fmt: skip
 FLOORS = (

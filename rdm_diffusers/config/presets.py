@@ -134,7 +134,8 @@ def _tiny_defaults(student: str, defaults: Mapping[str, Any], given: Mapping[str
     if not is_tiny(values[TEACHER]):
         return {}
     scale, size = REFERENCES[values[TEACHER]].guidance_scale, domain_of(values[TEACHER]).image_size
-    target = given.get("teacher_target", "score" if values[TEACHER] == TINY_SCENES_NAME else "samples")
+    slow = values[TEACHER] == TINY_SCENES_NAME  # to draw the images of a target would take longer than the run
+    target = given.get("teacher_target", "score" if slow else "samples")
     chosen = {"teacher_target": target, "guidance_scale": scale, "sample_guidance_scale": scale, **TINY_DEFAULTS}
     chosen |= TINY_TARGETS.get(target, TINY_TARGETS["score"])
     if student == "lora":

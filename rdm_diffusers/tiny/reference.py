@@ -20,7 +20,6 @@ from .domains import Reader, domain_of
 
 STEPS = 50
 GUIDANCE_SCALE = 4.0  # w in u + w (c - u)
-SCENES_GUIDANCE_SCALE = 3.0
 SETS = ("teacher", "teacher_unguided", "data")
 
 
@@ -69,7 +68,7 @@ REFERENCES = {
         load_options=SD3_OPTIONS,
     ),
     TINY_SCENES_NAME: Reference(
-        "_scenes", FlowMatchEulerDiscreteScheduler, "50 Euler steps", guidance_scale=SCENES_GUIDANCE_SCALE, images=2000,
+        "_scenes", FlowMatchEulerDiscreteScheduler, "50 Euler steps", images=2000,
         load_options={"torch_dtype": torch.float32, **SD3_OPTIONS},
     ),
 }  # fmt: skip
