@@ -25,6 +25,10 @@ PACES: tuple[Flags, ...] = (
     dict(fake_updates_per_step=2, fake_rate_ratio=2),
 )
 
+# How strong the discriminator is, at the quicker pace: as in the papers' runs on large teachers, and for short runs.
+STRENGTHS: tuple[Flags, ...] = (PACES[1], dict(PACES[1], guidance_cls_loss_weight=1.0))
+ADVERSARIAL: tuple[Flags, ...] = (STRENGTHS[0], dict(STRENGTHS[1], gen_cls_loss_weight=0.1))
+
 
 @dataclass(frozen=True)
 class Method:
@@ -50,9 +54,9 @@ PICTURES = dict(num_target_images=2400, target_inference_steps=25)  # of the tea
 BASELINE = "dmd"  # whose paired changes the tables show
 METHODS: dict[str, Method] = {
     "dmd": Method(dict(algorithm="dmd", **ALONE)),
-    "dmd2": Method(dict(algorithm="dmd2", **ALONE, **PICTURES)),
-    "f_distill": Method(dict(algorithm="f_distill", **ALONE, **PICTURES)),
-    "uni_instruct": Method(dict(algorithm="uni_instruct", **ALONE, **PICTURES)),
+    "dmd2": Method(dict(algorithm="dmd2", **ALONE, **PICTURES), ADVERSARIAL),
+    "f_distill": Method(dict(algorithm="f_distill", **ALONE, **PICTURES), ADVERSARIAL),
+    "uni_instruct": Method(dict(algorithm="uni_instruct", **ALONE, **PICTURES), STRENGTHS),
     "sid": Method(dict(algorithm="sid", **ALONE)),
     "sim": Method(dict(algorithm="sim", **ALONE)),
     "tdm": Method(dict(algorithm="tdm", **ALONE)),
@@ -63,8 +67,8 @@ METHODS: dict[str, Method] = {
         guidance=("off", "on"),  # a constant that suits R_dm is not the guidance of a solver
     ),
     "gndm": Method(dict(algorithm="gndm", **GROUP), corrected="dmd"),
-    "dmd2+gndm": Method(dict(algorithm="dmd2", **CORRECTION, **PICTURES), corrected="dmd2"),
-    "f_distill+gndm": Method(dict(algorithm="f_distill", **CORRECTION, **PICTURES), corrected="f_distill"),
+    "dmd2+gndm": Method(dict(algorithm="dmd2", **CORRECTION, **PICTURES), ADVERSARIAL, corrected="dmd2"),
+    "f_distill+gndm": Method(dict(algorithm="f_distill", **CORRECTION, **PICTURES), ADVERSARIAL, corrected="f_distill"),
     "sid+gndm": Method(dict(algorithm="sid", **CORRECTION), corrected="sid"),
     "tdm+gndm": Method(dict(algorithm="tdm", **CORRECTION), corrected="tdm"),
 }
