@@ -22,7 +22,7 @@ from . import TINY_SCENES_NAME
 from .caption_reader import TEXT_DIMS, CaptionReader
 from .captions import make_tokenizer
 from .make_flow_teacher import encode_text
-from .make_teacher import CAPTION_DROPOUT, SEED, minimise, parse_steps, roughen, tokenize
+from .make_teacher import CAPTION_DROPOUT, SEED, minimise, parse_steps, remove_paths, roughen, tokenize
 from .reference import REFERENCES, write_reference
 from .resumable import ResumableTraining
 from .scene_classifier import SceneClassifier, labels_of, load_scene_classifier, reading_loss
@@ -159,7 +159,6 @@ def make_scenes_teacher(folder: Path, steps: dict[str, int]) -> None:
         torch.manual_seed(SEED + 6)
         make_vae(steps["autoencoder"]).save_pretrained(folder / "vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae")
-    vae.register_to_config(_name_or_path="vae")  # not this machine's path
     torch.manual_seed(SEED + 7)
     if not (folder / "reader.safetensors").exists():
         save_file(make_reader(steps["reader"]).state_dict(), folder / "reader.safetensors")
@@ -171,6 +170,7 @@ def make_scenes_teacher(folder: Path, steps: dict[str, int]) -> None:
     if not pipeline_folder.exists():
         transformer = make_transformer(folder, reader, steps["denoiser"])
         assemble(vae, reader.encoders, transformer).save_pretrained(pipeline_folder)
+        remove_paths(pipeline_folder)
     if not (folder / "classifier_scenes.safetensors").exists():
         torch.manual_seed(SEED + 5)
         save_file(make_classifier(steps["classifier"]).state_dict(), folder / "classifier_scenes.safetensors")

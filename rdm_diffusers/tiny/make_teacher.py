@@ -7,6 +7,7 @@ statistics. Each leaves its result in the output folder, so that an interrupted 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -204,6 +205,14 @@ def make_teacher(folder: Path, steps: dict[str, int]) -> None:
         vae.register_to_config(_name_or_path="vae")  # not this machine's path
         make_pipeline(vae, steps["denoiser"]).save_pretrained(pipeline_folder)
     write_reference(folder, TINY_NAME, load_classifier(folder))
+
+
+def remove_paths(folder: Path) -> None:
+    """Removes the paths of this machine from a pipeline's configurations."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def parse_steps(description: str | None, **defaults: int) -> tuple[Path, dict[str, int]]:

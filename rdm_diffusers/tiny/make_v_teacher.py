@@ -6,7 +6,6 @@ half precision. Its reference statistics are measured with the shipped classifie
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from . import TINY_TEACHER, TINY_V_NAME
-from .make_teacher import SEED, rebuild, tokenize, train_denoiser
+from .make_teacher import SEED, rebuild, remove_paths, tokenize, train_denoiser
 
 
 def finetune(pipeline: StableDiffusionPipeline, steps: int) -> None:
@@ -41,10 +40,7 @@ def make(steps: int, folder: Path) -> None:
     pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
     finetune(pipeline, steps)
     pipeline.to(torch.float16).save_pretrained(folder)
-    for path in folder.rglob("config.json"):
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)  # a path on this machine
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    remove_paths(folder)
 
 
 if __name__ == "__main__":
