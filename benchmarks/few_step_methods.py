@@ -67,6 +67,8 @@ METHODS: dict[str, Method] = {
         guidance=("off", "on"),  # a constant that suits R_dm is not the guidance of a solver
     ),
     "gndm": Method(dict(algorithm="gndm", **GROUP), corrected="dmd"),
+    "dmd, eta 0": Method(dict(algorithm="dmd", eta=0.0, **ALONE)),
+    "gndm, eta 0": Method(dict(algorithm="gndm", eta=0.0, **GROUP), corrected="dmd, eta 0"),
     "dmd2+gndm": Method(dict(algorithm="dmd2", **CORRECTION, **PICTURES), ADVERSARIAL, corrected="dmd2"),
     "f_distill+gndm": Method(dict(algorithm="f_distill", **CORRECTION, **PICTURES), ADVERSARIAL, corrected="f_distill"),
     "sid+gndm": Method(dict(algorithm="sid", **CORRECTION), corrected="sid"),
