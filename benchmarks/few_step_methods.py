@@ -26,8 +26,7 @@ PACES: tuple[Flags, ...] = (
 )
 
 # How strong the discriminator is, at the quicker pace: as in the papers' runs on large teachers, and for short runs.
-STRENGTHS: tuple[Flags, ...] = (PACES[1], dict(PACES[1], guidance_cls_loss_weight=1.0))
-ADVERSARIAL: tuple[Flags, ...] = (STRENGTHS[0], dict(STRENGTHS[1], gen_cls_loss_weight=0.1))
+ADVERSARIAL: tuple[Flags, ...] = (PACES[1], dict(PACES[1], guidance_cls_loss_weight=1.0, gen_cls_loss_weight=0.1))
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,10 @@ METHODS: dict[str, Method] = {
     "dmd": Method(dict(algorithm="dmd", **ALONE)),
     "dmd2": Method(dict(algorithm="dmd2", **ALONE, **PICTURES), ADVERSARIAL),
     "f_distill": Method(dict(algorithm="f_distill", **ALONE, **PICTURES), ADVERSARIAL),
-    "uni_instruct": Method(dict(algorithm="uni_instruct", **ALONE, **PICTURES), STRENGTHS),
+    "uni_instruct": Method(
+        dict(algorithm="uni_instruct", **ALONE, **PICTURES),
+        second=(dict(PACES[1], guidance_cls_loss_weight=1.0), dict(PACES[1], f_divergence="reverse_kl")),
+    ),
     "sid": Method(dict(algorithm="sid", **ALONE)),
     "sim": Method(dict(algorithm="sim", **ALONE)),
     "tdm": Method(dict(algorithm="tdm", **ALONE)),
