@@ -20,10 +20,12 @@ from parts import PROMPTS, run_arguments
 import train_rdm_full
 import train_rdm_lora
 from rdm_diffusers.commands import card as command, export
+from rdm_diffusers.config.presets import ALGORITHM_PRESETS
 from rdm_diffusers.config.record import command_line
 from rdm_diffusers.evaluation import command as evaluate
 from rdm_diffusers.hub import card_text
 from rdm_diffusers.hub.card import TEMPLATE, CardFacts, facts_of, hyperparameters, is_untouched, render
+from rdm_diffusers.hub.card_method import PAPERS, method_name, paper_of
 from rdm_diffusers.hub.card_text import license_of
 from rdm_diffusers.pipelines import StudentConfig
 from rdm_diffusers.tiny import TINY_TEACHER
@@ -266,3 +268,11 @@ def test_the_waiting_cards_are_fresh_and_say_that_nothing_is_trained_yet(name: s
     assert data.base_model and data["base_model_relation"] == "adapter" and data.license and not data.eval_results
     for snippet in snippets(text):
         compile(snippet, name, "exec")
+
+
+def test_every_algorithm_has_its_paper_and_an_unknown_one_is_r_dm() -> None:
+    assert set(PAPERS) == set(ALGORITHM_PRESETS)
+    assert method_name({"algorithm": "sid", "gndm_lambda": 1.0}) == "SiD with GNDM's correction"
+    assert method_name({"algorithm": "gndm", "gndm_lambda": 1.0}) == "GNDM"
+    assert paper_of({"algorithm": "gndmr"}) is None and paper_of({"algorithm": "tdm"}).number == "2503.06674"
+    assert method_name({"algorithm": "<b>evil"}) == method_name({}) == "R_dm"

@@ -36,6 +36,7 @@ from .card_base import (
     lora_arguments,
     lora_sentence,
 )
+from .card_method import Paper, method_name, paper_of, reads_images
 from .card_text import (
     EVALUATION_FILE,
     LICENSE_TAGS,
@@ -108,6 +109,21 @@ class CardFacts:
     def is_lcm(self) -> bool:
         """Whether it was trained by consistency distillation, without R_dm."""
         return self.student.arguments.get("algorithm") == "lcm"
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return method_name(self.student.arguments)
+
+    @property
+    def paper(self) -> Paper | None:
+        """The paper of the method where it is another than R_dm's."""
+        return paper_of(self.student.arguments)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it was trained with images, and not from prompts alone."""
+        return reads_images(self.student.arguments)
 
     @property
     def is_embedded(self) -> bool:
