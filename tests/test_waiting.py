@@ -50,7 +50,8 @@ def on_meta(it: Trainer) -> Trainer:
     networks.schedule = networks.schedule.to("meta")
     it.teacher.pipeline.vae.to("meta")
     draws = Draws(run.draws.seed, run.draws.group_size, "meta")
-    it.distillation = replace(run, draws=draws, prompts=replace(run.prompts, draws=draws))
+    renoising = replace(run.renoising, schedule=networks.schedule)
+    it.distillation = replace(run, draws=draws, prompts=replace(run.prompts, draws=draws), renoising=renoising)
     it.state = make_state(networks, it.accelerator, it.config)
     return it
 

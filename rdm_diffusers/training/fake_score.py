@@ -22,6 +22,8 @@ def add_to_fake_score(networks: Networks, family: Family, config: RunConfig, lat
         config: the run's; its seed decides the discriminator's first weights.
         latents: `(C, H, W)`.
     """
+    if not (config.method.fake_score_steps or has_discriminator(config)):
+        return
     network: Any = networks.denoisers[FAKE_SCORE] if isinstance(networks, SeparateNetworks) else networks.modules[0]
     if config.method.fake_score_steps:
         networks.add_step_embedding(network.get_submodule(family.time_embedding_name), config.method.num_student_steps)
