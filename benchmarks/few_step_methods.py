@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
     "f_distill": Method(dict(algorithm="f_distill", **ALONE, **PICTURES), ADVERSARIAL),
     "uni_instruct": Method(
         dict(algorithm="uni_instruct", **ALONE, **PICTURES),
-        second=(dict(PACES[1], guidance_cls_loss_weight=1.0), dict(PACES[1], f_divergence="reverse_kl")),
+        second=tuple(dict(pace, f_divergence="reverse_kl") for pace in PACES),  # forward_kl diverges
     ),
     "sid": Method(dict(algorithm="sid", **ALONE)),
     "sim": Method(dict(algorithm="sim", **ALONE)),

@@ -98,13 +98,43 @@ def settings(by_steps: dict[str, dict[str, Any]]) -> str:
         if "mean" not in entry:
             continue
         calls, updates = entry["network_calls"], entry["updates"]
-        choice = ", ".join(f"{ABBREVIATED.get(name, name + ' ')}{value:g}" for name, value in entry["choice"].items())
         rows.append([
-            method, choice, f"{calls / updates:,.0f}", f"{updates:,.0f}", f"{sum(entry['preparation'].values()):,}",
-            f"{entry['mean']['prompt_accuracy']:.3f}",
+            method, words(entry["choice"]), f"{calls / updates:,.0f}", f"{updates:,.0f}",
+            f"{sum(entry['preparation'].values()):,}", f"{entry['mean']['prompt_accuracy']:.3f}",
         ])  # fmt: skip
     columns = ["learning rate and fake score", "calls an update", "updates", "calls before", "prompt accuracy"]
     return markdown_table([named(steps), *columns], rows)
+
+
+def words(choice: Mapping[str, Any]) -> str:
+    """A choice of the search, in words."""
+    shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in choice.items()}
+    return ", ".join(f"{ABBREVIATED.get(name, name + ' ')}{value}" for name, value in shown.items())
+
+
+def searched(record: dict[str, Any]) -> str:
+    """A row a method and teacher: how many settings its search has tried, and the best of them."""
+    found: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for key, run in record["runs"].items():
+        stage, teacher, guidance, steps, method, *_ = key.split("/")
+        if stage == "search" and run["finite"]:
+            found.setdefault((teacher, guidance, steps, method), []).append(run)
+    rows = []
+    for cell, runs in sorted(found.items(), key=lambda each: (each[0][:3], list(METHODS).index(each[0][3]))):
+        best = min(runs, key=lambda run: run["final"][METRIC])
+        distance, accuracy = best["final"][METRIC], best["final"]["prompt_accuracy"]
+        rows.append([cell[3], *cell[:3], str(len(runs)), words(best["choice"]), f"{distance:.2f}", f"{accuracy:.3f}"])
+    columns = [
+        "method",
+        "teacher",
+        "guidance",
+        "steps",
+        "settings tried",
+        "the best of them",
+        METRIC,
+        "prompt accuracy",
+    ]
+    return markdown_table(columns, rows)
 
 
 def tables(record: dict[str, Any], folder: Path = PICTURES) -> dict[str, str]:
@@ -123,6 +153,7 @@ def tables(record: dict[str, Any], folder: Path = PICTURES) -> dict[str, str]:
         parts["results"] += [shown("The distance over network calls", CALLS_FIGURE),
                              shown("The distance over the student's steps", STEPS_FIGURE)]  # fmt: skip
     written = {name: "\n\n".join(each) or "No method has a finished run yet." for name, each in parts.items()}
+    written["search"] = searched(record)
     return written | {"runs": runs_table(record), "machine": machines(record)}
 
 

@@ -306,7 +306,7 @@ def test_a_discriminator_is_refused_in_shards(monkeypatch: pytest.MonkeyPatch) -
 def test_the_defaults_follow_from_the_algorithm_and_survive_a_file(tmp_path: Path) -> None:
     for algorithm, weight, divergence in (
         ("gndm", 0.0, None), ("dmd2", 5e-3, None), ("f_distill", 5e-3, "jensen_shannon"),
-        ("uni_instruct", 0.0, "forward_kl"),
+        ("uni_instruct", 0.0, "reverse_kl"),
     ):  # fmt: skip
         config = RunConfig.of(algorithm=algorithm, teacher_target="score")
         assert (config.method.gen_cls_loss_weight, config.method.f_divergence) == (weight, divergence)

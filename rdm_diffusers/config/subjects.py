@@ -109,7 +109,7 @@ class MethodConfig:
     advantage_normalization: str = flag(
         None, "what R_dm is divided by; the preset's by default", OneOf(NORMALIZATIONS))
     f_divergence: str | None = flag(
-        None, "of f_distill and uni_instruct; jensen_shannon and forward_kl by default", OneOf(F_DIVERGENCES))
+        None, "of f_distill and uni_instruct; jensen_shannon and reverse_kl by default", OneOf(F_DIVERGENCES))
     gen_cls_loss_weight: float = flag(
         None, "weight of the discriminator's verdict on the student's samples, beside R_dm; 0 is off, the default but "
         "for dmd2 and f_distill", real("[0, inf)"))

@@ -33,7 +33,7 @@ class UniInstruct:
         f_divergence: one of `divergences.F_DIVERGENCES`.
     """
 
-    f_divergence: str = "forward_kl"
+    f_divergence: str = "reverse_kl"
 
     def pull(self, estimate: RewardEstimate) -> Pull:
         reward, residual = estimate.reward, estimate.fake_x0 - estimate.x0

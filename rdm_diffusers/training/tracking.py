@@ -33,8 +33,8 @@ def announcement(config: RunConfig, num_processes: int) -> str:
     student = f"{method.num_student_steps}-step {'LoRA student' if config.is_lora else 'student of full weights'}"
     return (
         f"Distilling {config.teacher.pretrained_model_name_or_path} into a {student} in {config.output.output_dir}: "
-        f"{method.algorithm.replace('_', '-').upper()}, {updates} updates of {config.optimisation.samples_per_update * num_processes} "
-        "samples."
+        f"{method.algorithm.replace('_', '-').upper()}, {updates} updates of "
+        f"{config.optimisation.samples_per_update * num_processes} samples."
     )
 
 
