@@ -105,3 +105,11 @@ def test_the_correction_is_taken_from_the_fake_score_for_every_member() -> None:
     assert torch.equal(advantage.pull.fake_x0, wanted.fake_x0)
     reverse = replace(plain, matching=ReverseKL()).advantage(estimate, RunningMeans())
     assert torch.allclose(reverse.pull.x0, estimate.reward + reverse.correction, atol=1e-6)
+
+
+def test_a_pull_through_a_network_is_never_dropped_for_want_of_its_place() -> None:
+    networks, (samples, tau, noise) = make_shared(), make_samples()
+    estimate = replace(estimate_reward(networks, samples, tau, noise), x_tau=None)
+    with pytest.raises(ValueError, match="x_tau"):
+        ascent(networks, samples, estimate, Product().pull(estimate))
+    assert torch.equal(ascent(networks, samples, estimate, ReverseKL().pull(estimate)), estimate.reward)

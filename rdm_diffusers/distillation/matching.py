@@ -73,12 +73,17 @@ def ascent(
         estimate: of the samples, by `estimate_reward`.
         pull: on them.
         micro_batch_size: how many samples go through a network at once; all by default.
+
+    Raises:
+        ValueError: if a pull goes through a network, and the estimate lacks `x_tau` or `time`.
     """
     found, x_tau, time = pull.x0, estimate.x_tau, estimate.time
     pulls = ((networks.real_score, pull.teacher_x0, None), (FAKE_SCORE, pull.fake_x0, pull.logit))
     for role, cotangent, logit in pulls:
-        if (cotangent is None and logit is None) or x_tau is None or time is None:
+        if cotangent is None and logit is None:
             continue
+        if x_tau is None or time is None:
+            raise ValueError("A pull through a network needs an estimate with x_tau and its times.")
         scale, parts = estimate.guidance_scale, list[Tensor]()
         for part in samples.micro_batches(micro_batch_size or len(samples)):
             inputs = x_tau[part], time[part], samples.conditioning[part]
